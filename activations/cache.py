@@ -1,0 +1,232 @@
+"""Activations on disk: shards of safetensors and a manifest with the passport of the data."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from saekit.activations.harvest import ActivationBatch, check_finite
+from saekit.activations.model import DTYPES
+from saekit.activations.python_source import Split
+from saekit.errors import SaekitError, did_you_mean
+from saekit.files import check_free, replace_file, writable_folder
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+SHARD_ROWS = 1 << 16
+
+
+@dataclass(frozen=True)
+class ActivationCache:
+    """Activations of N tokens in a folder.
+
+    Each shard holds ``activations`` [m, d_in], ``tokens`` [m], ``documents`` [m] and ``positions`` [m]. Open one with
+    ``ActivationCache.open``; write one with ``from_tensor`` or ``write``.
+
+    Attributes:
+        path: the folder.
+        passport: where the data comes from: ``model``, ``revision``, ``hook``, ``dataset``, ``dataset_fingerprint``,
+            ``split``, ``tokenizer``, ``context_length``, ``prepend_bos``, ``mask``; empty for a user's own tensor.
+        d_in: width of the activations.
+        dtype: in which they are stored.
+        shards: name, rows and checksum of each shard.
+    """
+
+    path: Path
+    passport: dict[str, Any]
+    d_in: int
+    dtype: str
+    shards: tuple[dict[str, Any], ...]
+
+    def __len__(self) -> int:
+        return sum(shard["rows"] for shard in self.shards)
+
+    @classmethod
+    def open(cls, path: str | Path) -> ActivationCache:
+        """Open a cache.
+
+        Raises:
+            SaekitError: there is none, it is unfinished, or a shard is missing or of another size than was written.
+        """
+        folder = Path(path).expanduser()
+        if not (folder / MANIFEST).is_file():
+            unfinished = " (an unfinished harvest)" if any(folder.glob("shard-*")) else ""
+            raise SaekitError(f"there is no activation cache at '{path}'{unfinished}: {MANIFEST} is missing")
+        try:
+            manifest = json.loads((folder / MANIFEST).read_text())
+            if manifest["format"] != FORMAT:
+                raise SaekitError(f"the cache '{path}' has format {manifest['format']}; this saekit reads {FORMAT}")
+            cache = cls(
+                folder,
+                dict(manifest["passport"]),
+                int(manifest["d_in"]),
+                str(manifest["dtype"]),
+                tuple(dict(shard) for shard in manifest["shards"]),
+            )
+            for shard in cache.shards:
+                file = folder / Path(shard["file"]).name
+                if not file.is_file() or file.stat().st_size != shard["bytes"]:
+                    raise SaekitError(f"shard '{shard['file']}' of the cache '{path}' is missing or damaged")
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, SaekitError):
+                raise
+            raise SaekitError(f"the manifest of the cache '{path}' is damaged: {error}") from None
+        return cache
+
+    @classmethod
+    def from_tensor(
+        cls,
+        path: str | Path,
+        x: Float[Tensor, "N d_in"],
+        *,
+        dtype: str = "float32",
+        passport: dict[str, Any] | None = None,
+        overwrite: bool = False,
+    ) -> ActivationCache:
+        """Write a user's own activations, from any source.
+
+        Args:
+            path: the folder to write.
+            x: [N, d_in] activations; the row number stands for the document (rows are taken to be independent).
+            dtype: how they are stored: ``float32``, ``bfloat16`` or ``float16``.
+            passport: facts about the data to keep with it.
+            overwrite: whether the folder may hold something already.
+
+        Raises:
+            SaekitError: x is not a matrix of finite numbers, is empty, or the folder holds something.
+        """
+        if x.ndim != 2 or not x.is_floating_point():
+            raise SaekitError(f"activations are a matrix [N, d_in] of floating point numbers, not {list(x.shape)}")
+        rows = torch.arange(len(x))
+        parts = (
+            ActivationBatch(part, torch.full_like(r, -1), r, torch.zeros_like(r))
+            for part, r in zip(x.detach().cpu().split(SHARD_ROWS), rows.split(SHARD_ROWS), strict=True)
+        )
+        return cls.write(path, parts, passport or {}, dtype=dtype, overwrite=overwrite)
+
+    @classmethod
+    def write(
+        cls,
+        path: str | Path,
+        batches: Iterable[ActivationBatch],
+        passport: dict[str, Any],
+        *,
+        dtype: str = "float32",
+        overwrite: bool = False,
+    ) -> ActivationCache:
+        """Write batches to shards of equal length; the manifest comes last and makes the cache valid.
+
+        Raises:
+            SaekitError: unknown dtype, no or non-finite activations, or a folder that holds something.
+        """
+        folder = check_writable(path, dtype, overwrite)
+        writable_folder(folder, overwrite=overwrite)
+        (folder / MANIFEST).unlink(missing_ok=True)
+        for old in folder.glob("shard-*"):
+            old.unlink()
+        shards: list[dict[str, Any]] = []
+        d_in = 0
+        for batch in _regrouped(batches, SHARD_ROWS):
+            check_finite(batch, str(passport.get("hook", path)), f"rows from {sum(s['rows'] for s in shards)}")
+            d_in = batch.x.shape[1]
+            name = f"shard-{len(shards):05d}.safetensors"
+            shards.append(_write_shard(folder / name, batch, DTYPES[dtype]))
+        if not shards:
+            raise SaekitError(f"no activations to write to '{path}': the text is empty or shorter than one context")
+        manifest = {"format": FORMAT, "passport": passport, "d_in": d_in, "dtype": dtype, "shards": shards}
+        replace_file(folder / MANIFEST, lambda file: file.write_text(json.dumps(manifest, indent=2) + "\n"))
+        return cls(folder, passport, d_in, dtype, tuple(shards))
+
+    def rows_of(self, part: Split) -> range:
+        """The rows of one part: the end of a cache, twice 5% or 65,536 rows, is kept for calibration and evaluation."""
+        tail = min(len(self) // 20, 65_536)
+        bounds = {"train": (0, len(self) - 2 * tail), "calibration": (len(self) - 2 * tail, len(self) - tail)}
+        return range(*bounds.get(part, (len(self) - tail, len(self))))
+
+    def batches(self, part: Split, batch: int = 4096) -> Iterator[ActivationBatch]:
+        """The rows of one part in their order."""
+        rows = self.rows_of(part)
+        for start in range(rows.start, rows.stop, batch):
+            yield self.read(start, min(start + batch, rows.stop))
+
+    def read(self, start: int, stop: int) -> ActivationBatch:
+        """Rows ``start`` to ``stop`` with their tokens, documents and positions.
+
+        Raises:
+            SaekitError: a shard is damaged.
+        """
+        parts = []
+        first = 0
+        for shard in self.shards:
+            low, high = max(start - first, 0), min(stop - first, shard["rows"])
+            if low < high:
+                parts.append(self._read_shard(shard, low, high))
+            first += shard["rows"]
+        if not parts:
+            raise SaekitError(f"the cache '{self.path}' has no rows {start} to {stop}: it holds {len(self)}")
+        return ActivationBatch(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+    def _read_shard(self, shard: dict[str, Any], low: int, high: int) -> ActivationBatch:
+        path = self.path / Path(shard["file"]).name
+        try:
+            with safe_open(path, framework="pt") as file:
+                names = ("activations", "tokens", "documents", "positions")
+                return ActivationBatch(*(cast(Tensor, file.get_slice(name)[low:high]) for name in names))
+        except (SafetensorError, OSError) as error:
+            raise SaekitError(f"the shard '{path}' is damaged: {error}") from None
+
+
+def check_writable(path: str | Path, dtype: str, overwrite: bool) -> Path:
+    """The folder, once it is sure that a cache may be written there.
+
+    Raises:
+        SaekitError: unknown dtype, or a folder that holds something without ``overwrite``.
+    """
+    if dtype not in DTYPES:
+        raise SaekitError(f"unknown dtype '{dtype}'{did_you_mean(dtype, DTYPES)}")
+    folder = Path(path).expanduser()
+    check_free(folder, overwrite=overwrite, hint="choose another folder or ask to overwrite (--overwrite)")
+    return folder
+
+
+def _write_shard(path: Path, batch: ActivationBatch, dtype: torch.dtype) -> dict[str, Any]:
+    stored = batch.x.detach().to("cpu", dtype).contiguous()
+    if dtype == torch.float16 and bool(stored.isinf().any()):
+        raise SaekitError("activations exceed float16's range (65,504); store them as bfloat16 or float32")
+    tensors = {
+        "activations": stored,
+        "tokens": batch.tokens.to(torch.int32),
+        "documents": batch.documents.to(torch.int64),
+        "positions": batch.positions.to(torch.int32),
+    }
+    replace_file(path, lambda part: save_file({k: v.contiguous() for k, v in tensors.items()}, part))
+    digest = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+    return {"file": path.name, "rows": len(batch.x), "bytes": path.stat().st_size, "blake2b": digest}
+
+
+def _regrouped(batches: Iterable[ActivationBatch], rows: int) -> Iterator[ActivationBatch]:
+    """The same rows in batches of exactly ``rows``; the last may be smaller."""
+    waiting: list[ActivationBatch] = []
+    count = 0
+    for batch in batches:
+        waiting.append(batch)
+        count += len(batch.x)
+        if count >= rows:
+            whole = ActivationBatch(*(torch.cat(column) for column in zip(*waiting, strict=True)))
+            while count >= rows:
+                yield ActivationBatch(*(column[:rows] for column in whole))
+                whole = ActivationBatch(*(column[rows:] for column in whole))
+                count -= rows
+            waiting = [whole]
+    if count:
+        yield ActivationBatch(*(torch.cat(column) for column in zip(*waiting, strict=True)))

@@ -1,0 +1,163 @@
+"""Hooked language models: loading, hook points, and forward passes that stop at the hook."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+import saekit
+from saekit.errors import SaekitError, did_you_mean
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+EMBEDDED = "embedded"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_model(
+    name_or_path: str = EMBEDDED, *, device: str | None = None, dtype: str = "float32", trust_remote_code: bool = False
+) -> TransformerBridge:
+    """Load a causal language model, hooked by TransformerLens, in evaluation mode and without parameter gradients.
+
+    Args:
+        name_or_path: ``"embedded"`` (the small model that ships with saekit), a local Hugging Face folder, or a name on
+            the hub.
+        device: where it runs; the fastest at hand if not given.
+        dtype: ``float32``, ``bfloat16`` or ``float16``.
+        trust_remote_code: whether code that comes with the model may run.
+
+    Raises:
+        SaekitError: there is no such model, or TransformerLens cannot hook it.
+    """
+    if dtype not in DTYPES:
+        raise SaekitError(f"unknown dtype '{dtype}'{did_you_mean(dtype, DTYPES)}")
+    place = model_path(name_or_path)
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers.utils import logging as transformers_logging
+
+    logging.getLogger("root").setLevel(logging.ERROR)  # TransformerLens warns there about every local folder
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        model = TransformerBridge.boot_transformers(
+            place, device=device, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code
+        )
+    except OSError as error:
+        if Path(place).is_dir():
+            raise SaekitError(f"the model folder '{name_or_path}' is incomplete: {_first_line(error)}") from error
+        raise SaekitError(
+            f"unknown model '{name_or_path}': no local folder, nor found on the hub{_similar_models(name_or_path)}"
+        ) from error
+    except (ValueError, KeyError, NotImplementedError) as error:
+        raise SaekitError(f"cannot hook the model '{name_or_path}': {_first_line(error)}") from error
+    if model.tokenizer is None:
+        raise SaekitError(f"the model '{name_or_path}' comes without a tokenizer")
+    model.eval()
+    model.requires_grad_(False)
+    return model
+
+
+def model_path(name_or_path: str) -> str:
+    """The folder of the embedded model, or the name itself.
+
+    Raises:
+        SaekitError: it looks like a local path, but no model is there.
+    """
+    if name_or_path == EMBEDDED:
+        return str(Path(saekit.__file__).parent / "embedded")
+    folder = Path(name_or_path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise SaekitError(f"the folder '{name_or_path}' holds no Hugging Face model: config.json is missing")
+        return str(folder)
+    if folder.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1:
+        raise SaekitError(f"there is no model folder '{name_or_path}'")
+    return name_or_path
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def _similar_models(name: str) -> str:
+    from transformer_lens import supported_models
+
+    names = [EMBEDDED, *supported_models.OFFICIAL_MODEL_NAMES]
+    short = {n.rsplit("/", 1)[-1]: n for n in reversed(names)}
+    hint = did_you_mean(name, names) if "/" in name else did_you_mean(name, short)
+    offline = " (the hub is switched off by HF_HUB_OFFLINE)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
+    return offline + (hint if hint.startswith("; did") else "")
+
+
+def model_revision(model: TransformerBridge, name_or_path: str) -> str:
+    """What tells two versions of a model apart: the hub's commit, or a digest of a local folder's weights."""
+    commit = getattr(getattr(model.original_model, "config", None), "_commit_hash", None)
+    if commit:
+        return str(commit)
+    digest = hashlib.blake2b(digest_size=16)
+    for file in sorted(Path(model_path(name_or_path)).glob("*.safetensors")):
+        digest.update(file.name.encode())
+        with file.open("rb") as content:
+            while block := content.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def default_hook(model: TransformerBridge) -> str:
+    """The residual stream after the middle block."""
+    return f"blocks.{int(model.cfg.n_layers) // 2}.hook_resid_post"
+
+
+def check_hook(model: TransformerBridge, hook: str) -> None:
+    """Raise SaekitError where the model has no hook point of this name."""
+    names = model.hook_dict
+    if hook not in names:
+        kin = [n for n in names if n.rsplit(".", 1)[-1] == hook.rsplit(".", 1)[-1]]
+        n_layers = int(model.cfg.n_layers)
+        raise SaekitError(
+            f"the model has no hook '{hook}' (it has blocks 0 to {n_layers - 1}){did_you_mean(hook, [*kin, *names])}"
+        )
+
+
+def context_length_of(model: TransformerBridge) -> int:
+    """The longest context that the model takes, in tokens."""
+    return int(model.cfg.n_ctx)
+
+
+@contextmanager
+def truncated(model: TransformerBridge, hook: str) -> Iterator[Callable[[Int[Tensor, "b t"]], Float[Tensor, "b t d"]]]:
+    """A forward pass that ends at a hook point.
+
+    Yields:
+        A function from tokens [b, t] to the activations [b, t, d] at the hook; further dimensions (heads) are flattened
+        into d.
+
+    Raises:
+        SaekitError: there is no such hook, or the forward pass does not reach it.
+    """
+    from transformer_lens.model_bridge.exceptions import StopAtLayerException
+
+    check_hook(model, hook)
+
+    def stop(activation: Tensor, hook: Any) -> None:
+        raise StopAtLayerException(activation)  # the bridge catches it and returns the activation
+
+    def run(tokens: Tensor) -> Tensor:
+        with torch.no_grad():
+            result = model(tokens, return_type=None)
+        if not isinstance(result, Tensor) or result.shape[:2] != tokens.shape:
+            raise SaekitError(f"the hook '{hook}' gives no activation for each token in this model")
+        return result.flatten(2)
+
+    with model.hooks(fwd_hooks=[(hook, stop)]):
+        yield run

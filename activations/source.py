@@ -1,0 +1,123 @@
+"""A model, a hook point and a text together: everything that activations come from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from saekit.activations.harvest import ActivationBatch, harvest
+from saekit.activations.model import (
+    EMBEDDED,
+    check_hook,
+    context_length_of,
+    default_hook,
+    load_model,
+    model_revision,
+)
+from saekit.activations.python_source import Split
+from saekit.activations.text import PYTHON, TextSource, open_text
+from saekit.activations.tokens import ContextBatch, pack, tokenizer_fingerprint
+from saekit.errors import SaekitError
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+DEFAULT_CONTEXT = 256
+
+
+@dataclass(frozen=True)
+class ActivationSource:
+    """Activations at one hook of one model on one text. Make one with ``ActivationSource.open``."""
+
+    name: str
+    model: TransformerBridge
+    hook: str
+    text: TextSource
+    context_length: int
+    prepend_bos: bool
+
+    @classmethod
+    def open(
+        cls,
+        model: str = EMBEDDED,
+        hook: str | None = None,
+        dataset: str = PYTHON,
+        *,
+        column: str = "text",
+        context_length: int | None = None,
+        device: str | None = None,
+        dtype: str = "float32",
+    ) -> ActivationSource:
+        """Open the text, load the model and check that they fit.
+
+        Args:
+            model: ``"embedded"``, a local Hugging Face folder, or a name on the hub.
+            hook: TransformerLens hook point; the residual stream after the middle block if not given.
+            dataset: what ``open_text`` takes.
+            column: the dataset's text column.
+            context_length: tokens a context; 256, or the model's most where that is less, if not given.
+            device: where the model runs.
+            dtype: of the model.
+
+        Raises:
+            SaekitError: one of them does not exist, or the context is longer than the model's.
+        """
+        text = open_text(dataset, column=column)
+        bridge = load_model(model, device=device, dtype=dtype)
+        hook = hook or default_hook(bridge)
+        check_hook(bridge, hook)
+        longest = context_length_of(bridge)
+        length = context_length or min(longest, DEFAULT_CONTEXT)
+        if length > longest:
+            raise SaekitError(f"a context of {length} tokens is longer than the {longest} that '{model}' takes")
+        # what TransformerLens knows of the model's training decides about BOS
+        bos = bool(getattr(bridge.cfg, "default_prepend_bos", True)) and bridge.tokenizer.bos_token_id is not None
+        return cls(model, bridge, hook, text, length, bos)
+
+    def contexts(self, part: Split, batch: int = 32) -> Iterator[ContextBatch]:
+        """Contexts of one part of the text, in a fixed order.
+
+        Raises:
+            SaekitError: the part does not fill one context.
+        """
+        empty = True
+        for contexts in pack(
+            self.text.documents(part),
+            self.model.tokenizer,
+            self.context_length,
+            prepend_bos=self.prepend_bos,
+            contexts=batch,
+        ):
+            empty = False
+            yield contexts
+        if empty:
+            raise SaekitError(
+                f"the {part} part of '{self.text.name}' is empty or shorter than one context of "
+                f"{self.context_length} tokens"
+            )
+
+    def batches(self, part: Split, tokens: int | None = None) -> Iterator[ActivationBatch]:
+        """Activations of one part of the text, cut after exactly ``tokens`` rows where that is given."""
+        left = tokens
+        for batch in harvest(self.model, self.hook, self.contexts(part)):
+            if left is not None and len(batch.x) >= left:
+                yield ActivationBatch(*(column[:left] for column in batch))
+                return
+            left = left if left is None else left - len(batch.x)
+            yield batch
+
+    def passport(self, part: Split) -> dict[str, Any]:
+        """The facts by which data of this source is known again."""
+        return {
+            "model": self.name,
+            "revision": model_revision(self.model, self.name),
+            "hook": self.hook,
+            "dataset": self.text.name,
+            "dataset_fingerprint": self.text.fingerprint,
+            "split": part,
+            "tokenizer": tokenizer_fingerprint(self.model.tokenizer),
+            "context_length": self.context_length,
+            "prepend_bos": self.prepend_bos,
+            "mask": "text positions; BOS and document separators left out",
+        }

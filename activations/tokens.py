@@ -1,0 +1,102 @@
+"""Documents packed into contexts of equal length."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from saekit.errors import SaekitError
+
+
+class ContextBatch(NamedTuple):
+    """Contexts of tokens.
+
+    Attributes:
+        tokens: [b, t] token ids.
+        documents: [b, t] running number of the document that each token comes from.
+        kept: [b, t] whether a position holds text. BOS and the separators that packing put in are not kept; they are
+            marked by position, not by id, so a document's own tokens always count.
+    """
+
+    tokens: Int[Tensor, "b t"]
+    documents: Int[Tensor, "b t"]
+    kept: Bool[Tensor, "b t"]
+
+
+def pack(
+    documents: Iterable[str], tokenizer: Any, context_length: int, *, prepend_bos: bool, contexts: int = 32
+) -> Iterator[ContextBatch]:
+    """Tokenise documents and pack them without padding: BOS (if wanted), then text, documents divided by EOS.
+
+    The last tokens, where they do not fill a context, are left out.
+
+    Args:
+        documents: texts.
+        tokenizer: a Hugging Face tokenizer.
+        context_length: t, tokens a context, BOS among them.
+        prepend_bos: whether each context begins with BOS (ignored by a tokenizer that has none).
+        contexts: b, contexts a batch; the last batch may be smaller.
+
+    Raises:
+        SaekitError: the context length leaves no room for text.
+    """
+    bos = tokenizer.bos_token_id if prepend_bos else None
+    separator = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
+    room = context_length - (bos is not None)
+    if room < 2:
+        raise SaekitError(f"a context of {context_length} tokens has no room for text")
+    need = room * contexts
+    ids: list[np.ndarray] = []
+    owners: list[np.ndarray] = []
+    waiting, number = 0, 0
+    texts = iter(documents)
+    while batch := list(islice(texts, 64)):
+        encoded = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        for document in encoded:
+            # a separator belongs to no text: its document number is stored as −1 − number
+            with_end = document if separator is None else [*document, separator]
+            owner = np.full(len(with_end), number, dtype=np.int64)
+            if separator is not None:
+                owner[-1] = -1 - number
+            ids.append(np.asarray(with_end, dtype=np.int64))
+            owners.append(owner)
+            waiting += len(with_end)
+            number += 1
+        if waiting >= need:
+            stream, owner = np.concatenate(ids), np.concatenate(owners)
+            whole = len(stream) // need * need
+            for start in range(0, whole, need):
+                yield _contexts(stream[start : start + need], owner[start : start + need], room, bos)
+            ids, owners, waiting = [stream[whole:]], [owner[whole:]], len(stream) - whole
+    if waiting >= room:
+        stream, owner = np.concatenate(ids), np.concatenate(owners)
+        whole = len(stream) // room * room
+        yield _contexts(stream[:whole], owner[:whole], room, bos)
+
+
+def _contexts(stream: np.ndarray, owner: np.ndarray, room: int, bos: int | None) -> ContextBatch:
+    tokens = torch.from_numpy(stream.reshape(-1, room))
+    owners = torch.from_numpy(owner.reshape(-1, room))
+    if bos is not None:
+        tokens = torch.nn.functional.pad(tokens, (1, 0), value=bos)
+        # BOS goes with the document that follows it
+        first = owners[:, :1]
+        owners = torch.cat([torch.where(first < 0, first, -1 - first), owners], dim=1)
+    return ContextBatch(tokens, torch.where(owners < 0, -1 - owners, owners), owners >= 0)
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """A digest of the vocabulary and of a probe sentence's encoding."""
+    digest = hashlib.blake2b(digest_size=16)
+    for piece, number in sorted(tokenizer.get_vocab().items()):
+        digest.update(f"{piece}\0{number}\n".encode("utf-8", "replace"))
+    probe = tokenizer("def probe(x):\n\treturn  x + 12345 # Ünïcode", add_special_tokens=False)["input_ids"]
+    digest.update(repr(list(probe)).encode())
+    return digest.hexdigest()

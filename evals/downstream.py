@@ -1,0 +1,114 @@
+"""What splicing the reconstruction into the model costs it in next-token prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from saekit.activations import ContextBatch
+from saekit.activations.model import check_hook
+from saekit.errors import SaekitError
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+Edit = Callable[[Float[Tensor, "m d"]], Float[Tensor, "m d"]]
+MASK = "spliced at text positions, scored on the next tokens predicted there; BOS and separators left out"
+
+
+def edited_logits(
+    model: TransformerBridge, hook: str, batch: ContextBatch, edit: Edit | None
+) -> Float[Tensor, "b t v"]:
+    """Logits of the model with ``edit`` applied to the activations at the kept positions of a hook point."""
+    device = next(model.parameters()).device
+    kept = batch.kept.to(device)
+
+    def replace(activation: Tensor, hook: Any) -> Tensor:
+        assert edit is not None
+        changed = activation.clone()
+        changed[kept] = edit(activation[kept].flatten(1)).to(activation.dtype).reshape(activation[kept].shape)
+        return changed
+
+    hooks = [] if edit is None else [(hook, replace)]
+    with torch.no_grad(), model.hooks(fwd_hooks=hooks):
+        logits: Tensor = model(batch.tokens.to(device), return_type="logits")
+    return logits.float()
+
+
+def scored_positions(batch: ContextBatch) -> Bool[Tensor, "b t-1"]:
+    """Positions whose next token counts: kept ones that are not the last; the target may be a true end of text."""
+    return batch.kept[:, :-1]
+
+
+def downstream(
+    model: TransformerBridge,
+    hook: str,
+    contexts: Iterable[ContextBatch],
+    reconstruct: Edit,
+    mean: Float[Tensor, "d"],
+) -> dict[str, float | int | str]:
+    """Next-token cross-entropy of the model as it is and with the hooked activations replaced.
+
+    Args:
+        model: the hooked model.
+        hook: the hook point.
+        contexts: held-out text.
+        reconstruct: x ↦ x̂ on [m, d].
+        mean: [d] what mean ablation puts in place of the activations.
+
+    Returns:
+        tokens: predictions scored; mask: which those are.
+        ce_clean, ce_reconstructed, ce_zero, ce_mean: nats a token, with x, x̂, 0 and the mean activation.
+        ce_increase: ce_reconstructed − ce_clean.
+        recovered_share: (ce_zero − ce_reconstructed) / (ce_zero − ce_clean).
+        recovered_share_mean: the same against mean ablation, the stricter baseline.
+        kl: mean KL(clean ‖ spliced) in nats a token.
+
+    Raises:
+        SaekitError: the model has no such hook, or there is no text to score.
+    """
+    check_hook(model, hook)
+    edits: dict[str, Edit | None] = {
+        "clean": None,
+        "reconstructed": reconstruct,
+        "zero": torch.zeros_like,
+        "mean": lambda x: mean.to(x).expand_as(x),
+    }
+    sums = dict.fromkeys([*edits, "kl"], 0.0)
+    tokens = 0
+    for batch in contexts:
+        scored = scored_positions(batch)
+        if not scored.any():
+            continue
+        targets = batch.tokens[:, 1:][scored]
+        tokens += len(targets)
+        clean: Tensor | None = None
+        for name, edit in edits.items():
+            logits = edited_logits(model, hook, batch, edit)[:, :-1][scored.to(next(model.parameters()).device)]
+            log_p = logits.log_softmax(-1)
+            sums[name] -= float(log_p.gather(1, targets.to(log_p.device)[:, None]).double().sum())
+            if name == "clean":
+                clean = log_p
+            elif name == "reconstructed":
+                assert clean is not None
+                sums["kl"] += float((clean.exp() * (clean - log_p)).sum(-1).double().sum())
+    if not tokens:
+        raise SaekitError("there is no held-out text to score")
+    ce = {name: total / tokens for name, total in sums.items()}
+    increase = ce["reconstructed"] - ce["clean"]
+    return {
+        "tokens": tokens,
+        "mask": MASK,
+        "ce_clean": ce["clean"],
+        "ce_reconstructed": ce["reconstructed"],
+        "ce_zero": ce["zero"],
+        "ce_mean": ce["mean"],
+        "ce_increase": increase,
+        "recovered_share": 1 - increase / (ce["zero"] - ce["clean"]),
+        "recovered_share_mean": 1 - increase / (ce["mean"] - ce["clean"]),
+        "kl": ce["kl"],
+    }

@@ -1,0 +1,54 @@
+"""How many features are active, and which never are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from saekit.code import SparseCode
+
+
+class Sparsity:
+    """L0 and firing densities, counted exactly over a stream of codes."""
+
+    def __init__(self, n_features: int) -> None:
+        self.tokens = 0
+        self.matches = torch.zeros(n_features, dtype=torch.long)
+        self.l0_sum = self.l0_squares = 0.0
+        self.l0_max = 0
+
+    def update(self, code: SparseCode) -> None:
+        """Count one batch."""
+        each = code.matches_per_token().double()
+        self.tokens += code.n_tokens
+        self.matches += code.matches_per_feature().cpu()
+        self.l0_sum += float(each.sum())
+        self.l0_squares += float(each.square().sum())
+        self.l0_max = max(self.l0_max, int(each.max()) if code.n_tokens else 0)
+
+    def result(self) -> dict[str, Any]:
+        """The figures.
+
+        Keys:
+            tokens: over how many tokens everything here was counted.
+            l0, l0_std, l0_max: active features a token.
+            dead, dead_share: features that fired on none of these tokens.
+            density_quantiles: firing rates (share of the tokens) at quantiles over the features.
+        """
+        density = self.matches.double() / self.tokens
+        mean = self.l0_sum / self.tokens
+        quantiles = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
+        found = torch.quantile(density, torch.tensor(quantiles, dtype=torch.float64)).tolist()
+        dead = int((self.matches == 0).sum())
+        return {
+            "tokens": self.tokens,
+            "features": len(self.matches),
+            "l0": mean,
+            "l0_std": max(0.0, self.l0_squares / self.tokens - mean**2) ** 0.5,
+            "l0_max": self.l0_max,
+            "dead": dead,
+            "dead_share": dead / len(self.matches),
+            "density_mean": float(density.mean()),
+            "density_quantiles": dict(zip(map(str, quantiles), found, strict=True)),
+        }

@@ -1,0 +1,119 @@
+"""The standard evaluation: sparsity, reconstruction and downstream cost, on held-out text, by the inference rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from saekit.activations import ContextBatch, harvest
+from saekit.errors import SaekitError
+from saekit.evals.downstream import downstream
+from saekit.evals.reconstruction import Reconstruction
+from saekit.evals.report import Report
+from saekit.evals.sparsity import Sparsity
+from saekit.sae import SparseAutoencoder
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+
+def evaluate(
+    sae: SparseAutoencoder,
+    model: TransformerBridge,
+    tokens: Int[Tensor, "c t"] | ContextBatch,
+    *,
+    hook: str | None = None,
+    kept: Bool[Tensor, "c t"] | None = None,
+    batch: int = 16,
+    on_batch: Callable[[int], object] | None = None,
+) -> Report:
+    """Judge a dictionary on held-out contexts.
+
+    Args:
+        sae: the dictionary.
+        model: the hooked model (``saekit.activations.load_model``).
+        tokens: [c, t] contexts of token ids, or a ``ContextBatch`` that knows its text positions.
+        hook: hook point; what the dictionary's metadata names if not given.
+        kept: [c, t] positions that hold text, where ``tokens`` is a plain tensor. If not given, a first position that
+            holds BOS is left out and everything else is kept.
+        batch: contexts in one forward pass.
+        on_batch: called with the number of contexts done, for a progress bar (each context counts twice).
+
+    Returns:
+        A report with the groups ``sparsity``, ``reconstruction`` and ``downstream``.
+
+    Raises:
+        SaekitError: no hook is known, the dictionary does not fit the model, or there is no text.
+    """
+    hook = hook or sae.cfg.metadata.get("hook_name")
+    if not hook:
+        raise SaekitError("the dictionary does not name its hook point; give one")
+    contexts = tokens if isinstance(tokens, ContextBatch) else _contexts(model, tokens, kept)
+    if not contexts.kept.any():
+        raise SaekitError("there is no held-out text to evaluate on")
+
+    def parts() -> Iterator[ContextBatch]:
+        for start in range(0, len(contexts.tokens), batch):
+            yield ContextBatch(*(column[start : start + batch] for column in contexts))
+            if on_batch is not None:
+                on_batch(len(contexts.tokens[start : start + batch]))
+
+    sparsity, reconstruction = _explained(sae, (found.x for found in harvest(model, hook, parts())), hook)
+    return Report(
+        {
+            "sparsity": sparsity.result(),
+            "reconstruction": reconstruction.result(),
+            "downstream": downstream(model, hook, parts(), _reconstruct(sae), reconstruction.mean()),
+        },
+        {"hook": hook, "contexts": len(contexts.tokens), "context_length": contexts.tokens.shape[1]},
+    )
+
+
+def evaluate_activations(sae: SparseAutoencoder, batches: Iterable[Float[Tensor, "m d_in"]]) -> Report:
+    """Judge a dictionary on activations alone: the groups ``sparsity`` and ``reconstruction``.
+
+    Raises:
+        SaekitError: there are none, or they have another width than the dictionary.
+    """
+    sparsity, reconstruction = _explained(sae, batches, "these activations")
+    return Report({"sparsity": sparsity.result(), "reconstruction": reconstruction.result()})
+
+
+@torch.no_grad()
+def _explained(
+    sae: SparseAutoencoder, batches: Iterable[Float[Tensor, "m d_in"]], origin: str
+) -> tuple[Sparsity, Reconstruction]:
+    sparsity, reconstruction = Sparsity(sae.cfg.d_sae), Reconstruction(sae.cfg.d_in)
+    for x in batches:
+        if x.shape[1] != sae.cfg.d_in:
+            raise SaekitError(
+                f"the dictionary does not fit: it takes width {sae.cfg.d_in}, but '{origin}' has width {x.shape[1]}"
+            )
+        code = sae.encode_sparse(x.to(sae.W_dec.device))
+        sparsity.update(code)
+        reconstruction.update(x, sae.decode(code))
+    if not sparsity.tokens:
+        raise SaekitError("there are no activations to evaluate on")
+    return sparsity, reconstruction
+
+
+def _reconstruct(sae: SparseAutoencoder) -> Callable[[Tensor], Tensor]:
+    def reconstruct(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return sae(x.to(sae.W_dec.device)).to(x.device)
+
+    return reconstruct
+
+
+def _contexts(model: TransformerBridge, tokens: Tensor, kept: Tensor | None) -> ContextBatch:
+    if tokens.ndim != 2:
+        raise SaekitError(f"tokens are contexts [c, t], not of shape {list(tokens.shape)}")
+    tokens = tokens.cpu()
+    if kept is None:
+        kept = torch.ones_like(tokens, dtype=torch.bool)
+        kept[:, 0] = tokens[:, 0] != model.tokenizer.bos_token_id
+    return ContextBatch(tokens, torch.arange(len(tokens))[:, None].expand_as(tokens), kept.cpu())

@@ -1,0 +1,215 @@
+"""The command line: ``saekit train``, ``cache``, ``eval`` and ``info``."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from saekit.errors import SaekitError
+
+if TYPE_CHECKING:
+    from saekit.evals import Report
+
+app = typer.Typer(
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    help="Train, load and judge sparse autoencoders of language-model activations.",
+)
+_DEBUG = "--debug"
+_UsageError: Any = typer.BadParameter.__base__  # click's, which typer may carry inside itself
+
+
+def main() -> None:
+    """Run the command line; a mistake is one line on standard error and exit code 2."""
+    arguments = [argument for argument in sys.argv[1:] if argument != _DEBUG] or ["--help"]
+    debug = _DEBUG in sys.argv
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        sys.exit(typer.main.get_command(app).main(arguments, prog_name="saekit", standalone_mode=False))
+    except (SaekitError, _UsageError) as error:
+        if debug:
+            raise
+        message = str(error) if isinstance(error, SaekitError) else error.format_message()
+        print("saekit: " + " ".join(message.split()), file=sys.stderr)
+        sys.exit(2)
+    except (KeyboardInterrupt, typer.Abort):
+        print("saekit: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _flags_of_config(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command one flag for each field of TrainConfig, so that names, types and help stand in one place."""
+    from saekit.trainers.config import TrainConfig
+
+    kinds: dict[Any, Any] = {int: int, float: float, int | None: int}
+    fixed = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    flags = []
+    for name, field in TrainConfig.model_fields.items():
+        default = "" if field.default is None or field.default_factory else f" [default: {field.default}]"
+        option = typer.Option(help=f"{field.description}{default}", show_default=False)
+        kind = Annotated[kinds.get(field.annotation, str) | None, option]
+        flags.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind))
+    command.__signature__ = inspect.Signature([*flags, *fixed])  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in [*flags, *fixed]}
+    return command
+
+
+def train(
+    *,
+    config: Path | None = typer.Option(None, help="YAML file of settings; flags win over it"),
+    resume: bool = typer.Option(False, help="go on with the run in --out"),
+    overwrite: bool = typer.Option(False, help="replace the run in --out"),
+    eval_tokens: int = typer.Option(131_072, min=0, help="held-out tokens to evaluate on at the end; 0 for none"),
+    quiet: bool = typer.Option(False, help="no progress bar"),
+    **flags: Any,
+) -> None:
+    """Train a dictionary, evaluate it on held-out text, and save both in the run's folder.
+
+    With no model and no dataset named, the embedded ones are used. Example:
+
+    saekit train --variant mutual_choice --width 4096 --k 32 --tokens 2000000 --out runs/demo
+    """
+    from saekit.trainers import TrainConfig
+    from saekit.trainers import train as run_training
+
+    if resume and config is None and flags["out"] is not None:
+        started = Path(flags["out"]) / "config.yaml"
+        config = started if started.is_file() else None
+    settings = TrainConfig.from_yaml(config, **flags)
+    try:
+        run = run_training(settings, resume=resume, overwrite=overwrite, quiet=quiet)
+    except KeyboardInterrupt:
+        print(f"\nsaekit: stopped; go on with: saekit train --out {settings.out} --resume", file=sys.stderr)
+        sys.exit(130)
+    if eval_tokens:
+        _judge([run.path], quiet, run.path / "eval.json", tokens=eval_tokens, device=settings.device)
+    print(f"run: {run.path}    dictionary: {run.path / 'sae'}")
+
+
+def cache(
+    out: Path = typer.Option(..., help="folder of the cache"),
+    tokens: int = typer.Option(2_000_000, min=1, help="tokens to store"),
+    model: str = typer.Option("embedded", help="'embedded', a local Hugging Face folder, or a name on the hub"),
+    hook: str | None = typer.Option(None, help="TransformerLens hook point [middle block's residual]"),
+    dataset: str = typer.Option("python", help="'python', a local text/JSONL/Parquet file, or a name on the hub"),
+    column: str = typer.Option("text", help="column of the dataset that holds the text"),
+    context_length: int | None = typer.Option(None, min=3, help="tokens a context"),
+    dtype: str = typer.Option("bfloat16", help="how activations are stored: float32, bfloat16, float16"),
+    device: str = typer.Option("auto", help="auto, cpu, cuda, mps"),
+    overwrite: bool = typer.Option(False, help="replace a cache in --out"),
+    quiet: bool = typer.Option(False, help="no progress bar"),
+) -> None:
+    """Harvest activations of the training text into a cache that `saekit train --cache` reads."""
+    from rich.progress import Progress
+
+    from saekit.activations import ActivationCache, ActivationSource
+    from saekit.activations.cache import check_writable
+    from saekit.trainers.trainer import pick_device
+
+    check_writable(out, dtype, overwrite)
+    source = ActivationSource.open(
+        model, hook, dataset, column=column, context_length=context_length, device=str(pick_device(device))
+    )
+    with Progress(disable=quiet) as progress:
+        task = progress.add_task(f"{source.hook}", total=tokens)
+
+        def counted() -> Any:
+            for batch in source.batches("train", tokens):
+                yield batch
+                progress.advance(task, len(batch.x))
+
+        made = ActivationCache.write(out, counted(), source.passport("train"), dtype=dtype, overwrite=overwrite)
+    if len(made) < tokens:
+        print(f"saekit: the text held only {len(made):,} of {tokens:,} tokens", file=sys.stderr)
+    print(f"cache: {out}    {len(made):,} tokens of width {made.d_in}, {made.dtype}, {len(made.shards)} shards")
+
+
+def evaluate(
+    dictionaries: list[Path] = typer.Argument(help="folders of dictionaries or runs"),
+    model: str | None = typer.Option(None, help="the model, where the dictionary does not say"),
+    hook: str | None = typer.Option(None, help="the hook point, where the dictionary does not say"),
+    dataset: str | None = typer.Option(None, help="text to judge by [the dictionary's own, held-out part]"),
+    column: str | None = typer.Option(None, help="column of the dataset that holds the text"),
+    context_length: int | None = typer.Option(None, min=3, help="tokens a context"),
+    cache: Path | None = typer.Option(None, help="judge by the held-out rows of this cache instead"),
+    tokens: int = typer.Option(131_072, min=1, help="held-out tokens"),
+    out: Path | None = typer.Option(None, help="write a JSON file of all reports"),
+    device: str = typer.Option("auto", help="auto, cpu, cuda, mps"),
+    quiet: bool = typer.Option(False, help="no progress bar"),
+) -> None:
+    """Judge dictionaries on held-out text by their inference rule; several give one table."""
+    if out is not None and out.exists():
+        raise SaekitError(f"'{out}' exists already; choose another --out")
+    _judge(
+        dictionaries,
+        quiet,
+        out,
+        model=model,
+        hook=hook,
+        dataset=dataset,
+        column=column,
+        context_length=context_length,
+        cache=cache,
+        tokens=tokens,
+        device=device,
+    )
+
+
+def info(path: Path = typer.Argument(help="a dictionary, a run or an activation cache")) -> None:
+    """Say what a folder holds."""
+    import saekit
+    from saekit.activations.cache import MANIFEST, ActivationCache
+
+    if (path / MANIFEST).is_file():
+        found = ActivationCache.open(path)
+        facts: dict[str, Any] = {"cache": str(path), "tokens": len(found), "d_in": found.d_in, "dtype": found.dtype}
+        facts |= {"shards": len(found.shards), "passport": found.passport}
+    else:
+        sae = saekit.load(path)
+        facts = {"dictionary": str(path), **{k: v for k, v in vars(sae.cfg).items() if v is not None}}
+    print(json.dumps(facts, indent=2))
+
+
+def _judge(paths: list[Path], quiet: bool, out: Path | None, *, device: str, **settings: Any) -> None:
+    """Evaluate, print one table, and write the reports: one alone, or several by the dictionary's path."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from saekit.evals import Judge, table
+    from saekit.files import replace_file
+    from saekit.trainers.trainer import pick_device
+
+    reports: dict[str, Report] = {}
+    with Progress(disable=quiet) as progress:
+
+        def bar(name: str, contexts: int) -> Callable[[int], object]:
+            task = progress.add_task(f"evaluating {name}", total=contexts)
+            return lambda done: progress.advance(task, done)
+
+        judge = Judge(device=str(pick_device(device)), on_contexts=bar, **settings)
+        for path in paths:
+            reports[str(path)] = judge(path)
+    console = Console()
+    console.width = console.width if len(reports) == 1 else max(console.width, 140)  # rather wrapped than cut off
+    console.print(table(reports))
+    if out is not None and len(reports) == 1:
+        next(iter(reports.values())).save(out)
+    elif out is not None:
+        everything = {name: json.loads(report.to_json()) for name, report in reports.items()}
+        replace_file(out, lambda part: part.write_text(json.dumps(everything, indent=2) + "\n"))
+
+
+app.command()(_flags_of_config(train))
+app.command()(cache)
+app.command("eval")(evaluate)
+app.command()(info)
+
+if __name__ == "__main__":
+    main()

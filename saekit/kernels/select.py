@@ -1,0 +1,84 @@
+"""Exact selection of the largest entries, by row or in the whole matrix, the same on every backend.
+
+Among equal entries the one with the smallest index wins. Entries that are not positive never decide anything, since
+relu follows every selection, so ties among them are left alone.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+_GROUP = 8
+_SAMPLE = 1 << 16
+
+
+def _largest(rows: Float[Tensor, "n F"], k: int) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
+    """Values and columns of the k largest of each row, descending; ties fall as they may."""
+    n, width = rows.shape
+    groups = width // _GROUP
+    if width % _GROUP or groups < 2 * k:
+        values, columns = rows.topk(k, dim=1)
+        return values, columns
+    # Two stages: the k largest lie in the k groups with the largest maxima.
+    grouped = rows.view(n, _GROUP, groups)
+    chosen = grouped.amax(1).topk(k, dim=1, sorted=False).indices
+    candidates = grouped.gather(2, chosen[:, None, :].expand(n, _GROUP, k)).flatten(1)
+    values, places = candidates.topk(k, dim=1)
+    return values, chosen.gather(1, places % k) + places.div(k, rounding_mode="floor") * groups
+
+
+def largest_in_rows(rows: Float[Tensor, "n F"], k: int) -> Int[Tensor, "n k"]:
+    """Columns of the k largest entries of each row, in no particular order.
+
+    Args:
+        rows: [n, F] without gradients.
+        k: 1 to F.
+    """
+    width = rows.shape[1]
+    if k == width:
+        return torch.arange(width, device=rows.device).expand(rows.shape)
+    values, columns = _largest(rows, k + 1)
+    tied = (values[:, k - 1] == values[:, k]) & (values[:, k] > 0)
+    columns = columns[:, :k]
+    if tied.any():
+        columns = columns.clone()
+        columns[tied] = rows[tied].sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return columns
+
+
+def largest_in_all(matrix: Float[Tensor, "n F"], total: int) -> Int[Tensor, "m"]:
+    """Flat indices, ascending, of the ``total`` largest entries of a whole matrix, those not positive left out.
+
+    Args:
+        matrix: [n, F], contiguous, without gradients.
+        total: at least 1.
+    """
+    flat = matrix.flatten()
+    survivors = (flat > _lower_bound(flat, total)).nonzero().flatten()
+    if survivors.numel() < total:  # the sample misled, or fewer are positive
+        survivors = (flat > 0).nonzero().flatten()
+    if survivors.numel() <= total:
+        return survivors
+    values = flat[survivors]
+    smallest = values.topk(total, sorted=False).values.min()
+    keep = values > smallest
+    ties = (values == smallest).nonzero().flatten()
+    keep[ties[: total - int(keep.sum())]] = True
+    return survivors[keep]
+
+
+def _lower_bound(flat: Float[Tensor, "m"], total: int) -> float:
+    """A value, at least 0, that almost surely lies below the ``total`` largest entries, from a sample of them."""
+    stride = flat.numel() // _SAMPLE | 1  # odd, so that a width that is a power of two does not alias
+    sample = flat[::stride]
+    expected = total / flat.numel() * sample.numel()
+    rank = int(expected + 6 * expected**0.5 + 10)
+    if stride == 1 or rank >= sample.numel():
+        return 0.0
+    return max(0.0, float(sample.topk(rank, sorted=False).values.min()))

@@ -1,0 +1,140 @@
+"""What a dictionary is: a sparse autoencoder with its inference rule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from saekit.allocation import threshold_choice, token_choice
+from saekit.code import SparseCode
+from saekit.errors import SaekitError
+from saekit.kernels.decode import decode
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+Architecture = Literal["topk", "jumprelu", "standard"]
+_CHUNK = 1 << 26  # pre-activations held at a time
+
+
+@dataclass(frozen=True)
+class SAEConfig:
+    """What a dictionary is, apart from its weights.
+
+    Attributes:
+        d_in: width of the activations.
+        d_sae: number of features.
+        architecture: inference rule: ``topk`` (the k largest pre-activations of each token), ``jumprelu`` (those above
+            a threshold) or ``standard`` (the positive ones).
+        k: features a token, for ``topk`` alone.
+        apply_b_dec_to_input: whether b_dec is subtracted from the input.
+        metadata: where the dictionary comes from (``model_name``, ``hook_name``, ``dataset_path``, ...).
+    """
+
+    d_in: int
+    d_sae: int
+    architecture: Architecture
+    k: int | None = None
+    apply_b_dec_to_input: bool = True
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.d_in < 1 or self.d_sae < 1:
+            raise SaekitError(f"a dictionary of d_in = {self.d_in} and d_sae = {self.d_sae} has no features")
+        if self.architecture not in ("topk", "jumprelu", "standard"):
+            raise SaekitError(f"unknown architecture '{self.architecture}'; choose from topk, jumprelu, standard")
+        if self.architecture == "topk" and not (self.k is not None and 1 <= self.k <= self.d_sae):
+            raise SaekitError(f"k = {self.k} is not between 1 and the {self.d_sae} features of the dictionary")
+
+
+class SparseAutoencoder(nn.Module):
+    """A dictionary: features f = rule((x − b_dec) W_enc + b_enc), reconstruction x̂ = f W_dec + b_dec.
+
+    Attributes:
+        W_enc: [d_in, d_sae]; stored so that a feature's column is contiguous.
+        b_enc: [d_sae].
+        W_dec: [d_sae, d_in].
+        b_dec: [d_in].
+        threshold: [d_sae], for ``jumprelu`` alone, else None.
+    """
+
+    threshold: Tensor | None
+
+    def __init__(self, cfg: SAEConfig, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> None:
+        super().__init__()
+        self.cfg = cfg
+        like: dict[str, Any] = {"dtype": dtype, "device": device}
+        # A transposed view: the sparse kernels read the encoder a feature at a time.
+        self.W_enc = nn.Parameter(torch.zeros(cfg.d_sae, cfg.d_in, **like).T)
+        self.b_enc = nn.Parameter(torch.zeros(cfg.d_sae, **like))
+        self.W_dec = nn.Parameter(torch.zeros(cfg.d_sae, cfg.d_in, **like))
+        self.b_dec = nn.Parameter(torch.zeros(cfg.d_in, **like))
+        self.register_buffer("threshold", torch.zeros(cfg.d_sae, **like) if cfg.architecture == "jumprelu" else None)
+
+    def pre_activations(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+        """Affinities of tokens and features, before the inference rule and relu."""
+        centred = x - self.b_dec if self.cfg.apply_b_dec_to_input else x
+        return centred @ self.W_enc + self.b_enc
+
+    def encode_sparse(self, x: Float[Tensor, "*batch d_in"]) -> SparseCode:
+        """The code of the tokens of x, its leading dimensions flattened to n tokens.
+
+        Raises:
+            SaekitError: the last dimension of x is not d_in.
+        """
+        x = self._checked(x).reshape(-1, self.cfg.d_in)
+        rows = max(1, _CHUNK // self.cfg.d_sae)
+        return SparseCode.concatenate([self._select(self.pre_activations(part)) for part in x.split(rows)])
+
+    def _select(self, pre: Float[Tensor, "n d_sae"]) -> SparseCode:
+        """The inference rule."""
+        if self.cfg.k is not None:
+            return token_choice(pre, self.cfg.k)
+        return threshold_choice(pre, pre.new_zeros(1) if self.threshold is None else self.threshold)
+
+    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+        """Feature activations as a dense tensor, with gradients.
+
+        Raises:
+            SaekitError: the last dimension of x is not d_in.
+        """
+        return self.encode_sparse(x).to_dense().reshape(*x.shape[:-1], self.cfg.d_sae)
+
+    def decode(self, f: Float[Tensor, "*batch d_sae"] | SparseCode) -> Float[Tensor, "*batch d_in"]:
+        """Reconstructions of feature activations, [n, d_in] from a sparse code of n tokens."""
+        if isinstance(f, SparseCode):
+            return decode(f, self.W_dec, self.b_dec)
+        return f @ self.W_dec + self.b_dec
+
+    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
+        """Reconstructions x̂, the shape of x, in the dictionary's dtype."""
+        return self.decode(self.encode_sparse(x)).reshape(x.shape)
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+        """Write the dictionary to ``folder`` in the format of SAELens.
+
+        Raises:
+            SaekitError: the folder holds something and ``overwrite`` is not set.
+        """
+        from saekit.formats import saelens
+
+        return saelens.write(self, Path(folder), overwrite=overwrite)
+
+    def with_metadata(self, **facts: Any) -> SparseAutoencoder:
+        """This dictionary with further facts in its metadata; changes it in place and returns it."""
+        self.cfg = replace(self.cfg, metadata={**self.cfg.metadata, **facts})
+        return self
+
+    def _checked(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != self.cfg.d_in:
+            raise SaekitError(f"activations of width {x.shape[-1]} do not fit a dictionary of d_in = {self.cfg.d_in}")
+        return x.to(self.W_dec.dtype)
+
+    def extra_repr(self) -> str:
+        """One line for ``print(sae)``."""
+        rule = f", k={self.cfg.k}" if self.cfg.k is not None else ""
+        return f"{self.cfg.architecture}, d_in={self.cfg.d_in}, d_sae={self.cfg.d_sae}{rule}"

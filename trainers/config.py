@@ -1,0 +1,124 @@
+"""What a training run is asked to do: one flat config, from YAML, flags, or Python."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from saekit.errors import SaekitError, did_you_mean
+from saekit.trainers.variants import VARIANTS
+
+
+class TrainConfig(BaseModel):
+    """A training run. Every field is a key of ``config.yaml`` and a flag of ``saekit train``.
+
+    Raises:
+        SaekitError: a value is impossible or a key unknown; the message names the nearest right one.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    variant: str = Field("mutual_choice", description="allocation rule and loss: " + ", ".join(VARIANTS))
+    out: Path = Field(
+        default_factory=lambda data: Path("runs") / data.get("variant", "run"),
+        description="folder of the run; runs/VARIANT if not given",
+    )
+    # where activations come from
+    model: str = Field("embedded", description="'embedded', a local Hugging Face folder, or a name on the hub")
+    hook: str | None = Field(None, description="TransformerLens hook point; the middle block's residual if not given")
+    dataset: str = Field("python", description="'python', a local text/JSONL/Parquet file, or a name on the hub")
+    column: str = Field("text", description="column of the dataset that holds the text")
+    context_length: int | None = Field(None, gt=2, description="tokens a context; 256 or the model's most")
+    cache: Path | None = Field(None, description="train on this activation cache instead of a live harvest")
+    buffer: int = Field(131_072, gt=0, description="tokens that are shuffled together")
+    # the dictionary
+    width: int | None = Field(None, gt=0, description="number of features (d_sae)")
+    expansion: float = Field(16, gt=0, description="width as a multiple of d_in, where no width is given")
+    k: int = Field(32, gt=0, description="mean number of active features a token")
+    # the optimisation
+    tokens: int = Field(2_000_000, gt=0, description="training tokens")
+    batch_size: int = Field(4096, gt=0, description="tokens a step")
+    lr: float = Field(1e-3, gt=0, description="peak learning rate of Adam")
+    warmup: float = Field(0.05, ge=0, le=1, description="share of the steps in which the learning rate rises")
+    decay: float = Field(0.3, ge=0, le=1, description="share of the steps, at the end, in which it falls to zero")
+    clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    dead_after: int | None = Field(None, gt=0, description="tokens without firing that make a feature count as dead")
+    seed: int = Field(0, ge=0, description="of every random choice")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the language model")
+    # housekeeping
+    calibration_tokens: int = Field(65_536, gt=0, description="tokens on which inference thresholds are set")
+    log_every: int = Field(10, gt=0, description="steps between lines of metrics.jsonl")
+    checkpoint_every: int = Field(500, gt=0, description="steps between checkpoints")
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise SaekitError(_one_line(error)) from None
+
+    @field_validator("variant")
+    @classmethod
+    def _known_variant(cls, value: str) -> str:
+        if value not in VARIANTS:
+            raise ValueError(f"unknown variant '{value}'{did_you_mean(value, VARIANTS)}")
+        return value
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, value: str) -> str:
+        if value.split(":")[0] not in ("auto", "cpu", "cuda", "mps"):
+            raise ValueError(f"unknown device '{value}'{did_you_mean(value, ('auto', 'cpu', 'cuda', 'mps'))}")
+        return value
+
+    @model_validator(mode="after")
+    def _fits(self) -> TrainConfig:
+        if self.width is not None and self.k > self.width:
+            raise ValueError(f"k = {self.k} is larger than the width of {self.width} features")
+        if self.tokens < self.batch_size:
+            raise ValueError(f"tokens = {self.tokens} are fewer than one batch of batch_size = {self.batch_size}")
+        if self.warmup + self.decay > 1:
+            raise ValueError(f"warmup = {self.warmup} and decay = {self.decay} overlap: together they are at most 1")
+        return self
+
+    @property
+    def steps(self) -> int:
+        """Number of optimiser steps."""
+        return self.tokens // self.batch_size
+
+    @classmethod
+    def from_yaml(cls, path: str | Path | None, **flags: Any) -> TrainConfig:
+        """A config from a YAML file (or none) and flags that win over it; flags of None are left out.
+
+        Raises:
+            SaekitError: the file is missing, is no mapping of keys, or names what is impossible.
+        """
+        values: dict[str, Any] = {}
+        if path is not None:
+            try:
+                loaded = yaml.safe_load(Path(path).read_text())
+            except OSError as error:
+                raise SaekitError(f"cannot read the config '{path}': {error.strerror}") from None
+            except (yaml.YAMLError, UnicodeDecodeError) as error:
+                raise SaekitError(f"the config '{path}' is not YAML: {' '.join(str(error).split())}") from None
+            if not isinstance(loaded, dict):
+                raise SaekitError(f"the config '{path}' is not a mapping of keys to values")
+            values = {str(key): value for key, value in loaded.items()}
+        return cls(**{**values, **{key: value for key, value in flags.items() if value is not None}})
+
+    def to_yaml(self) -> str:
+        """The config as YAML; ``from_yaml`` reads it back."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def _one_line(error: ValidationError) -> str:
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"unknown setting '{name}'{did_you_mean(name, TrainConfig.model_fields)}"
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])
+    return f"{name} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"

@@ -1,0 +1,65 @@
+"""Mutual choice: the k·n best matches of the whole batch (arXiv 2411.02124); saved with one threshold (our reading)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saekit.allocation import mutual_choice
+from saekit.code import SparseCode
+from saekit.errors import SaekitError
+from saekit.sae import Architecture, SparseAutoencoder
+
+
+class MutualChoice:
+    """Mutual choice over each batch; saved as ``jumprelu`` with the same threshold for every feature."""
+
+    architecture: Architecture = "jumprelu"
+
+    def __init__(self, k: int) -> None:
+        self.k = k
+
+    def allocate(self, pre: Float[Tensor, "n F"]) -> SparseCode:
+        """The k·n largest of the whole batch."""
+        return mutual_choice(pre, self.k * len(pre))
+
+    def calibrate(self, sae: SparseAutoencoder, heldout: Iterable[Float[Tensor, "n d"]]) -> None:
+        """Set the threshold that gives a mean of k matches a token on held-out activations."""
+        assert sae.threshold is not None
+        sae.threshold.fill_(global_threshold(sae, heldout, self.k))
+
+
+@torch.no_grad()
+def global_threshold(sae: SparseAutoencoder, batches: Iterable[Float[Tensor, "n d"]], k: int) -> float:
+    """The θ for which exactly k pairs a token have P > θ on these activations (fewer where fewer are positive).
+
+    θ lies halfway between the k·n-th and the next largest pre-activation of all n tokens. Each batch keeps its 4·k
+    largest a token as candidates; where one batch could hide a larger entry than the θ found, the share is doubled.
+
+    Raises:
+        SaekitError: there are no activations.
+    """
+    kept = list(batches)
+    n = sum(len(batch) for batch in kept)
+    if not n:
+        raise SaekitError("no held-out activations to calibrate the threshold on")
+    share = min(4 * k, sae.cfg.d_sae)
+    while True:
+        candidates, hidden = [], 0.0
+        for batch in kept:
+            total = share * len(batch)
+            values = mutual_choice(sae.pre_activations(batch), total).values
+            candidates.append(values)
+            if values.numel() == total:
+                hidden = max(hidden, float(values.min()))
+        every = torch.cat(candidates)
+        if every.numel() <= k * n:
+            return 0.0
+        top = every.topk(k * n + 1).values
+        theta = float((top[-1].double() + top[-2].double()) / 2)
+        if hidden <= theta or share == sae.cfg.d_sae:
+            return theta
+        share = min(2 * share, sae.cfg.d_sae)

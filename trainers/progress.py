@@ -1,0 +1,54 @@
+"""What a run shows and writes while it trains."""
+
+from __future__ import annotations
+
+import json
+import time
+from types import TracebackType
+from typing import TextIO
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from saekit.trainers.config import TrainConfig
+
+
+class TrainingProgress:
+    """A progress bar on the screen and lines in ``metrics.jsonl``."""
+
+    def __init__(self, config: TrainConfig, step: int, quiet: bool) -> None:
+        self.config = config
+        self.first = step
+        self.start = time.perf_counter()
+        self.file: TextIO = (config.out / "metrics.jsonl").open("a")
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
+            disable=quiet,
+        )
+        self.task = self.bar.add_task(config.variant, total=config.steps, completed=step, figures="")
+
+    def __enter__(self) -> TrainingProgress:
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.stop()
+        self.file.close()
+
+    def advance(self) -> None:
+        """One step is done."""
+        self.bar.advance(self.task)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Write one line of metrics and show the main figures."""
+        seconds = time.perf_counter() - self.start
+        rate = (step - self.first) * self.config.batch_size / seconds
+        self.file.write(json.dumps({"step": step, "seconds": seconds, "tokens_per_second": rate, **metrics}) + "\n")
+        self.file.flush()
+        figures = "{rate:,.0f} tokens/s  loss {loss:.4f}  FVU {fvu:.4f}  L0 {l0:.1f}  dead {dead_share:.1%}"
+        self.bar.update(self.task, figures=figures.format(rate=rate, **metrics))

@@ -1,0 +1,278 @@
+"""The training loop: activations in, a saved dictionary out."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saekit.activations import ShuffledStream
+from saekit.errors import SaekitError
+from saekit.files import check_free, replace_file, writable_folder
+from saekit.kernels.affinities import affinities
+from saekit.kernels.decode import decode
+from saekit.sae import SAEConfig, SparseAutoencoder
+from saekit.trainers.checkpoint import load_checkpoint, save_checkpoint
+from saekit.trainers.config import TrainConfig
+from saekit.trainers.data import TrainingData, training_data
+from saekit.trainers.geometric_median import geometric_median
+from saekit.trainers.losses import reconstruction_loss
+from saekit.trainers.optimizer import DictionaryAdam, learning_rate
+from saekit.trainers.progress import TrainingProgress
+from saekit.trainers.statistics import Statistics
+from saekit.trainers.variants import VARIANTS, Variant
+
+CONFIG, METRICS, CHECKPOINTS, DICTIONARY = "config.yaml", "metrics.jsonl", "checkpoints", "sae"
+_SAMPLE = 16_384  # rows that the scale and b_dec start from
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        sae: the dictionary, in evaluation mode, for raw activations.
+        path: the run's folder.
+        config: what was asked, defaults filled in.
+    """
+
+    sae: SparseAutoencoder
+    path: Path
+    config: TrainConfig
+
+
+def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False, quiet: bool = False) -> Run:
+    """Train a dictionary and save it.
+
+    The run's folder receives ``config.yaml``, ``metrics.jsonl``, ``checkpoints/`` and the dictionary in ``sae/``.
+
+    Args:
+        config: what to train.
+        resume: go on from the newest checkpoint in ``config.out``; a finished run is loaded and returned.
+        overwrite: replace a run that ``config.out`` holds.
+        quiet: show no progress bar.
+
+    Raises:
+        SaekitError: the config, the data or the folder is not as it must be; or activations or loss are not finite.
+        KeyboardInterrupt: after the state has been saved.
+    """
+    import saekit
+
+    _check_folder(config, resume, overwrite)
+    if resume and (config.out / DICTIONARY / "cfg.json").exists():
+        return Run(saekit.load(config.out), config.out, config)
+    device = pick_device(config.device)
+    data = training_data(config, device)
+    stream = ShuffledStream(data.fills(), config.batch_size, config.seed)
+    with closing(stream):
+        trainer = Trainer(config, data, stream, device, quiet)  # everything that can be refused has been by now
+        if not resume:
+            _prepare_folder(config)
+        return trainer.run()
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of this name; ``auto`` is CUDA, then MPS, then the CPU.
+
+    Raises:
+        SaekitError: this machine has no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if (name.startswith("cuda") and not torch.cuda.is_available()) or (
+        name == "mps" and not torch.backends.mps.is_available()
+    ):
+        raise SaekitError(f"this machine has no device '{name}'; use --device cpu")
+    return torch.device(name)
+
+
+def _check_folder(config: TrainConfig, resume: bool, overwrite: bool) -> None:
+    old = config.out / CONFIG
+    if resume:
+        if not old.is_file():
+            raise SaekitError(f"there is no run to resume in '{config.out}': {CONFIG} is missing")
+        before = TrainConfig.from_yaml(old).model_dump(exclude={"out"})
+        changed = [key for key, value in config.model_dump(exclude={"out"}).items() if before[key] != value]
+        if changed:
+            raise SaekitError(f"the run in '{config.out}' was started with another {', '.join(changed)}")
+        return
+    check_free(config.out, overwrite=overwrite, hint="choose another --out, or pass --resume or --overwrite")
+
+
+def _prepare_folder(config: TrainConfig) -> None:
+    """Make the run's folder; what an earlier run left there goes."""
+    writable_folder(config.out, overwrite=True)
+    for name in (METRICS, *(f"{CHECKPOINTS}/{p.name}" for p in (config.out / CHECKPOINTS).glob("*.pt"))):
+        (config.out / name).unlink(missing_ok=True)
+    for part in (config.out / DICTIONARY).glob("*"):
+        part.unlink()
+    replace_file(config.out / CONFIG, lambda path: path.write_text(config.to_yaml()))
+
+
+class Trainer:
+    """One run: its parameters, optimiser and statistics."""
+
+    def __init__(
+        self, config: TrainConfig, data: TrainingData, stream: ShuffledStream, device: torch.device, quiet: bool
+    ) -> None:
+        self.config, self.data, self.device, self.quiet = config, data, device, quiet
+        self.stream = stream
+        self.batches: Iterator[Tensor] = iter(stream)
+        self.variant: Variant = VARIANTS[config.variant](config.k)
+        sample, self.batches = _peek(self.batches, _SAMPLE)
+        self.sae, self.scale = initial_dictionary(config, self.variant, sample.to(device))
+        self.optimizer = DictionaryAdam(self.sae, config.lr, config.clip)
+        self.statistics = Statistics(self.sae.cfg.d_sae, device)
+        self.dead_after = config.dead_after or max(config.batch_size, min(10_000_000, config.tokens // 6))
+        self.step = 0
+
+    def run(self) -> Run:
+        """All remaining steps, then calibration and saving."""
+        folder = self.config.out / CHECKPOINTS
+        state = load_checkpoint(folder, self.device)
+        if state is not None:
+            self.load_state_dict(state)
+            next(itertools.islice(self.batches, self.step - 1, self.step), None)  # what was trained on already
+        self.stream.waited = 0.0
+        config, steps = self.config, self.config.steps
+        with TrainingProgress(config, self.step, self.quiet) as progress:
+            try:
+                for x in itertools.islice(self.batches, steps - self.step):
+                    metrics = self.train_step(x.to(self.device) * self.scale)
+                    self.step += 1
+                    if self.step % config.log_every == 0 or self.step == steps:
+                        progress.log(self.step, self._metrics(metrics))
+                    progress.advance()
+                    if self.step % config.checkpoint_every == 0 and self.step < steps:
+                        save_checkpoint(folder, self.step, self.state_dict())
+            except KeyboardInterrupt:
+                if self.step:
+                    save_checkpoint(folder, self.step, self.state_dict())
+                raise
+        return self._finish()
+
+    def train_step(self, x: Float[Tensor, "n d"]) -> dict[str, float]:
+        """One optimiser step on one batch of scaled activations."""
+        sae, config = self.sae, self.config
+        with torch.no_grad():
+            code = self.variant.allocate(sae.pre_activations(x))
+        values = affinities(x, sae.W_enc, sae.b_enc, sae.b_dec, code)
+        x_hat = decode(code.with_values(values), sae.W_dec, sae.b_dec)
+        loss = reconstruction_loss(x, x_hat)
+        fvu = loss.item()
+        if not math.isfinite(fvu):
+            raise SaekitError(f"the loss is {fvu} at step {self.step + 1}; a lower --lr may help")
+        loss.backward()  # type: ignore[no-untyped-call]
+        lr = learning_rate(self.step, config.steps, config.lr, config.warmup, config.decay)
+        norm = self.optimizer.step(lr)
+        self.statistics.update(code)
+        return {"loss": fvu, "fvu": fvu, "l0": code.l0, "grad_norm": norm, "lr": lr}
+
+    def _metrics(self, latest: dict[str, float]) -> dict[str, float]:
+        return {
+            **latest,
+            "tokens": float(self.statistics.tokens),
+            "dead_share": self.statistics.dead_share(self.dead_after),
+            "dead_after": float(self.dead_after),
+            "smallest_kept": self.statistics.smallest_kept / self.scale,
+            "waited_seconds": self.stream.waited,
+        }
+
+    @torch.no_grad()
+    def _finish(self) -> Run:
+        sae = self.sae.eval()
+        self.variant.calibrate(sae, (x.to(self.device) * self.scale for x in self.data.calibration()))
+        unscale(sae, self.scale)
+        passport = self.data.passport
+        sae.with_metadata(
+            model_name=passport.get("model"),
+            hook_name=passport.get("hook"),
+            dataset_path=passport.get("dataset"),
+            context_size=passport.get("context_length"),
+            prepend_bos=passport.get("prepend_bos"),
+            saekit={
+                "variant": self.config.variant,
+                "k": self.config.k,
+                "training_tokens": self.statistics.tokens,
+                "seed": self.config.seed,
+                "activation_scale": self.scale,
+                "cache": str(self.config.cache) if self.config.cache else None,
+                "column": self.config.column,
+                "passport": passport,
+            },
+        )
+        sae.save(self.config.out / DICTIONARY, overwrite=True)
+        return Run(sae, self.config.out, self.config)
+
+    def state_dict(self) -> dict[str, object]:
+        """Weights, optimiser and statistics; the stream's place follows from the step."""
+        return {
+            "sae": self.sae.state_dict(),
+            "adam": self.optimizer.adam.state_dict(),
+            "statistics": self.statistics.state_dict(),
+            "scale": self.scale,
+        }
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        """Go back to a checkpoint."""
+        self.sae.load_state_dict(state["sae"])  # type: ignore[arg-type]
+        self.optimizer.adam.load_state_dict(state["adam"])  # type: ignore[arg-type]
+        self.statistics.load_state_dict(state["statistics"])  # type: ignore[arg-type]
+        self.scale, self.step = float(state["scale"]), int(state["step"])  # type: ignore[arg-type, call-overload]
+
+
+def _peek(batches: Iterator[Tensor], rows: int) -> tuple[Tensor, Iterator[Tensor]]:
+    """About the first ``rows`` rows, and an iterator that still begins with them."""
+    first: list[Tensor] = []
+    while sum(len(batch) for batch in first) < rows:
+        first.append(next(batches))
+    return torch.cat(first)[:rows], itertools.chain(first, batches)
+
+
+def initial_dictionary(
+    config: TrainConfig, variant: Variant, sample: Float[Tensor, "n d"]
+) -> tuple[SparseAutoencoder, float]:
+    """A dictionary to train on scaled activations, and the scale that gives them mean norm √d.
+
+    Decoder rows are random unit vectors, the encoder starts as the decoder's transpose, b_dec as the geometric median
+    of the scaled sample.
+
+    Raises:
+        SaekitError: the activations are all zero, or k is larger than the width.
+    """
+    d_in = sample.shape[1]
+    norm = float(sample.norm(dim=1).double().mean())
+    if norm == 0:
+        raise SaekitError("the activations are all zero")
+    scale = d_in**0.5 / norm
+    d_sae = config.width or round(config.expansion * d_in)
+    k = config.k if variant.architecture == "topk" else None
+    if config.k > d_sae:
+        raise SaekitError(f"k = {config.k} is larger than the width of {d_sae} features")
+    sae = SparseAutoencoder(SAEConfig(d_in, d_sae, variant.architecture, k), device=sample.device)
+    generator = torch.Generator().manual_seed(config.seed)
+    with torch.no_grad():
+        rows = torch.randn(d_sae, d_in, generator=generator).to(sample.device)
+        sae.W_dec.copy_(rows / rows.norm(dim=1, keepdim=True))
+        sae.W_enc.copy_(sae.W_dec.T)
+        sae.b_dec.copy_(geometric_median(sample * scale))
+    return sae, scale
+
+
+@torch.no_grad()
+def unscale(sae: SparseAutoencoder, scale: float) -> None:
+    """Fold the activation scale into the dictionary, in place: afterwards it takes and gives raw activations.
+
+    With x' = s·x: relu((s·x − b)W + c)/s = relu((x − b/s)W + c/s), so biases and thresholds are divided by s, while
+    both matrices stay and decoder rows keep unit norm.
+    """
+    for tensor in (sae.b_enc, sae.b_dec, sae.threshold):
+        if tensor is not None:
+            tensor /= scale
