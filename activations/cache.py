@@ -110,7 +110,7 @@ class ActivationCache:
         rows = torch.arange(len(x))
         parts = (
             ActivationBatch(part, torch.full_like(r, -1), r, torch.zeros_like(r))
-            for part, r in zip(x.detach().cpu().split(SHARD_ROWS), rows.split(SHARD_ROWS), strict=True)
+            for part, r in zip(torch.split(x.detach().cpu(), SHARD_ROWS), torch.split(rows, SHARD_ROWS), strict=True)
         )
         return cls.write(path, parts, passport or {}, dtype=dtype, overwrite=overwrite)
 

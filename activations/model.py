@@ -114,8 +114,8 @@ def model_revision(model: TransformerBridge, name_or_path: str) -> str:
 
 
 def default_hook(model: TransformerBridge) -> str:
-    """The residual stream after the middle block."""
-    return f"blocks.{int(model.cfg.n_layers) // 2}.hook_resid_post"
+    """The residual stream in the middle of the model: after half of its blocks."""
+    return f"blocks.{(int(model.cfg.n_layers) - 1) // 2}.hook_resid_post"
 
 
 def check_hook(model: TransformerBridge, hook: str) -> None:

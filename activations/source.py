@@ -53,7 +53,7 @@ class ActivationSource:
 
         Args:
             model: ``"embedded"``, a local Hugging Face folder, or a name on the hub.
-            hook: TransformerLens hook point; the residual stream after the middle block if not given.
+            hook: TransformerLens hook point; the residual stream after half of the blocks if not given.
             dataset: what ``open_text`` takes.
             column: the dataset's text column.
             context_length: tokens a context; 256, or the model's most where that is less, if not given.

@@ -121,7 +121,7 @@ class ShuffledStream:
             self.waited += time.perf_counter() - start
             if isinstance(item, BaseException):
                 raise item
-            yield from item.split(self._batch_size)
+            yield from torch.split(item, self._batch_size)
 
     def close(self) -> None:
         """Stop the thread."""

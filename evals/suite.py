@@ -104,7 +104,8 @@ def _explained(
 def _reconstruct(sae: SparseAutoencoder) -> Callable[[Tensor], Tensor]:
     def reconstruct(x: Tensor) -> Tensor:
         with torch.no_grad():
-            return sae(x.to(sae.W_dec.device)).to(x.device)
+            x_hat: Tensor = sae(x.to(sae.W_dec.device))
+        return x_hat.to(x.device)
 
     return reconstruct
 

@@ -54,7 +54,7 @@ def _flags_of_config(command: Callable[..., None]) -> Callable[..., None]:
     for name, field in TrainConfig.model_fields.items():
         default = "" if field.default is None or field.default_factory else f" [default: {field.default}]"
         option = typer.Option(help=f"{field.description}{default}", show_default=False)
-        kind = Annotated[kinds.get(field.annotation, str) | None, option]
+        kind: Any = Annotated[kinds.get(field.annotation, str) | None, option]
         flags.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind))
     command.__signature__ = inspect.Signature([*flags, *fixed])  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in [*flags, *fixed]}
@@ -97,7 +97,7 @@ def cache(
     out: Path = typer.Option(..., help="folder of the cache"),
     tokens: int = typer.Option(2_000_000, min=1, help="tokens to store"),
     model: str = typer.Option("embedded", help="'embedded', a local Hugging Face folder, or a name on the hub"),
-    hook: str | None = typer.Option(None, help="TransformerLens hook point [middle block's residual]"),
+    hook: str | None = typer.Option(None, help="TransformerLens hook point [the residual after half of the blocks]"),
     dataset: str = typer.Option("python", help="'python', a local text/JSONL/Parquet file, or a name on the hub"),
     column: str = typer.Option("text", help="column of the dataset that holds the text"),
     context_length: int | None = typer.Option(None, min=3, help="tokens a context"),

@@ -88,7 +88,7 @@ class SparseAutoencoder(nn.Module):
         """
         x = self._checked(x).reshape(-1, self.cfg.d_in)
         rows = max(1, _CHUNK // self.cfg.d_sae)
-        return SparseCode.concatenate([self._select(self.pre_activations(part)) for part in x.split(rows)])
+        return SparseCode.concatenate([self._select(self.pre_activations(part)) for part in torch.split(x, rows)])
 
     def _select(self, pre: Float[Tensor, "n d_sae"]) -> SparseCode:
         """The inference rule."""

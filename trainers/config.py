@@ -28,7 +28,9 @@ class TrainConfig(BaseModel):
     )
     # where activations come from
     model: str = Field("embedded", description="'embedded', a local Hugging Face folder, or a name on the hub")
-    hook: str | None = Field(None, description="TransformerLens hook point; the middle block's residual if not given")
+    hook: str | None = Field(
+        None, description="TransformerLens hook point; the residual after half of the blocks if not given"
+    )
     dataset: str = Field("python", description="'python', a local text/JSONL/Parquet file, or a name on the hub")
     column: str = Field("text", description="column of the dataset that holds the text")
     context_length: int | None = Field(None, gt=2, description="tokens a context; 256 or the model's most")

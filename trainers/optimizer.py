@@ -26,11 +26,11 @@ class DictionaryAdam:
         """One update; returns the gradient's norm after projection and before clipping."""
         W, grad = self.sae.W_dec, self.sae.W_dec.grad
         assert grad is not None
-        grad -= (grad * W).sum(1, keepdim=True) * W  # along a row there is nothing to learn: its norm is fixed
+        grad.sub_((grad * W).sum(1, keepdim=True) * W)  # along a row there is nothing to learn: its norm is fixed
         norm = torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.clip)
         for group in self.adam.param_groups:
             group["lr"] = lr
         self.adam.step()
-        W /= W.norm(dim=1, keepdim=True)
+        W.div_(W.norm(dim=1, keepdim=True))
         self.adam.zero_grad(set_to_none=True)
         return float(norm)

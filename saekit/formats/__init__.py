@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from saekit.errors import SaekitError
 from saekit.formats import saelens
@@ -13,8 +13,18 @@ if TYPE_CHECKING:
 
     from saekit.sae import SparseAutoencoder
 
-# Each adapter has recognises(folder) and read(folder, device); one line a format.
-FORMATS = {"saelens": saelens}
+
+class Format(Protocol):
+    """What an adapter has, a module of this package."""
+
+    def recognises(self, folder: Path) -> bool:
+        """Whether the folder holds a dictionary in this format."""
+
+    def read(self, folder: Path, device: str | torch.device) -> SparseAutoencoder:
+        """The dictionary in the folder."""
+
+
+FORMATS: dict[str, Format] = {"saelens": saelens}
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> SparseAutoencoder:
@@ -33,7 +43,9 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> SparseAutoenco
     for place in (folder, folder / "sae"):
         for adapter in FORMATS.values():
             if adapter.recognises(place):
-                return adapter.read(place, device).eval()
+                sae = adapter.read(place, device)
+                sae.eval()
+                return sae
     raise SaekitError(f"'{path}' holds no dictionary in a known format ({', '.join(FORMATS)})")
 
 

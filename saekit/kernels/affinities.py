@@ -51,7 +51,7 @@ def affinities(
     The forward values are ``code.values``, which the allocation rule has computed from the same parameters already; the
     backward pass touches the matches alone. relu has slope 1 there, since every match is positive.
     """
-    result: Tensor = _Affinities.apply(x, W_enc, b_enc, b_dec, code)
+    result: Tensor = _Affinities.apply(x, W_enc, b_enc, b_dec, code)  # type: ignore[no-untyped-call]
     return result
 
 

@@ -38,7 +38,7 @@ class _Decode(Function):
 
 def decode(code: SparseCode, W_dec: Float[Tensor, "F d"], b_dec: Float[Tensor, "d"]) -> Float[Tensor, "n d"]:
     """Reconstructions [n, d] of a sparse code; gradients reach ``code.values``, ``W_dec`` and ``b_dec``."""
-    result: Tensor = _Decode.apply(code.values, W_dec, b_dec, code)
+    result: Tensor = _Decode.apply(code.values, W_dec, b_dec, code)  # type: ignore[no-untyped-call]
     return result
 
 

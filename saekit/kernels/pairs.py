@@ -38,4 +38,5 @@ def pair_products(a: Float[Tensor, "n d"], b: Float[Tensor, "F d"], code: Sparse
     pattern = torch.sparse_csr_tensor(
         code.offsets, code.features, torch.zeros_like(code.values), code.shape, check_invariants=False
     )
-    return torch.sparse.sampled_addmm(pattern, a, b.T, beta=0.0).values()
+    products: Tensor = torch.sparse.sampled_addmm(pattern, a, b.T, beta=0.0).values()
+    return products

@@ -1,0 +1,92 @@
+"""Caches: what is written is read again, the passport is kept, damage is named."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from saekit import SaekitError
+from saekit.activations import ActivationCache
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_tensor_comes_back(tmp_path, dtype, monkeypatch):
+    monkeypatch.setattr("saekit.activations.cache.SHARD_ROWS", 64)
+    x = torch.randn(300, 5)
+    written = ActivationCache.from_tensor(tmp_path / "c", x, dtype=dtype)
+    cache = ActivationCache.open(tmp_path / "c")
+    assert len(cache) == len(written) == 300
+    assert (cache.d_in, cache.dtype, len(cache.shards)) == (5, dtype, 5)
+    assert torch.equal(cache.read(0, 300).x, x.to(getattr(torch, dtype)))
+    assert torch.equal(cache.read(60, 200).x, x[60:200].to(getattr(torch, dtype)))
+    assert cache.read(60, 70).documents.tolist() == list(range(60, 70))
+
+
+def test_the_parts_of_a_cache_are_disjoint_and_whole(tmp_path):
+    cache = ActivationCache.from_tensor(tmp_path / "c", torch.arange(1000.0)[:, None])
+    rows = [list(cache.rows_of(part)) for part in ("train", "calibration", "heldout")]
+    assert [len(r) for r in rows] == [900, 50, 50]
+    assert sum(rows, []) == list(range(1000))
+    assert torch.cat([b.x for b in cache.batches("heldout", 16)]).flatten().tolist() == list(range(950, 1000))
+
+
+def test_a_harvest_is_what_the_source_gives(tmp_path, source):
+    batches = list(source.batches("train", 3000))
+    ActivationCache.write(tmp_path / "c", iter(batches), source.passport("train"), dtype="float32")
+    cache = ActivationCache.open(tmp_path / "c")
+    assert len(cache) == 3000
+    everything = cache.read(0, 3000)
+    for column, parts in zip(everything, zip(*batches, strict=True), strict=True):
+        assert torch.equal(column, torch.cat(parts).to(column.dtype))
+    passport = json.loads((tmp_path / "c/manifest.json").read_text())["passport"]
+    assert passport["model"] == "embedded"
+    assert passport["hook"] == "blocks.1.hook_resid_post"
+    for fact in ("revision", "dataset_fingerprint", "tokenizer", "context_length", "mask", "split", "prepend_bos"):
+        assert passport[fact], fact
+
+
+def test_nothing_is_overwritten_unasked(tmp_path):
+    ActivationCache.from_tensor(tmp_path / "c", torch.ones(10, 2))
+    with pytest.raises(SaekitError, match="holds something"):
+        ActivationCache.from_tensor(tmp_path / "c", torch.zeros(10, 2))
+    assert ActivationCache.open(tmp_path / "c").read(0, 10).x.sum() == 20
+    ActivationCache.from_tensor(tmp_path / "c", torch.zeros(4, 2), overwrite=True)
+    assert len(ActivationCache.open(tmp_path / "c")) == 4
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.ones(3), "matrix"),
+        (torch.ones(3, 2, dtype=torch.int64), "matrix"),
+        (torch.ones(0, 2), "no activations"),
+        (torch.tensor([[1.0], [float("nan")]]), "NaN or inf .* row 1"),
+    ],
+)
+def test_tensors_that_are_no_activations_are_refused(tmp_path, x, message):
+    with pytest.raises(SaekitError, match=message):
+        ActivationCache.from_tensor(tmp_path / "c", x)
+
+
+def test_what_float16_cannot_hold_is_refused(tmp_path):
+    with pytest.raises(SaekitError, match="float16's range"):
+        ActivationCache.from_tensor(tmp_path / "c", torch.tensor([[1e6]]), dtype="float16")
+
+
+def test_damage_is_named(tmp_path):
+    cache = ActivationCache.from_tensor(tmp_path / "c", torch.ones(100, 2))
+    shard = tmp_path / "c" / cache.shards[0]["file"]
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-8])
+    with pytest.raises(SaekitError, match="shard-00000.*missing or damaged"):
+        ActivationCache.open(tmp_path / "c")
+    shard.write_bytes(content)
+    manifest = tmp_path / "c/manifest.json"
+    manifest.write_text(manifest.read_text()[:-20])
+    with pytest.raises(SaekitError, match="manifest .* is damaged"):
+        ActivationCache.open(tmp_path / "c")
+    manifest.unlink()
+    with pytest.raises(SaekitError, match="unfinished harvest"):
+        ActivationCache.open(tmp_path / "c")

@@ -1,0 +1,131 @@
+"""Hooked models: the embedded one is real, passes stop at the hook, mistakes are named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import saekit
+from saekit import SaekitError
+from saekit.activations import ContextBatch, harvest, load_model
+from saekit.activations.model import default_hook, model_path, truncated
+
+EMBEDDED = Path(saekit.__file__).parent / "embedded"
+
+
+def test_the_embedded_model_is_small_and_was_trained():
+    assert sum(f.stat().st_size for f in EMBEDDED.iterdir() if f.is_file()) < 12e6
+    figures = json.loads((EMBEDDED / "training.json").read_text())
+    assert figures["heldout_cross_entropy"] < 3.2
+    assert figures["heldout_cross_entropy"] < figures["heldout_bigram_cross_entropy"]
+    assert figures["heldout_bigram_cross_entropy"] < figures["heldout_unigram_cross_entropy"]
+
+
+def test_its_cross_entropy_on_heldout_text_is_what_it_claims(source):
+    import itertools
+
+    losses = []
+    for batch in itertools.islice(source.contexts("heldout"), 8):
+        with torch.no_grad():
+            logits = source.model(batch.tokens)
+        losses.append(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch.tokens[:, 1:].flatten()))
+    claimed = json.loads((EMBEDDED / "training.json").read_text())["heldout_cross_entropy"]
+    assert float(torch.stack(losses).mean()) == pytest.approx(claimed, abs=0.15)
+
+
+@pytest.mark.parametrize(
+    "hook", ["blocks.0.hook_resid_pre", "blocks.1.hook_resid_post", "blocks.2.hook_mlp_out", "blocks.3.attn.hook_out"]
+)
+def test_truncated_passes_give_what_whole_passes_give(source, contexts, hook):
+    tokens = contexts.tokens[:4]
+    _, cache = source.model.run_with_cache(tokens)
+    with truncated(source.model, hook) as run:
+        assert torch.equal(run(tokens), cache[hook])
+
+
+def test_nothing_runs_beyond_the_hook(source, contexts):
+    reached = []
+    watch = [
+        (f"blocks.{i}.hook_resid_pre", lambda x, hook, i=i: reached.append(i)) for i in range(source.model.cfg.n_layers)
+    ]
+    with source.model.hooks(fwd_hooks=watch), truncated(source.model, "blocks.1.hook_resid_post") as run:
+        run(contexts.tokens[:2])
+    assert reached == [0, 1]
+    reached.clear()
+    source.model(contexts.tokens[:1])
+    assert not reached, "hooks are gone afterwards"
+
+
+def test_the_residual_equals_that_of_the_plain_hugging_face_model(contexts):
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32, attn_implementation="eager")
+    tokens = contexts.tokens[:2]
+    with torch.no_grad():
+        states = plain(tokens, output_hidden_states=True).hidden_states
+    with truncated(load_model(device="cpu"), "blocks.1.hook_resid_post") as run:
+        torch.testing.assert_close(run(tokens), states[2], rtol=1e-4, atol=1e-4 * float(states[2].abs().max()))
+
+
+def test_the_default_hook_is_the_middle_of_the_model(source):
+    assert default_hook(source.model) == "blocks.1.hook_resid_post"
+
+
+def test_harvest_leaves_out_bos_and_separators(source, contexts):
+    (found,) = harvest(source.model, source.hook, [contexts])
+    assert len(found.x) == int(contexts.kept.sum()) < contexts.kept.numel()
+    assert (found.positions > 0).all()
+    assert torch.equal(found.tokens, contexts.tokens[contexts.kept])
+    with truncated(source.model, source.hook) as run:
+        whole = run(contexts.tokens)
+    row = int((found.positions == 17).nonzero()[0])
+    assert torch.equal(found.x[row], whole[0, 17])
+
+
+def test_a_nan_activation_is_named(source, contexts):
+    def poison(x, hook):
+        x = x.clone()
+        x[1, 5] = float("nan")
+        return x
+
+    batch = ContextBatch(contexts.tokens[:2], contexts.documents[:2], torch.ones_like(contexts.kept[:2]))
+    with (
+        source.model.hooks(fwd_hooks=[("blocks.1.hook_mlp_out", poison)]),
+        pytest.raises(SaekitError, match=rf"NaN or inf .* token id {int(batch.tokens[1, 5])}, .* position 5"),
+    ):
+        list(harvest(source.model, source.hook, [batch]))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("gpt-2", "unknown model 'gpt-2'.*did you mean.*gpt2"),
+        ("embeded", "unknown model 'embeded'.*did you mean.*embedded"),
+        ("./no/such/folder", "no model folder"),
+        ("/no/such/folder", "no model folder"),
+    ],
+)
+def test_unknown_models_are_named(name, message):
+    with pytest.raises(SaekitError, match=message):
+        load_model(name)
+
+
+def test_an_incomplete_model_folder_is_named(tmp_path):
+    with pytest.raises(SaekitError, match=r"config.json is missing"):
+        model_path(str(tmp_path))
+    (tmp_path / "config.json").write_text((EMBEDDED / "config.json").read_text())
+    with pytest.raises(SaekitError, match="incomplete|cannot hook"):
+        load_model(str(tmp_path))
+    with pytest.raises(SaekitError, match="unknown dtype 'float23'; did you mean 'float32'"):
+        load_model(dtype="float23")
+
+
+def test_unknown_hooks_name_close_ones(source):
+    with (
+        pytest.raises(SaekitError, match=r"no hook 'blocks.7.hook_resid_post'.*blocks 0 to 3.*did you mean"),
+        truncated(source.model, "blocks.7.hook_resid_post"),
+    ):
+        pass

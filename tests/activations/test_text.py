@@ -1,0 +1,100 @@
+"""Text sources: parts that never overlap, local files of each kind, and mistakes that are named."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from saekit import SaekitError
+from saekit.activations import open_text, python_source
+from saekit.activations.text import SPLITS, part_of
+
+
+def test_the_parts_of_the_python_source_share_no_file_and_no_content():
+    seen_names, seen_texts, sizes = set(), set(), {}
+    for part in SPLITS:
+        names, texts = zip(*python_source.documents(part), strict=True)
+        assert seen_names.isdisjoint(names)
+        assert seen_texts.isdisjoint(map(hash, texts))
+        seen_names.update(names)
+        seen_texts.update(map(hash, texts))
+        sizes[part] = sum(map(len, texts))
+    total = sum(sizes.values())
+    assert total > 60e6, "the corpus should hold about 100 MB of source"
+    assert sizes["heldout"] / total == pytest.approx(python_source.HELDOUT_SHARE, rel=0.25)
+    assert not any("/tests/" in name or "encodings/" in name or "_vendor/" in name for name in seen_names)
+
+
+def test_the_part_of_a_file_depends_on_its_name_alone():
+    # frozen: the embedded model was trained on this division
+    expected = {"stdlib/ast.py": "heldout", "stdlib/json/decoder.py": "train", "torch/nn/modules/linear.py": "train"}
+    assert {name: python_source.split_of(name) for name in expected} == expected
+    parts = [python_source.split_of(f"x{i}.py") for i in range(5000)]
+    assert 300 < parts.count("heldout") < 500
+    assert 60 < parts.count("calibration") < 140
+
+
+def texts(n):
+    return [f"Document number {i} says something about {i * i}.\nAnd more." for i in range(n)]
+
+
+def rejoined(source):
+    found = {part: list(source.documents(part)) for part in SPLITS}
+    return found, [text for part in SPLITS for text in found[part]]
+
+
+def test_jsonl_and_parquet(tmp_path):
+    documents = texts(300)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"body": t, "n": 1}) + "\n" for t in documents))
+    import pandas as pd
+
+    pd.DataFrame({"body": documents}).to_parquet(tmp_path / "a.parquet")
+    for name in ("a.jsonl", "a.parquet"):
+        source = open_text(str(tmp_path / name), column="body")
+        found, everything = rejoined(source)
+        assert sorted(everything) == sorted(documents)
+        assert all(part_of(text) == part for part, items in found.items() for text in items)
+        assert found["heldout"]
+        assert list(source.documents("train")) == found["train"], "the order is the same each time"
+
+
+def test_plain_text_is_cut_at_line_ends_and_nothing_is_lost(tmp_path):
+    content = "\n".join(f"line {i} of a plain text file" for i in range(4000))
+    (tmp_path / "a.txt").write_text(content)
+    source = open_text(str(tmp_path / "a.txt"))
+    found, everything = rejoined(source)
+    assert all(found.values())
+    assert sum(map(len, everything)) == len(content)
+    assert all(block.startswith("line ") for block in everything)
+    other = tmp_path / "b.txt"
+    other.write_text(content + "!")
+    assert open_text(str(other)).fingerprint != source.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "column", "message"),
+    [
+        ("a.jsonl", '{"txet": "x"}\n', "text", "no column 'text'; did you mean 'txet'"),
+        ("a.jsonl", '{"text": 3}\n', "text", "holds int, not text"),
+        ("a.jsonl", "", "text", "empty|cannot open"),
+        ("a.csv", "text\nx\n", "text", "not of one known kind"),
+    ],
+)
+def test_mistakes_in_files_are_named(tmp_path, name, content, column, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(SaekitError, match=message):
+        open_text(str(tmp_path / name), column=column)
+
+
+def test_missing_text_is_named(tmp_path):
+    with pytest.raises(SaekitError, match="no text file matches"):
+        open_text(str(tmp_path / "nothing.txt"))
+    with pytest.raises(SaekitError, match="cannot open the dataset 'pythn'.*did you mean 'python'"):
+        open_text("pythn")
+
+
+def test_text_that_is_not_utf8_is_named(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"fine\n\xff\xfe\n")
+    with pytest.raises(SaekitError, match="not UTF-8"):
+        list(open_text(str(tmp_path / "a.txt")).documents("train"))

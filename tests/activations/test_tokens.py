@@ -1,0 +1,61 @@
+"""Packing: every token once and in order, BOS and separators marked by position."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from saekit import SaekitError
+from saekit.activations import pack
+
+
+class Letters:
+    """A tokenizer of one token a character; its EOS is also a letter that documents use."""
+
+    bos_token_id, eos_token_id = 1, ord("e")
+
+    def __call__(self, texts, **_):
+        return {"input_ids": [[ord(c) for c in text] for text in texts]}
+
+
+class NoEnd(Letters):
+    eos_token_id = None
+
+
+@given(
+    st.lists(st.text("abcde", min_size=1, max_size=30), max_size=30), st.integers(4, 12), st.booleans(), st.integers(1, 5)
+)
+def test_packing_keeps_every_token_in_order(documents, length, bos, batch):
+    batches = list(pack(documents, Letters(), length, prepend_bos=bos, contexts=batch))
+    stream, owners, kept = [], [], []
+    for number, text in enumerate(documents):
+        stream += [ord(c) for c in text] + [Letters.eos_token_id]
+        owners += [number] * (len(text) + 1)
+        kept += [True] * len(text) + [False]
+    room = length - bos
+    whole = len(stream) // room * room
+    assert sum(len(b.tokens) for b in batches) == whole // room
+    if not whole:
+        return
+    tokens, found_owners, found_kept = (torch.cat(column) for column in zip(*batches, strict=True))
+    assert tokens.shape[1] == length
+    if bos:
+        assert (tokens[:, 0] == Letters.bos_token_id).all()
+        assert not found_kept[:, 0].any()
+    assert tokens[:, int(bos) :].flatten().tolist() == stream[:whole]
+    assert found_owners[:, int(bos) :].flatten().tolist() == owners[:whole]
+    # a letter 'e' inside a document counts, the separator of the same id does not
+    assert found_kept[:, int(bos) :].flatten().tolist() == kept[:whole]
+
+
+def test_without_eos_bos_divides_documents():
+    (batch,) = pack(["aaaa", "bb"], NoEnd(), 5, prepend_bos=True, contexts=2)
+    assert batch.tokens.tolist() == [[1, 97, 97, 97, 97]] or batch.tokens.tolist() == [[1, 97, 97, 97, 97], [1, 1, 98, 98, 1]]
+    assert batch.kept[-1].tolist() == [False, False, True, True, False]
+
+
+def test_a_context_without_room_is_refused():
+    with pytest.raises(SaekitError, match="no room"):
+        list(pack(["abc"], Letters(), 2, prepend_bos=True))

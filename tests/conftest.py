@@ -1,0 +1,62 @@
+"""Shared by all tests: no network, the embedded model once, one small trained run made by the real command."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("saekit", deadline=None, max_examples=60, derandomize=True)
+settings.load_profile("saekit")
+RunCommand = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="session")
+def saekit_command() -> RunCommand:
+    """Run the installed command line in a process of its own."""
+
+    def run(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "saekit.cli", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=600, **options)  # type: ignore[call-overload, no-any-return]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def source():
+    """The embedded model, its default hook and the Python source."""
+    from saekit.activations import ActivationSource
+
+    return ActivationSource.open()
+
+
+@pytest.fixture(scope="session")
+def contexts(source):
+    """Thirty-two held-out contexts."""
+    return next(source.contexts("heldout"))
+
+
+@pytest.fixture(scope="session")
+def trained_run(saekit_command: RunCommand, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of mutual choice on the embedded model, by the command line: 300k tokens, evaluated on 30k."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    done = saekit_command(
+        "train", "--variant", "mutual_choice", "--tokens", 300_000, "--width", 1024, "--k", 16, "--batch-size", 2048,
+        "--buffer", 65_536, "--calibration-tokens", 40_000, "--eval-tokens", 30_000, "--out", out, "--quiet",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)

@@ -1,0 +1,95 @@
+"""Each rule against brute force: it selects exactly the set that its definition names."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from saekit import SaekitError
+from saekit.allocation import mutual_choice, threshold_choice, token_choice
+from saekit.kernels.select import largest_in_all, largest_in_rows
+
+# few distinct values, so that ties abound; all-negative rows occur
+matrices = hnp.arrays(
+    np.float64, hnp.array_shapes(min_dims=2, max_dims=2, max_side=12), elements=st.integers(-4, 4).map(float)
+)
+
+
+def pairs(code):
+    return list(zip(code.tokens.tolist(), code.features.tolist(), strict=True))
+
+
+def by_definition(entries, count):
+    """The ``count`` largest (value, index) entries, smaller index first among equals, positive ones only."""
+    chosen = sorted(entries, key=lambda e: (-e[0], e[1]))[:count]
+    return sorted(index for value, index in chosen if value > 0)
+
+
+@given(matrices, st.data())
+def test_token_choice_takes_the_k_largest_of_each_row(pre, data):
+    n, width = pre.shape
+    k = data.draw(st.sampled_from([1, width]) | st.integers(1, width))
+    code = token_choice(torch.from_numpy(pre), k)
+    expected = [(i, j) for i in range(n) for j in by_definition([(pre[i, j], j) for j in range(width)], k)]
+    assert sorted(pairs(code)) == expected
+    assert code.values.tolist() == [pre[i, j] for i, j in pairs(code)]
+
+
+@given(matrices, st.data())
+def test_mutual_choice_takes_the_largest_of_the_whole_batch(pre, data):
+    n, width = pre.shape
+    total = data.draw(st.sampled_from([1, n * width]) | st.integers(1, n * width))
+    code = mutual_choice(torch.from_numpy(pre), total)
+    flat = [(pre.flat[i], i) for i in range(n * width)]
+    assert pairs(code) == [divmod(i, width) for i in by_definition(flat, total)]
+
+
+@given(matrices, st.floats(-3, 3))
+def test_threshold_choice_takes_positive_pairs_above_the_threshold(pre, threshold):
+    code = threshold_choice(torch.from_numpy(pre), torch.tensor([threshold], dtype=torch.float64))
+    assert pairs(code) == [tuple(p) for p in np.argwhere((pre > threshold) & (pre > 0)).tolist()]
+
+
+@pytest.mark.parametrize("k", [1, 7, 32])
+def test_two_stage_selection_is_exact(k, generator):
+    rows = torch.randn(64, 1024, generator=generator, dtype=torch.float64)
+    expected = rows.topk(k, dim=1).indices.sort(1).values
+    assert torch.equal(largest_in_rows(rows, k).sort(1).values, expected)
+
+
+@pytest.mark.parametrize("share", [1e-5, 0.01, 0.3])
+def test_selection_from_a_sample_is_exact(share, generator):
+    matrix = torch.randn(512, 2048, generator=generator)
+    total = max(1, int(share * matrix.numel()))
+    expected = matrix.flatten().topk(total).indices.sort().values
+    assert torch.equal(largest_in_all(matrix, total), expected)
+
+
+def test_selection_survives_a_misleading_sample():
+    # large entries only where the sample looks: the bound would leave too few survivors
+    matrix = torch.full((1024, 1024), 0.5)
+    stride = matrix.numel() // 65536 | 1
+    matrix.view(-1)[::stride] = 2.0
+    chosen = largest_in_all(matrix, 300_000)
+    assert len(chosen) == 300_000
+    assert (matrix.view(-1)[chosen] == 2.0).sum() == (matrix == 2.0).sum()
+
+
+def test_values_carry_gradients(generator):
+    pre = torch.randn(5, 9, generator=generator, requires_grad=True)
+    code = token_choice(pre, 3)
+    code.values.sum().backward()
+    assert torch.equal(pre.grad, (code.to_dense() > 0).float())
+
+
+@pytest.mark.parametrize("k", [0, -1, 10])
+def test_impossible_budgets_are_refused(k):
+    pre = torch.zeros(2, 9)
+    with pytest.raises(SaekitError, match="between 1 and"):
+        token_choice(pre, k)
+    with pytest.raises(SaekitError, match="pairs of the batch"):
+        mutual_choice(pre, k if k < 1 else 19)

@@ -1,0 +1,191 @@
+"""The dictionary itself: its inference rules against plain formulas, its file format, its light import."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import saekit
+from saekit import SAEConfig, SaekitError, SparseAutoencoder
+
+
+def dictionary(architecture, dtype=torch.float32, d_in=8, d_sae=32, **extra):
+    torch.manual_seed(1)
+    k = 4 if architecture == "topk" else None
+    sae = SparseAutoencoder(SAEConfig(d_in, d_sae, architecture, k, **extra), dtype)
+    with torch.no_grad():
+        for p in sae.parameters():
+            p.copy_(torch.randn(p.shape))
+        if sae.threshold is not None:
+            sae.threshold.copy_(torch.rand(d_sae) * 3)
+    return sae
+
+
+def features_by_hand(sae, x):
+    """Formulas of the format, entry by entry in float64."""
+    h = (x - sae.b_dec if sae.cfg.apply_b_dec_to_input else x).double() @ sae.W_enc.double() + sae.b_enc.double()
+    f = torch.relu(h)
+    if sae.cfg.architecture == "topk":
+        kept = torch.zeros_like(h)
+        kept.scatter_(-1, h.topk(sae.cfg.k, dim=-1).indices, 1)
+        return f * kept
+    if sae.cfg.architecture == "jumprelu":
+        return f * (h > sae.threshold.double())
+    return f
+
+
+@pytest.mark.parametrize("architecture", ["topk", "jumprelu", "standard"])
+@pytest.mark.parametrize("apply_b_dec", [True, False])
+def test_encode_and_decode(architecture, apply_b_dec):
+    sae = dictionary(architecture, apply_b_dec_to_input=apply_b_dec)
+    x = torch.randn(3, 5, 8)
+    expected = features_by_hand(sae, x)
+    f = sae.encode(x)
+    assert f.shape == (3, 5, 32)
+    torch.testing.assert_close(f.double(), expected, rtol=1e-5, atol=1e-5)
+    x_hat = (expected @ sae.W_dec.double() + sae.b_dec.double()).float()
+    torch.testing.assert_close(sae.decode(f), x_hat, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sae(x), x_hat, rtol=1e-4, atol=1e-4)
+    code = sae.encode_sparse(x)
+    assert code.shape == (15, 32)
+    torch.testing.assert_close(code.to_dense().view(3, 5, 32), f)
+    torch.testing.assert_close(sae.decode(code).view(3, 5, 8), x_hat, rtol=1e-4, atol=1e-4)
+    assert code.matches_per_token().tolist() == (f > 0).sum(-1).flatten().tolist()
+    assert code.matches_per_feature().tolist() == (f > 0).flatten(0, 1).sum(0).tolist()
+
+
+def test_encode_has_gradients():
+    sae = dictionary("topk")
+    x = torch.randn(6, 8, requires_grad=True)
+    sae.encode(x).sum().backward()
+    assert x.grad.norm() > 0
+    assert sae.W_enc.grad.norm() > 0
+
+
+def test_long_inputs_are_encoded_in_parts(monkeypatch):
+    sae = dictionary("jumprelu")
+    x = torch.randn(100, 8)
+    whole = sae.encode(x)
+    monkeypatch.setattr("saekit.sae._CHUNK", 7 * 32)
+    torch.testing.assert_close(sae.encode(x), whole)
+
+
+@pytest.mark.parametrize("architecture", ["topk", "jumprelu", "standard"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saved_and_loaded_again(tmp_path, architecture, dtype):
+    sae = dictionary(architecture, dtype).with_metadata(model_name="m", hook_name="blocks.0.hook_resid_post")
+    sae.save(tmp_path / "sae")
+    loaded = saekit.load(tmp_path / "sae")
+    assert not loaded.training
+    assert (loaded.cfg.d_in, loaded.cfg.d_sae, loaded.cfg.architecture) == (8, 32, architecture)
+    assert loaded.cfg.metadata["hook_name"] == "blocks.0.hook_resid_post"
+    assert loaded.W_enc.shape == (8, 32)
+    x = torch.randn(4, 8)
+    assert torch.equal(loaded.encode(x), sae.encode(x))
+    assert torch.equal(loaded(x), sae(x))
+
+
+def test_files_are_those_of_saelens(tmp_path):
+    dictionary("jumprelu").save(tmp_path / "a")
+    dictionary("topk").save(tmp_path / "b")
+    cfg = json.loads((tmp_path / "a/cfg.json").read_text())
+    assert cfg["architecture"] == "jumprelu"
+    assert cfg["dtype"] == "float32"
+    assert cfg["apply_b_dec_to_input"] is True
+    assert int(cfg["metadata"]["sae_lens_version"].split(".")[0]) >= 6
+    shapes = {k: tuple(v.shape) for k, v in load_file(tmp_path / "a/sae_weights.safetensors").items()}
+    assert shapes == {"W_enc": (8, 32), "W_dec": (32, 8), "b_enc": (32,), "b_dec": (8,), "threshold": (32,)}
+    assert "threshold" not in load_file(tmp_path / "b/sae_weights.safetensors")
+    assert json.loads((tmp_path / "b/cfg.json").read_text())["k"] == 4
+
+
+def test_selection_by_decoder_norm_is_read_as_unit_rows(tmp_path):
+    sae = dictionary("topk")
+    sae.save(tmp_path)
+    cfg = json.loads((tmp_path / "cfg.json").read_text())
+    (tmp_path / "cfg.json").write_text(json.dumps(cfg | {"rescale_acts_by_decoder_norm": True}))
+    loaded = saekit.load(tmp_path)
+    x = torch.randn(20, 8)
+    norms = sae.W_dec.norm(dim=1)
+    h = ((x - sae.b_dec) @ sae.W_enc + sae.b_enc) * norms
+    f = torch.zeros_like(h).scatter(1, h.topk(4, dim=1).indices, torch.relu(h.topk(4, dim=1).values))
+    torch.testing.assert_close(loaded(x), f @ (sae.W_dec / norms[:, None]) + sae.b_dec, rtol=1e-4, atol=1e-4)
+
+
+def test_a_full_folder_is_not_overwritten(tmp_path):
+    (tmp_path / "mine.txt").write_text("precious")
+    with pytest.raises(SaekitError, match="holds something"):
+        dictionary("topk").save(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.txt"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"d_sae": 33}, "asks for"),
+        ({"architecture": "transcoder"}, "unknown architecture 'transcoder'"),
+        ({"architecture": "standard"}, "asks for"),
+        ({"normalize_activations": "layer_norm"}, "normalize_activations"),
+        ({"dtype": "float7"}, "float7"),
+        ({"d_in": None}, "damaged"),
+    ],
+)
+def test_configs_that_do_not_fit_are_refused(tmp_path, change, message):
+    dictionary("jumprelu").save(tmp_path)
+    cfg = json.loads((tmp_path / "cfg.json").read_text())
+    (tmp_path / "cfg.json").write_text(json.dumps(cfg | change))
+    with pytest.raises(SaekitError, match=message):
+        saekit.load(tmp_path)
+
+
+def test_damaged_files_are_named(tmp_path):
+    sae = dictionary("topk")
+    sae.save(tmp_path)
+    weights = tmp_path / "sae_weights.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:100])
+    with pytest.raises(SaekitError, match=r"sae_weights.safetensors is damaged"):
+        saekit.load(tmp_path)
+    save_file({"W_enc": torch.zeros(8, 32)}, weights)
+    with pytest.raises(SaekitError, match="asks for"):
+        saekit.load(tmp_path)
+    (tmp_path / "cfg.json").write_text("{")
+    with pytest.raises(SaekitError, match=r"cfg.json is damaged"):
+        saekit.load(tmp_path)
+
+
+def test_missing_dictionaries_are_named(tmp_path):
+    (tmp_path / "demo").mkdir()
+    with pytest.raises(SaekitError, match=r"no dictionary at .*did you mean .*demo"):
+        saekit.load(tmp_path / "dmeo")
+    with pytest.raises(SaekitError, match="no dictionary in a known format"):
+        saekit.load(tmp_path / "demo")
+
+
+def test_activations_of_another_width_are_refused():
+    with pytest.raises(SaekitError, match="width 9 do not fit a dictionary of d_in = 8"):
+        dictionary("topk").encode(torch.zeros(2, 9))
+
+
+def test_loading_needs_torch_and_safetensors_alone(tmp_path):
+    dictionary("jumprelu").save(tmp_path / "sae")
+    script = f"""
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {{"transformer_lens", "transformers", "datasets", "matplotlib", "einops", "jaxtyping",
+                                  "pydantic", "typer", "rich", "yaml", "pandas", "scipy"}}:
+            raise ImportError("blocked: " + name)
+sys.meta_path.insert(0, Block())
+import torch, saekit
+sae = saekit.load({str(tmp_path / "sae")!r})
+x = torch.randn(3, 8)
+assert sae.decode(sae.encode(x)).shape == sae(x).shape == (3, 8)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

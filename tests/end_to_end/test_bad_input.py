@@ -1,0 +1,81 @@
+"""One line that names the mistake and the nearest right thing, exit code 2, nothing written."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+
+from saekit import SAEConfig, SparseAutoencoder
+from saekit.activations import ActivationCache
+
+MISTAKES = {
+    "unknown command": ("trian", "No such command 'trian'. Did you mean 'train'"),
+    "unknown flag": ("train --widht 9", "No such option: --widht.*--width"),
+    "no number": ("train --k many", "--k"),
+    "unknown variant": ("train --variant mutual", "did you mean 'mutual_choice'"),
+    "k above the width": ("train --k 65 --width 64", "k = 65 is larger than the width of 64"),
+    "zero": ("train --tokens 0", "tokens = 0"),
+    "negative": ("train --batch-size -4", "batch_size = -4"),
+    "unknown model": ("train --model embeded", "unknown model 'embeded'.*did you mean 'embedded'"),
+    "unknown hook": ("train --hook blocks.2.hook_resid_pots", "did you mean 'blocks.2.hook_resid_post'"),
+    "layer too high": ("train --hook blocks.12.hook_resid_post", "blocks 0 to 3"),
+    "long context": ("train --context-length 300", "300 tokens is longer than the 256"),
+    "missing text": ("train --dataset nowhere.txt", "no text file matches 'nowhere.txt'"),
+    "unknown column": ("train --dataset DATA.jsonl --column txt", "no column 'txt'; did you mean 'text'"),
+    "empty text": ("train --dataset EMPTY.txt", "empty"),
+    "missing cache": ("train --cache nowhere", "no activation cache at 'nowhere'"),
+    "full folder": ("train --out FULL", "holds something already.*--overwrite"),
+    "nothing to resume": ("train --resume --out FULL", "no run to resume"),
+    "missing config": ("train --config nowhere.yaml", "cannot read the config"),
+    "unknown setting": ("train --config WRONG.yaml", "unknown setting 'widht'; did you mean 'width'"),
+    "full cache folder": ("cache --out FULL", "holds something already"),
+    "unknown dtype": ("cache --out NEW --dtype bf16", "unknown dtype 'bf16'; did you mean 'bfloat16'"),
+    "no dictionary": ("eval nowhere", "no dictionary at 'nowhere'"),
+    "unknown origin": ("eval SAE", "does not say which model"),
+    "wrong width": ("eval SAE --model embedded --hook blocks.1.hook_resid_post", "takes width 8, .* width 256"),
+    "wrong hook": ("eval SAE --model embedded --hook blocks.1.hook_resid", "no hook 'blocks.1.hook_resid'"),
+    "existing report": ("eval SAE --out DATA.jsonl", "exists already"),
+    "NaN activations": ("train --cache NAN --batch-size 64 --tokens 640 --width 64 --k 2", "NaN or inf .* row 5"),
+    "no gpu": ("train --device cuda:7", "no device 'cuda:7'|invalid device"),
+}
+
+
+@pytest.fixture
+def place(tmp_path):
+    (tmp_path / "FULL").mkdir()
+    (tmp_path / "FULL/mine.txt").write_text("precious")
+    (tmp_path / "EMPTY.txt").write_text("")
+    (tmp_path / "WRONG.yaml").write_text("widht: 9\n")
+    (tmp_path / "DATA.jsonl").write_text(json.dumps({"text": "some text"}) + "\n")
+    SparseAutoencoder(SAEConfig(8, 16, "standard")).save(tmp_path / "SAE")
+    good = ActivationCache.from_tensor(tmp_path / "NAN", torch.randn(1000, 8))
+    from safetensors.torch import load_file, save_file
+
+    shard = tmp_path / "NAN" / good.shards[0]["file"]
+    tensors = load_file(shard)
+    tensors["activations"][5] = float("nan")
+    save_file(tensors, shard)
+    return tmp_path
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes(mistake, place, saekit_command):
+    arguments, message = MISTAKES[mistake]
+    before = sorted(p.relative_to(place).as_posix() for p in place.rglob("*"))
+    done = saekit_command(*arguments.split(), cwd=place)
+    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("saekit: ")
+    assert re.search(message, lines[0]), lines[0]
+    assert sorted(p.relative_to(place).as_posix() for p in place.rglob("*")) == before
+    assert (place / "FULL/mine.txt").read_text() == "precious"
+
+
+def test_debug_shows_where(place, saekit_command):
+    done = saekit_command("--debug", "train", "--variant", "mutual", cwd=place)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr

@@ -1,0 +1,172 @@
+"""Every figure against numbers worked out by hand or by plain formulas."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from saekit import SAEConfig, SaekitError, SparseAutoencoder
+from saekit.activations import ContextBatch
+from saekit.code import SparseCode
+from saekit.evals import Report, evaluate, evaluate_activations
+from saekit.evals.downstream import downstream, edited_logits
+from saekit.evals.reconstruction import Reconstruction
+from saekit.evals.sparsity import Sparsity
+
+
+def test_reconstruction_by_hand():
+    x = torch.tensor([[1.0, 0], [3.0, 0], [5.0, 4.0]])  # mean (3, 4/3); variance 4 + 16/9 + 0 + 16/9 + 4 + 64/9 = 56/3
+    x_hat = torch.tensor([[1.0, 1.0], [3.0, 0], [0, 4.0]])  # errors 1, 0, 25
+    figures = Reconstruction(2)
+    figures.update(x[:1], x_hat[:1])
+    figures.update(x[1:], x_hat[1:])
+    found = figures.result()
+    assert found["tokens"] == 3
+    assert found["fvu"] == pytest.approx(26 / (56 / 3))
+    assert found["explained_variance"] == pytest.approx(1 - 26 / (56 / 3))
+    assert found["mse"] == pytest.approx(26 / 3)
+    assert found["normalized_mse"] == pytest.approx(26 / 51)
+    assert found["cosine"] == pytest.approx((1 / math.sqrt(2) + 1 + 4 / math.sqrt(41)) / 3)
+    assert found["norm_ratio"] == pytest.approx((math.sqrt(2) + 1 + 4 / math.sqrt(41)) / 3)
+    assert figures.mean().tolist() == pytest.approx([3, 4 / 3])
+
+
+def test_a_constant_bias_counts_as_error():
+    x = torch.tensor([[-1.0], [1.0]])
+    figures = Reconstruction(1)
+    figures.update(x, x + 2)
+    assert figures.result()["fvu"] == pytest.approx(4)  # the variance of the residual alone would say 0
+
+
+def test_one_ratio_at_the_end_not_a_mean_of_ratios():
+    figures = Reconstruction(1)
+    figures.update(torch.tensor([[0.0], [2.0]]), torch.tensor([[1.0], [1.0]]))  # alone: FVU 1
+    figures.update(torch.tensor([[10.0], [20.0]]), torch.tensor([[10.0], [20.0]]))  # alone: FVU 0
+    assert figures.result()["fvu"] == pytest.approx(2 / (64 + 36 + 4 + 144))
+
+
+def test_a_mean_far_from_the_origin_loses_no_precision():
+    torch.manual_seed(0)
+    noise = torch.randn(1000, 4, dtype=torch.float64)
+    x_hat = 0.9 * noise
+    near, far = Reconstruction(4), Reconstruction(4)
+    for rows in range(0, 1000, 100):
+        near.update(noise[rows : rows + 100], x_hat[rows : rows + 100])
+        far.update(noise[rows : rows + 100] + 1e7, x_hat[rows : rows + 100] + 1e7)
+    assert far.result()["fvu"] == pytest.approx(near.result()["fvu"], rel=1e-6)
+
+
+def test_sparsity_by_hand():
+    figures = Sparsity(4)
+    figures.update(SparseCode(torch.tensor([0, 0, 1]), torch.tensor([0, 2, 0]), torch.ones(3), 3, 4))
+    figures.update(SparseCode(torch.tensor([0]), torch.tensor([0]), torch.ones(1), 1, 4))
+    found = figures.result()
+    assert (found["tokens"], found["dead"], found["features"], found["dead_share"]) == (4, 2, 4, 0.5)
+    assert found["l0"] == 1.0
+    assert found["l0_max"] == 2
+    assert found["l0_std"] == pytest.approx(math.sqrt(0.5))
+    assert found["density_quantiles"]["1.0"] == 0.75
+    assert found["density_mean"] == pytest.approx(0.25)
+
+
+def identity(d):
+    """A dictionary that reconstructs everything: a feature for each direction and its opposite."""
+    sae = SparseAutoencoder(SAEConfig(d, 2 * d, "standard"))
+    with torch.no_grad():
+        sae.W_dec.copy_(torch.cat([torch.eye(d), -torch.eye(d)]))
+        sae.W_enc.copy_(sae.W_dec.T)
+    return sae
+
+
+def test_a_perfect_dictionary_costs_nothing(source, contexts):
+    batch = ContextBatch(*(column[:4] for column in contexts))
+    report = evaluate(identity(256), source.model, batch, hook=source.hook)
+    assert report["reconstruction"]["fvu"] < 1e-10
+    assert report["downstream"]["ce_increase"] == pytest.approx(0, abs=1e-5)
+    assert report["downstream"]["recovered_share"] == pytest.approx(1, abs=1e-5)
+    assert report["downstream"]["kl"] == pytest.approx(0, abs=1e-5)
+    assert report["sparsity"]["l0"] == pytest.approx(256, rel=0.01)
+
+
+def test_downstream_against_plain_hooks(source, contexts):
+    """Cross-entropies worked out anew with a hook on the plain Hugging Face model."""
+    from transformers import AutoModelForCausalLM
+
+    from saekit.activations.model import model_path
+
+    batch = ContextBatch(*(column[:3] for column in contexts))
+    mean = torch.linspace(-1, 1, 256)
+    found = downstream(source.model, source.hook, [batch], lambda x: 0.7 * x, mean)
+    plain = AutoModelForCausalLM.from_pretrained(model_path("embedded"), dtype=torch.float32, attn_implementation="eager")
+
+    def logits(change):
+        def hook(module, inputs, output):
+            x = output[0] if isinstance(output, tuple) else output
+            x = torch.where(batch.kept[..., None], change(x), x)
+            return (x, *output[1:]) if isinstance(output, tuple) else x
+
+        handle = plain.model.layers[1].register_forward_hook(hook)
+        with torch.no_grad():
+            result = plain(batch.tokens).logits.double().log_softmax(-1)
+        handle.remove()
+        return result
+
+    changes = {
+        "ce_clean": lambda x: x,
+        "ce_reconstructed": lambda x: 0.7 * x,
+        "ce_zero": torch.zeros_like,
+        "ce_mean": lambda x: mean.expand_as(x),
+    }
+    scored = batch.kept[:, :-1]
+    log_p = {}
+    for name, change in changes.items():
+        log_p[name] = logits(change)[:, :-1][scored]
+        ce = -log_p[name].gather(1, batch.tokens[:, 1:][scored][:, None]).mean()
+        assert found[name] == pytest.approx(float(ce), abs=2e-4), name
+    kl = (log_p["ce_clean"].exp() * (log_p["ce_clean"] - log_p["ce_reconstructed"])).sum(-1).mean()
+    assert found["kl"] == pytest.approx(float(kl), abs=2e-4)
+    assert found["tokens"] == int(scored.sum())
+    share = (found["ce_zero"] - found["ce_reconstructed"]) / (found["ce_zero"] - found["ce_clean"])
+    assert found["recovered_share"] == pytest.approx(share)
+
+
+def test_only_kept_positions_are_replaced(source, contexts):
+    batch = ContextBatch(contexts.tokens[:1], contexts.documents[:1], torch.zeros_like(contexts.kept[:1]))
+    clean = edited_logits(source.model, source.hook, batch, None)
+    assert torch.equal(edited_logits(source.model, source.hook, batch, torch.zeros_like), clean)
+    batch.kept[0, 100] = True
+    edited = edited_logits(source.model, source.hook, batch, torch.zeros_like)
+    assert torch.equal(edited[:, :100], clean[:, :100])
+    assert not torch.allclose(edited[:, 100], clean[:, 100])
+
+
+def test_plain_tokens_leave_out_bos(source, contexts):
+    report = evaluate(identity(256), source.model, contexts.tokens[:2], hook=source.hook)
+    assert report["sparsity"]["tokens"] == 2 * 255
+    kept = torch.zeros(2, 256, dtype=torch.bool)
+    kept[:, 10:20] = True
+    report = evaluate(identity(256), source.model, contexts.tokens[:2], hook=source.hook, kept=kept)
+    assert report["sparsity"]["tokens"] == report["downstream"]["tokens"] == 20
+
+
+def test_what_does_not_fit_is_refused(source, contexts):
+    with pytest.raises(SaekitError, match="does not name its hook"):
+        evaluate(identity(256), source.model, contexts)
+    with pytest.raises(SaekitError, match=r"takes width 8, but 'blocks.1.hook_resid_post' has width 256"):
+        evaluate(identity(8), source.model, contexts, hook=source.hook)
+    with pytest.raises(SaekitError, match="no hook 'blocks.1.hook_resid_pots'"):
+        evaluate(identity(256), source.model, contexts, hook="blocks.1.hook_resid_pots")
+    with pytest.raises(SaekitError, match="no activations"):
+        evaluate_activations(identity(8), [])
+
+
+def test_reports_are_written_and_read(tmp_path):
+    report = Report({"sparsity": {"tokens": 3, "l0": 1.5}, "downstream": {"recovered_share": float("inf")}}, {"a": 1})
+    report.save(tmp_path / "eval.json")
+    assert json.loads((tmp_path / "eval.json").read_text())["downstream"]["recovered_share"] is None
+    assert Report.read(tmp_path / "eval.json")["sparsity"] == report["sparsity"]
+    with pytest.raises(SaekitError, match="not a report"):
+        Report.read(tmp_path / "none.json")

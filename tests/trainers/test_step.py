@@ -1,0 +1,209 @@
+"""Training steps against a plain dense trainer in float64 that shares no code with them."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+
+import saekit
+from saekit import SaekitError
+from saekit.activations import ActivationCache, ShuffledStream
+from saekit.trainers import TrainConfig, train
+from saekit.trainers.data import training_data
+from saekit.trainers.geometric_median import geometric_median
+from saekit.trainers.optimizer import learning_rate
+from saekit.trainers.trainer import Trainer, unscale
+
+
+@pytest.fixture
+def cache(tmp_path):
+    """Activations with structure: sparse sums of 40 directions in 12 dimensions, off centre and of odd scale."""
+    torch.manual_seed(0)
+    directions = torch.nn.functional.normalize(torch.randn(40, 12), dim=1)
+    strengths = torch.relu(torch.randn(6000, 40) - 1.2)
+    ActivationCache.from_tensor(tmp_path / "cache", 7.3 * (strengths @ directions) + torch.linspace(-3, 8, 12))
+    return tmp_path / "cache"
+
+
+def config(source, tmp_path, **changes):
+    base = {"cache": source, "out": tmp_path / "run", "width": 64, "k": 4, "batch_size": 128, "tokens": 128 * 50}
+    return TrainConfig(**{**base, "buffer": 1024, "lr": 3e-3, "device": "cpu", "log_every": 5, **changes})
+
+
+def dense_training(sae, batches, cfg, rule):
+    """Loss by loss: dense autograd, Adam and projection written out in float64."""
+    W_enc, W_dec = sae.W_enc.detach().double().clone(), sae.W_dec.detach().double().clone()
+    b_enc, b_dec = sae.b_enc.detach().double().clone(), sae.b_dec.detach().double().clone()
+    parameters = [W_enc, b_enc, W_dec, b_dec]
+    first = [torch.zeros_like(p) for p in parameters]
+    second = [torch.zeros_like(p) for p in parameters]
+    losses = []
+    for step, x in enumerate(batches):
+        for p in parameters:
+            p.requires_grad_(True)
+        pre = (x - b_dec) @ W_enc + b_enc
+        if rule == "topk":
+            chosen = torch.zeros_like(pre).scatter(1, pre.topk(cfg.k, dim=1).indices, 1)
+        else:
+            chosen = (pre >= pre.flatten().topk(cfg.k * len(x)).values[-1]).double()
+        x_hat = (torch.relu(pre) * chosen) @ W_dec + b_dec
+        loss = (x - x_hat).pow(2).sum() / (x - x.mean(0)).pow(2).sum()
+        grads = list(torch.autograd.grad(loss, parameters))
+        losses.append(loss.item())
+        for p in parameters:
+            p.requires_grad_(False)
+        grads[2] = grads[2] - (grads[2] * W_dec).sum(1, keepdim=True) * W_dec
+        norm = torch.cat([g.flatten() for g in grads]).norm()
+        lr = learning_rate(step, cfg.steps, cfg.lr, cfg.warmup, cfg.decay)
+        for p, g, m, v in zip(parameters, grads, first, second, strict=True):
+            g = g * min(1.0, cfg.clip / (float(norm) + 1e-6))
+            m.mul_(0.9).add_(0.1 * g)
+            v.mul_(0.999).add_(0.001 * g * g)
+            p -= lr * (m / (1 - 0.9 ** (step + 1))) / ((v / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+        W_dec /= W_dec.norm(dim=1, keepdim=True)
+    return losses
+
+
+@pytest.mark.parametrize("variant", ["topk", "mutual_choice"])
+def test_the_sparse_step_learns_what_dense_autograd_learns(cache, tmp_path, variant):
+    cfg = config(cache, tmp_path, variant=variant, clip=0.05)
+    data = training_data(cfg, torch.device("cpu"))
+    stream = ShuffledStream(data.fills(), cfg.batch_size, cfg.seed)
+    trainer = Trainer(cfg, data, stream, torch.device("cpu"), quiet=True)
+    batches = [x * trainer.scale for x in itertools.islice(trainer.batches, 50)]
+    stream.close()
+    expected = dense_training(trainer.sae, [x.double() for x in batches], cfg, variant)
+    found = []
+    for x in batches:
+        found.append(trainer.train_step(x)["loss"])
+        trainer.step += 1
+    assert found[-1] < 0.8 * found[0]
+    assert found == pytest.approx(expected, rel=2e-3)
+    torch.testing.assert_close(trainer.sae.W_dec.norm(dim=1), torch.ones(64))
+
+
+def test_the_start(cache, tmp_path):
+    cfg = config(cache, tmp_path)
+    data = training_data(cfg, torch.device("cpu"))
+    stream = ShuffledStream(data.fills(), cfg.batch_size, cfg.seed)
+    trainer = Trainer(cfg, data, stream, torch.device("cpu"), quiet=True)
+    sae = trainer.sae
+    assert torch.equal(sae.W_enc, sae.W_dec.T)
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(64))
+    x = torch.cat(list(itertools.islice(trainer.batches, 40))) * trainer.scale
+    stream.close()
+    assert float(x.norm(dim=1).mean()) == pytest.approx(12**0.5, rel=0.02)
+    assert torch.equal(sae.b_enc, torch.zeros(64))
+
+
+def test_the_geometric_median_has_the_least_mean_distance(generator):
+    x = torch.randn(500, 3, generator=generator, dtype=torch.float64)
+    x[:20] += 1e4  # outliers that would move the mean by 400
+    found = geometric_median(x)
+    best = float((x - found).norm(dim=1).mean())
+    for _ in range(50):
+        other = found + 1e-3 * torch.randn(3, generator=generator, dtype=torch.float64)
+        assert float((x - other).norm(dim=1).mean()) >= best
+    assert found.norm() < 1
+
+
+def test_the_learning_rate_rises_and_falls():
+    rates = [learning_rate(s, 1000, 2.0, warmup=0.1, decay=0.2) for s in range(1000)]
+    assert rates[0] == pytest.approx(0.02)
+    assert rates[99] == rates[500] == rates[799] == 2.0
+    assert rates[900] == pytest.approx(1.0)
+    assert rates[999] == pytest.approx(0.01)
+    assert learning_rate(0, 10, 1.0, 0, 0) == 1.0
+
+
+def test_the_scale_is_folded_into_the_dictionary(cache, tmp_path):
+    run = train(config(cache, tmp_path), quiet=True)
+    raw = ActivationCache.open(cache).read(0, 500).x
+    scale = run.sae.cfg.metadata["saekit"]["activation_scale"]
+    scaled = copy.deepcopy(run.sae)
+    unscale(scaled, 1 / scale)  # back to the space of training
+    torch.testing.assert_close(run.sae(raw) * scale, scaled(raw * scale), rtol=1e-4, atol=1e-4)
+    assert run.sae.encode_sparse(raw).features.tolist() == scaled.encode_sparse(raw * scale).features.tolist()
+    torch.testing.assert_close(run.sae.W_dec.norm(dim=1), torch.ones(64))
+
+
+@pytest.mark.parametrize("variant", ["topk", "mutual_choice"])
+def test_a_run_is_the_same_for_a_seed_and_another_for_another(cache, tmp_path, variant):
+    runs = [
+        train(config(cache, tmp_path, variant=variant, out=tmp_path / str(i), seed=seed), quiet=True).sae
+        for i, seed in enumerate((5, 5, 6))
+    ]
+    weights = [sae.W_dec for sae in runs]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_the_calibrated_threshold_gives_k_matches_a_token(cache, tmp_path):
+    run = train(config(cache, tmp_path, variant="mutual_choice"), quiet=True)
+    calibration = torch.cat([b.x for b in ActivationCache.open(cache).batches("calibration")])
+    # raw and scaled arithmetic may round one pair to the other side
+    assert run.sae.encode_sparse(calibration).tokens.numel() == pytest.approx(4 * len(calibration), abs=1)
+    assert run.sae.threshold.unique().numel() == 1
+    heldout = torch.cat([b.x for b in ActivationCache.open(cache).batches("heldout")])
+    assert run.sae.encode_sparse(heldout).l0 == pytest.approx(4, rel=0.15)
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(cache, tmp_path, monkeypatch):
+    whole = train(config(cache, tmp_path, out=tmp_path / "whole"), quiet=True)
+    steps = Trainer.train_step
+    calls = itertools.count()
+
+    def interrupted(self, x):
+        if next(calls) == 23:
+            raise KeyboardInterrupt
+        return steps(self, x)
+
+    cfg = config(cache, tmp_path, out=tmp_path / "parts")
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(cfg, quiet=True)
+    assert [p.name for p in (tmp_path / "parts/checkpoints").iterdir()] == ["step-23.pt"]
+    monkeypatch.setattr(Trainer, "train_step", steps)
+    resumed = train(cfg, resume=True, quiet=True)
+    for name, value in whole.sae.state_dict().items():
+        assert torch.equal(value, resumed.sae.state_dict()[name]), name
+    again = train(cfg, resume=True, quiet=True)  # finished: nothing is done
+    assert torch.equal(again.sae.W_dec, resumed.sae.W_dec)
+
+
+def test_resuming_with_another_config_is_refused(cache, tmp_path):
+    train(config(cache, tmp_path), quiet=True)
+    with pytest.raises(SaekitError, match="started with another k, seed"):
+        train(config(cache, tmp_path, k=5, seed=9), resume=True, quiet=True)
+    with pytest.raises(SaekitError, match="no run to resume"):
+        train(config(cache, tmp_path, out=tmp_path / "none"), resume=True, quiet=True)
+    with pytest.raises(SaekitError, match="holds something"):
+        train(config(cache, tmp_path), quiet=True)
+    assert saekit.load(tmp_path / "run").cfg.d_sae == 64
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"width": 3}, "k = 4 is larger than the width of 3"),
+        ({"width": None, "expansion": 0.1}, "k = 4 is larger than the width of 1"),
+        ({"batch_size": 6000, "tokens": 6000}, "too small for a batch_size"),
+        ({"hook": "blocks.1.hook_resid_post", "cache": "LM"}, "has hook"),
+    ],
+)
+def test_what_does_not_fit_the_data_is_refused(cache, tmp_path, changes, message):
+    if changes.get("cache") == "LM":
+        ActivationCache.from_tensor(tmp_path / "lm", torch.randn(6000, 3), passport={"hook": "blocks.0.hook_resid_post"})
+        changes = {**changes, "cache": tmp_path / "lm"}
+    with pytest.raises(SaekitError, match=message):
+        train(config(cache, tmp_path, **changes), quiet=True)
+    assert not (tmp_path / "run").exists(), "a refused run leaves no folder"
+
+
+def test_activations_of_zeros_are_refused(tmp_path):
+    ActivationCache.from_tensor(tmp_path / "zeros", torch.zeros(6000, 3))
+    with pytest.raises(SaekitError, match="all zero"):
+        train(config(tmp_path / "zeros", tmp_path), quiet=True)
