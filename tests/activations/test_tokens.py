@@ -25,7 +25,10 @@ class NoEnd(Letters):
 
 
 @given(
-    st.lists(st.text("abcde", min_size=1, max_size=30), max_size=30), st.integers(4, 12), st.booleans(), st.integers(1, 5)
+    st.lists(st.text("abcde", min_size=1, max_size=30), max_size=30),
+    st.integers(4, 12),
+    st.booleans(),
+    st.integers(1, 5),
 )
 def test_packing_keeps_every_token_in_order(documents, length, bos, batch):
     batches = list(pack(documents, Letters(), length, prepend_bos=bos, contexts=batch))
@@ -52,7 +55,10 @@ def test_packing_keeps_every_token_in_order(documents, length, bos, batch):
 
 def test_without_eos_bos_divides_documents():
     (batch,) = pack(["aaaa", "bb"], NoEnd(), 5, prepend_bos=True, contexts=2)
-    assert batch.tokens.tolist() == [[1, 97, 97, 97, 97]] or batch.tokens.tolist() == [[1, 97, 97, 97, 97], [1, 1, 98, 98, 1]]
+    assert batch.tokens.tolist() == [[1, 97, 97, 97, 97]] or batch.tokens.tolist() == [
+        [1, 97, 97, 97, 97],
+        [1, 1, 98, 98, 1],
+    ]
     assert batch.kept[-1].tolist() == [False, False, True, True, False]
 
 

@@ -54,7 +54,9 @@ def test_sparse_gradients_equal_dense_autograd(rule, dtype, tolerance):
 def test_references_equal_kernels():
     x, W_enc, b_enc, b_dec, W_dec = problem(torch.float64, seed=3)
     code = token_choice(((x - b_dec) @ W_enc + b_enc).detach(), 5)
-    torch.testing.assert_close(affinities(x, W_enc, b_enc, b_dec, code), affinities_reference(x, W_enc, b_enc, b_dec, code))
+    torch.testing.assert_close(
+        affinities(x, W_enc, b_enc, b_dec, code), affinities_reference(x, W_enc, b_enc, b_dec, code)
+    )
     torch.testing.assert_close(decode(code, W_dec, b_dec), decode_reference(code, W_dec, b_dec))
 
 

@@ -100,7 +100,9 @@ def test_downstream_against_plain_hooks(source, contexts):
     batch = ContextBatch(*(column[:3] for column in contexts))
     mean = torch.linspace(-1, 1, 256)
     found = downstream(source.model, source.hook, [batch], lambda x: 0.7 * x, mean)
-    plain = AutoModelForCausalLM.from_pretrained(model_path("embedded"), dtype=torch.float32, attn_implementation="eager")
+    plain = AutoModelForCausalLM.from_pretrained(
+        model_path("embedded"), dtype=torch.float32, attn_implementation="eager"
+    )
 
     def logits(change):
         def hook(module, inputs, output):

@@ -196,7 +196,9 @@ def test_resuming_with_another_config_is_refused(cache, tmp_path):
 )
 def test_what_does_not_fit_the_data_is_refused(cache, tmp_path, changes, message):
     if changes.get("cache") == "LM":
-        ActivationCache.from_tensor(tmp_path / "lm", torch.randn(6000, 3), passport={"hook": "blocks.0.hook_resid_post"})
+        ActivationCache.from_tensor(
+            tmp_path / "lm", torch.randn(6000, 3), passport={"hook": "blocks.0.hook_resid_post"}
+        )
         changes = {**changes, "cache": tmp_path / "lm"}
     with pytest.raises(SaekitError, match=message):
         train(config(cache, tmp_path, **changes), quiet=True)
