@@ -12,12 +12,22 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from saekit.budgets import zipf_budgets
 from saekit.code import SparseCode
 from saekit.errors import SaekitError
-from saekit.kernels.select import largest_in_all, largest_in_rows
+from saekit.kernels.select import largest_in_all, largest_in_columns, largest_in_rows
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
+
+__all__ = [
+    "feature_choice",
+    "gradient_choice",
+    "mutual_choice",
+    "threshold_choice",
+    "token_choice",
+    "zipf_budgets",
+]
 
 
 def _matches(pre: Float[Tensor, "n F"], tokens: Int[Tensor, "m"], features: Int[Tensor, "m"]) -> SparseCode:
@@ -60,6 +70,58 @@ def mutual_choice(pre: Float[Tensor, "n F"], total: int) -> SparseCode:
         raise SaekitError(f"{total} matches are not between 1 and the {n} × {width} pairs of the batch")
     pairs = largest_in_all(pre.detach().contiguous(), total)
     return _matches(pre, pairs.div(width, rounding_mode="floor"), pairs % width)
+
+
+def feature_choice(pre: Float[Tensor, "n F"], budgets: Int[Tensor, "F"]) -> SparseCode:
+    """Each feature j matches the ``budgets[j]`` tokens of its largest pre-activations.
+
+    Args:
+        pre: [n, F] pre-activations.
+        budgets: [F] whole numbers, 0 to n each.
+
+    Raises:
+        SaekitError: the budgets are not F whole numbers between 0 and n.
+    """
+    n, width = pre.shape
+    if budgets.shape != (width,) or budgets.is_floating_point():
+        raise SaekitError(
+            f"budgets are {width} whole numbers, one a feature, not {list(budgets.shape)} {budgets.dtype}"
+        )
+    if int(budgets.min()) < 0 or int(budgets.max()) > n:
+        raise SaekitError(
+            f"budgets from {int(budgets.min())} to {int(budgets.max())} are impossible for a batch of {n} tokens"
+        )
+    tokens, features = largest_in_columns(pre.detach(), budgets.to(pre.device))
+    return _matches(pre, tokens, features)
+
+
+def gradient_choice(pre: Float[Tensor, "n F"], influence: Float[Tensor, "n F"], k: int, beta: float) -> SparseCode:
+    """Each token matches the k features of largest score A ∘ (1 + β·influence), A = relu(pre); the values are plain A.
+
+    The score is that of gradient TopK (arXiv 2411.10397: z + β·z∘|W_decᵀ∇L|); the scale of ``influence`` and taking A
+    for z are our reading. β = 0 is ``token_choice``.
+
+    Args:
+        pre: [n, F] pre-activations.
+        influence: [n, F] not negative, |g W_decᵀ| / s_g with g the gradient of the model's loss at the activation and
+            s_g the root mean square of |g W_decᵀ|.
+        k: matches a token, 1 to F.
+        beta: weight of the influence, at least 0.
+
+    Raises:
+        SaekitError: k or beta is out of bounds, or the shapes differ.
+    """
+    n, width = pre.shape
+    if not 1 <= k <= width:
+        raise SaekitError(f"k = {k} is not between 1 and the {width} features of the dictionary")
+    if not beta >= 0:
+        raise SaekitError(f"beta = {beta} is negative; it is 0 (plain TopK) or more")
+    if influence.shape != pre.shape:
+        raise SaekitError(f"influence of shape {list(influence.shape)} does not fit {list(pre.shape)} pre-activations")
+    score = torch.relu(pre.detach()) * (1 + beta * influence.detach())
+    features = largest_in_rows(score, k)
+    tokens = torch.arange(n, device=pre.device).repeat_interleave(k)
+    return _matches(pre, tokens, features.flatten())
 
 
 def threshold_choice(pre: Float[Tensor, "n F"], threshold: Float[Tensor, "#F"]) -> SparseCode:

@@ -1,4 +1,4 @@
-"""Exact selection of the largest entries, by row or in the whole matrix, the same on every backend.
+"""Exact selection of the largest entries, by row, by column or in the whole matrix, the same on every backend.
 
 Among equal entries the one with the smallest index wins. Entries that are not positive never decide anything, since
 relu follows every selection, so ties among them are left alone.
@@ -50,6 +50,38 @@ def largest_in_rows(rows: Float[Tensor, "n F"], k: int) -> Int[Tensor, "n k"]:
         columns = columns.clone()
         columns[tied] = rows[tied].sort(dim=1, descending=True, stable=True).indices[:, :k]
     return columns
+
+
+def largest_in_columns(matrix: Float[Tensor, "n F"], counts: Int[Tensor, "F"]) -> tuple[Tensor, Tensor]:
+    """Tokens and features, ordered by token, of the ``counts[j]`` largest entries of each column j.
+
+    Columns of like counts are selected together, so that few large counts do not make every column's selection large.
+
+    Args:
+        matrix: [n, F] without gradients.
+        counts: [F], each 0 to n.
+    """
+    columns = matrix.T.contiguous()
+    n = columns.shape[1]
+    bins = counts.clamp(min=1).log2().ceil().long()
+    found = []
+    for number in bins[counts > 0].unique().tolist():
+        features = ((bins == number) & (counts > 0)).nonzero().flatten()
+        rows, take = columns[features], counts[features]
+        width = min(int(take.max()) + 1, n)
+        values, tokens = _largest(rows, width)
+        last = values.gather(1, take[:, None] - 1)
+        following = values.gather(1, take[:, None].clamp(max=width - 1))
+        tied = ((take < n) & (last == following)[:, 0] & (last[:, 0] > 0)).nonzero().flatten()
+        if tied.numel():
+            tokens[tied] = rows[tied].sort(dim=1, descending=True, stable=True).indices[:, :width]
+        chosen = torch.arange(width, device=matrix.device) < take[:, None]
+        found.append((tokens[chosen], features[:, None].expand_as(tokens)[chosen]))
+    if not found:
+        return counts.new_zeros(0), counts.new_zeros(0)
+    tokens, features = (torch.cat(part) for part in zip(*found, strict=True))
+    tokens, order = tokens.sort(stable=True)
+    return tokens, features[order]
 
 
 def largest_in_all(matrix: Float[Tensor, "n F"], total: int) -> Int[Tensor, "m"]:

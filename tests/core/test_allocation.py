@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from saekit import SaekitError
-from saekit.allocation import mutual_choice, threshold_choice, token_choice
+from saekit.allocation import (
+    feature_choice,
+    gradient_choice,
+    mutual_choice,
+    threshold_choice,
+    token_choice,
+    zipf_budgets,
+)
 from saekit.kernels.select import largest_in_all, largest_in_rows
 
 # few distinct values, so that ties abound; all-negative rows occur
@@ -46,6 +53,88 @@ def test_mutual_choice_takes_the_largest_of_the_whole_batch(pre, data):
     code = mutual_choice(torch.from_numpy(pre), total)
     flat = [(pre.flat[i], i) for i in range(n * width)]
     assert pairs(code) == [divmod(i, width) for i in by_definition(flat, total)]
+
+
+@given(matrices, st.data())
+def test_feature_choice_takes_the_largest_of_each_column(pre, data):
+    n, width = pre.shape
+    budgets = data.draw(st.lists(st.sampled_from([0, 1, n]) | st.integers(0, n), min_size=width, max_size=width))
+    code = feature_choice(torch.from_numpy(pre), torch.tensor(budgets))
+    expected = [(i, j) for j in range(width) for i in by_definition([(pre[i, j], i) for i in range(n)], budgets[j])]
+    assert sorted(pairs(code)) == sorted(expected)
+    assert code.tokens.tolist() == sorted(code.tokens.tolist())
+
+
+@given(matrices, st.data())
+def test_gradient_choice_takes_the_largest_scores(pre, data):
+    n, width = pre.shape
+    k = data.draw(st.integers(1, width))
+    beta = data.draw(st.sampled_from([0.5, 1.0, 4.0]))
+    influence = np.array(data.draw(st.lists(st.integers(0, 3), min_size=n * width, max_size=n * width))).reshape(
+        pre.shape
+    )
+    code = gradient_choice(torch.from_numpy(pre), torch.from_numpy(influence).double(), k, beta)
+    score = np.maximum(pre, 0) * (1 + beta * influence)
+    expected = [(i, j) for i in range(n) for j in by_definition([(score[i, j], j) for j in range(width)], k)]
+    assert sorted(pairs(code)) == expected
+    assert code.values.tolist() == [pre[i, j] for i, j in pairs(code)], "the emitted values are plain activations"
+
+
+@given(st.integers(0, 10), st.integers(1, 64))
+def test_gradient_choice_without_gradients_is_topk_bit_for_bit(seed, k):
+    generator = torch.Generator().manual_seed(seed)
+    pre = torch.randn(16, 512, generator=generator)
+    influence = torch.rand(16, 512, generator=generator)
+    plain, zero = token_choice(pre, k), gradient_choice(pre, influence, k, 0.0)
+    for name in ("tokens", "features", "values"):
+        assert torch.equal(getattr(plain, name), getattr(zero, name))
+
+
+@given(st.data())
+def test_zipf_budgets(data):
+    F, n = data.draw(st.integers(1, 300)), data.draw(st.integers(1, 200))
+    total = data.draw(st.sampled_from([F, F * n]) | st.integers(F, F * n))
+    s, q = data.draw(st.floats(0, 4)), data.draw(st.floats(-0.9, 50))
+    budgets = zipf_budgets(total, F, n, s, q)
+    assert int(budgets.sum()) == total
+    assert int(budgets.min()) >= 1
+    assert int(budgets.max()) <= n
+    assert (budgets.diff() <= 0).all(), "densest first"
+    # away from the bounds the law holds: m_j / m_i is (r_j + q)^-s / (r_i + q)^-s, to rounding
+    law = (np.arange(1, F + 1) + q) ** -s
+    free = [j for j in range(F) if 1 < budgets[j] < n]
+    if free:
+        c = total_free = sum(int(budgets[j]) for j in free) / sum(law[j] for j in free)
+        assert all(abs(int(budgets[j]) - c * law[j]) <= 2 for j in free), total_free
+
+
+def test_zipf_budgets_of_the_speed_shape():
+    budgets = zipf_budgets(4096 * 32, 12288, 4096)
+    expected = 4096 * 32 * (np.arange(1, 12289) + 3.0) ** -1 / ((np.arange(1, 12289) + 3.0) ** -1).sum()
+    assert np.abs(budgets.numpy() - np.maximum(expected, 1))[:1000].max() < 0.02 * expected[0]
+    assert int(zipf_budgets(4096 * 32, 12288, 4096, 1.0, 0.0).max()) == 4096, "without a shift the bound is reached"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [((9, 10, 5), "cannot be shared"), ((51, 10, 5), "cannot be shared"), ((20, 10, 5, -1.0), "exponent"),
+     ((20, 10, 5, 1.0, -1.0), "shift"), ((20, 0, 5), "no budgets")],
+)  # fmt: skip
+def test_impossible_zipf_budgets_are_refused(arguments, message):
+    with pytest.raises(SaekitError, match=message):
+        zipf_budgets(*arguments)
+
+
+def test_impossible_choices_are_refused():
+    pre = torch.zeros(4, 3)
+    with pytest.raises(SaekitError, match="impossible for a batch of 4"):
+        feature_choice(pre, torch.tensor([1, 5, 1]))
+    with pytest.raises(SaekitError, match="whole numbers"):
+        feature_choice(pre, torch.tensor([1.0, 2.0, 1.0]))
+    with pytest.raises(SaekitError, match="beta = -1"):
+        gradient_choice(pre, pre, 1, -1)
+    with pytest.raises(SaekitError, match="does not fit"):
+        gradient_choice(pre, pre[:2], 1, 1.0)
 
 
 @given(matrices, st.floats(-3, 3))
