@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +61,7 @@ class ActivationCache:
         """
         folder = Path(path).expanduser()
         if not (folder / MANIFEST).is_file():
-            unfinished = " (an unfinished harvest)" if any(folder.glob("shard-*")) else ""
+            unfinished = " (only an unfinished harvest)" if folder.with_name(folder.name + ".part").is_dir() else ""
             raise SaekitError(f"there is no activation cache at '{path}'{unfinished}: {MANIFEST} is missing")
         try:
             manifest = json.loads((folder / MANIFEST).read_text())
@@ -129,11 +130,9 @@ class ActivationCache:
         Raises:
             SaekitError: unknown dtype, no or non-finite activations, or a folder that holds something.
         """
-        folder = check_writable(path, dtype, overwrite)
-        writable_folder(folder, overwrite=overwrite)
-        (folder / MANIFEST).unlink(missing_ok=True)
-        for old in folder.glob("shard-*"):
-            old.unlink()
+        target = check_writable(path, dtype, overwrite)
+        folder = target.with_name(target.name + ".part")  # moved into place once it is whole
+        writable_folder(folder, overwrite=True)
         shards: list[dict[str, Any]] = []
         d_in = 0
         for batch in _regrouped(batches, SHARD_ROWS):
@@ -145,7 +144,8 @@ class ActivationCache:
             raise SaekitError(f"no activations to write to '{path}': the text is empty or shorter than one context")
         manifest = {"format": FORMAT, "passport": passport, "d_in": d_in, "dtype": dtype, "shards": shards}
         replace_file(folder / MANIFEST, lambda file: file.write_text(json.dumps(manifest, indent=2) + "\n"))
-        return cls(folder, passport, d_in, dtype, tuple(shards))
+        _move_into(target, folder, [shard["file"] for shard in shards])
+        return cls(target, passport, d_in, dtype, tuple(shards))
 
     def rows_of(self, part: Split) -> range:
         """The rows of one part: the end of a cache, twice 5% or 65,536 rows, is kept for calibration and evaluation."""
@@ -197,6 +197,17 @@ def check_writable(path: str | Path, dtype: str, overwrite: bool) -> Path:
     folder = Path(path).expanduser()
     check_free(folder, overwrite=overwrite, hint="choose another folder or ask to overwrite (--overwrite)")
     return folder
+
+
+def _move_into(target: Path, folder: Path, shards: list[str]) -> None:
+    """Move a finished cache to its place; an old cache there goes, other files stay."""
+    writable_folder(target, overwrite=True)
+    (target / MANIFEST).unlink(missing_ok=True)
+    for old in target.glob("shard-*.safetensors"):
+        old.unlink()
+    for name in [*shards, MANIFEST]:
+        (folder / name).replace(target / name)
+    shutil.rmtree(folder)
 
 
 def _write_shard(path: Path, batch: ActivationBatch, dtype: torch.dtype) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 import saekit
-from saekit.errors import SaekitError, did_you_mean
+from saekit.errors import SaekitError, did_you_mean, first_line
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -54,12 +54,12 @@ def load_model(
         )
     except OSError as error:
         if Path(place).is_dir():
-            raise SaekitError(f"the model folder '{name_or_path}' is incomplete: {_first_line(error)}") from error
+            raise SaekitError(f"the model folder '{name_or_path}' is incomplete: {first_line(error)}") from error
         raise SaekitError(
             f"unknown model '{name_or_path}': no local folder, nor found on the hub{_similar_models(name_or_path)}"
         ) from error
-    except (ValueError, KeyError, NotImplementedError) as error:
-        raise SaekitError(f"cannot hook the model '{name_or_path}': {_first_line(error)}") from error
+    except Exception as error:  # damaged weights and shapes no adapter knows raise many kinds
+        raise SaekitError(f"cannot load and hook the model '{name_or_path}': {first_line(error)}") from error
     if model.tokenizer is None:
         raise SaekitError(f"the model '{name_or_path}' comes without a tokenizer")
     model.eval()
@@ -85,10 +85,6 @@ def model_path(name_or_path: str) -> str:
     return name_or_path
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-
-
 def _similar_models(name: str) -> str:
     from transformer_lens import supported_models
 
@@ -105,7 +101,8 @@ def model_revision(model: TransformerBridge, name_or_path: str) -> str:
     if commit:
         return str(commit)
     digest = hashlib.blake2b(digest_size=16)
-    for file in sorted(Path(model_path(name_or_path)).glob("*.safetensors")):
+    folder = Path(model_path(name_or_path))
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
         digest.update(file.name.encode())
         with file.open("rb") as content:
             while block := content.read(1 << 24):
@@ -119,7 +116,7 @@ def default_hook(model: TransformerBridge) -> str:
 
 
 def check_hook(model: TransformerBridge, hook: str) -> None:
-    """Raise SaekitError where the model has no hook point of this name."""
+    """Raise SaekitError where the model has no hook point of this name, or has switched it off."""
     names = model.hook_dict
     if hook not in names:
         kin = [n for n in names if n.rsplit(".", 1)[-1] == hook.rsplit(".", 1)[-1]]
@@ -127,6 +124,11 @@ def check_hook(model: TransformerBridge, hook: str) -> None:
         raise SaekitError(
             f"the model has no hook '{hook}' (it has blocks 0 to {n_layers - 1}){did_you_mean(hook, [*kin, *names])}"
         )
+    try:
+        with model.hooks(fwd_hooks=[(hook, lambda activation, hook: None)]):
+            pass
+    except ValueError as error:
+        raise SaekitError(f"the hook '{hook}' is switched off in this model: {first_line(error)}") from error
 
 
 def context_length_of(model: TransformerBridge) -> int:

@@ -87,6 +87,7 @@ def source_files() -> tuple[SourceFile, ...]:
         for file in distribution.files or []:
             if file.suffix == ".py" and ".." not in file.parts:
                 candidates.append(SourceFile(file.as_posix(), Path(str(file.locate()))))
+    candidates = [file for file in candidates if file.path.is_file()]
     return tuple(sorted((f for f in candidates if not _LEFT_OUT.search(f.name)), key=lambda f: _hash(f.name)))
 
 

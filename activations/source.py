@@ -36,6 +36,8 @@ class ActivationSource:
     text: TextSource
     context_length: int
     prepend_bos: bool
+    column: str = "text"
+    split: str = "train"
 
     @classmethod
     def open(
@@ -45,9 +47,12 @@ class ActivationSource:
         dataset: str = PYTHON,
         *,
         column: str = "text",
+        split: str = "train",
+        streaming: bool = True,
         context_length: int | None = None,
         device: str | None = None,
         dtype: str = "float32",
+        loaded: TransformerBridge | None = None,
     ) -> ActivationSource:
         """Open the text, load the model and check that they fit.
 
@@ -55,16 +60,17 @@ class ActivationSource:
             model: ``"embedded"``, a local Hugging Face folder, or a name on the hub.
             hook: TransformerLens hook point; the residual stream after half of the blocks if not given.
             dataset: what ``open_text`` takes.
-            column: the dataset's text column.
+            column, split, streaming: as in ``open_text``.
             context_length: tokens a context; 256, or the model's most where that is less, if not given.
             device: where the model runs.
             dtype: of the model.
+            loaded: the model itself, where it is loaded already.
 
         Raises:
             SaekitError: one of them does not exist, or the context is longer than the model's.
         """
-        text = open_text(dataset, column=column)
-        bridge = load_model(model, device=device, dtype=dtype)
+        text = open_text(dataset, column=column, split=split, streaming=streaming)
+        bridge = load_model(model, device=device, dtype=dtype) if loaded is None else loaded
         hook = hook or default_hook(bridge)
         check_hook(bridge, hook)
         longest = context_length_of(bridge)
@@ -73,7 +79,7 @@ class ActivationSource:
             raise SaekitError(f"a context of {length} tokens is longer than the {longest} that '{model}' takes")
         # what TransformerLens knows of the model's training decides about BOS
         bos = bool(getattr(bridge.cfg, "default_prepend_bos", True)) and bridge.tokenizer.bos_token_id is not None
-        return cls(model, bridge, hook, text, length, bos)
+        return cls(model, bridge, hook, text, length, bos, column, split)
 
     def contexts(self, part: Split, batch: int = 32) -> Iterator[ContextBatch]:
         """Contexts of one part of the text, in a fixed order.
@@ -112,10 +118,13 @@ class ActivationSource:
         return {
             "model": self.name,
             "revision": model_revision(self.model, self.name),
+            "model_dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
             "hook": self.hook,
             "dataset": self.text.name,
             "dataset_fingerprint": self.text.fingerprint,
-            "split": part,
+            "dataset_split": self.split,
+            "column": self.column,
+            "part": part,
             "tokenizer": tokenizer_fingerprint(self.model.tokenizer),
             "context_length": self.context_length,
             "prepend_bos": self.prepend_bos,

@@ -10,14 +10,14 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 from saekit.activations import python_source
 from saekit.activations.python_source import CALIBRATION_SHARE, HELDOUT_SHARE, Split
-from saekit.errors import SaekitError, did_you_mean
+from saekit.errors import SaekitError, did_you_mean, first_line
 
 PYTHON = "python"
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -53,22 +53,24 @@ def open_text(
     """Open a text source.
 
     Args:
-        dataset: ``"python"``, a local file or glob pattern (.txt, .md, .jsonl, .json, .parquet), a folder saved by
-            ``datasets``, or a name on the hub.
+        dataset: ``"python"``, a local file or glob pattern (.txt, .md, .jsonl, .json, .parquet), a folder that
+            ``datasets`` saved or reads, or a name on the hub.
         column: the column that holds the text (not for plain text).
-        split: the split of a hub dataset.
-        streaming: whether a hub dataset is read as it downloads.
+        split: the split of a dataset of the hub or of a folder.
+        streaming: whether a dataset of the hub is read as it downloads, rather than downloaded first.
 
     Raises:
         SaekitError: nothing of that name is found, it is empty, or it has no such column.
     """
     if dataset == PYTHON:
         return _python()
-    files = sorted(glob.glob(os.path.expanduser(dataset), recursive=True))
-    files = [f for f in files if Path(f).is_file()]
+    place = Path(os.path.expanduser(dataset))
+    if place.is_dir():
+        return _saved(dataset, place, column, split) if _is_saved(place) else _hub(dataset, column, split, streaming)
+    files = [f for f in sorted(glob.glob(str(place), recursive=True)) if Path(f).is_file()]
     if files:
         return _local(dataset, files, column)
-    if Path(dataset).suffix.lower() in _LOADERS or Path(dataset).is_absolute() or dataset.startswith((".", "~")):
+    if place.suffix.lower() in _LOADERS or place.is_absolute() or dataset.startswith("."):
         raise SaekitError(f"no text file matches '{dataset}'")
     return _hub(dataset, column, split, streaming)
 
@@ -84,66 +86,105 @@ def _local(dataset: str, files: list[str], column: str) -> TextSource:
     kinds = {Path(f).suffix.lower() for f in files}
     if len(kinds) > 1 or (kind := kinds.pop()) not in _LOADERS:
         raise SaekitError(f"'{dataset}' is not of one known kind of text file ({', '.join(_LOADERS)})")
-    digest = hashlib.blake2b(digest_size=16)
-    for file in files:
-        with open(file, "rb") as content:
-            while block := content.read(1 << 22):
-                digest.update(block)
+    fingerprint = _digest(map(Path, files))
     if _LOADERS[kind] == "text":
-        return _divided(dataset, digest.hexdigest(), lambda: (block for f in files for block in _blocks(Path(f))))
-    rows = _load(dataset, _LOADERS[kind], data_files=files, split="train", streaming=True)
-    return _divided(dataset, digest.hexdigest(), _column(dataset, rows, column))
-
-
-def _hub(dataset: str, column: str, split: str, streaming: bool) -> TextSource:
-    rows = _load(dataset, dataset, split=split, streaming=streaming)
-    version = str(getattr(rows.info, "version", "") or "")
-    checksums = sorted(getattr(rows.info, "download_checksums", None) or {})
-    fingerprint = hashlib.blake2b(f"{dataset}@{split}@{version}@{checksums}".encode(), digest_size=16).hexdigest()
+        return _divided(dataset, fingerprint, lambda: (block for f in files for block in _blocks(Path(f))))
+    rows = _opened(dataset, lambda d: d.load_dataset(_LOADERS[kind], data_files=files, split="train", streaming=True))
     return _divided(dataset, fingerprint, _column(dataset, rows, column))
 
 
-def _load(dataset: str, loader: str, **options: Any) -> Any:
-    from datasets import load_dataset
-    from datasets.utils.logging import disable_progress_bar, set_verbosity_error
+def _is_saved(folder: Path) -> bool:
+    """Whether ``Dataset.save_to_disk`` or ``DatasetDict.save_to_disk`` wrote the folder."""
+    return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
 
-    set_verbosity_error()
-    disable_progress_bar()
+
+def _saved(dataset: str, folder: Path, column: str, split: str) -> TextSource:
+    rows = _opened(dataset, lambda d: d.load_from_disk(str(folder)))
+    if isinstance(rows, dict):
+        if split not in rows:
+            raise SaekitError(f"the dataset '{dataset}' has no split '{split}'{did_you_mean(split, rows)}")
+        rows = rows[split]
+    return _divided(dataset, _digest(sorted(folder.rglob("*.arrow"))), _column(dataset, rows, column))
+
+
+def _hub(dataset: str, column: str, split: str, streaming: bool) -> TextSource:
+    def rows_of(datasets: Any) -> tuple[Any, str]:
+        builder = datasets.load_dataset_builder(dataset)
+        # the builder's hash names the dataset's commit (or the files of a local folder)
+        version = f"{builder.name}@{builder.config.name}@{builder.hash}@{split}"
+        return datasets.load_dataset(dataset, split=split, streaming=streaming), version
+
+    rows, version = _opened(dataset, rows_of)
+    fingerprint = hashlib.blake2b(version.encode(), digest_size=16).hexdigest()
+    return _divided(dataset, fingerprint, _column(dataset, rows, column))
+
+
+def _opened(dataset: str, opener: Callable[[Any], Any]) -> Any:
+    """What ``opener`` makes of the datasets library, its many kinds of errors told in one line."""
+    import datasets
+
+    datasets.utils.logging.set_verbosity_error()
+    datasets.utils.logging.disable_progress_bar()
     try:
-        return load_dataset(loader, **options)
-    except Exception as error:  # datasets raises a dozen kinds for a missing or unreadable data set
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        return opener(datasets)
+    except Exception as error:
         hint = did_you_mean(dataset, [PYTHON])
-        raise SaekitError(f"cannot open the dataset '{dataset}': {reason}{hint if 'did' in hint else ''}") from error
+        raise SaekitError(
+            f"cannot open the dataset '{dataset}': {first_line(error)}{hint if 'did' in hint else ''}"
+        ) from error
 
 
 def _column(dataset: str, rows: Any, column: str) -> Callable[[], Iterator[str]]:
-    first = next(iter(rows), None)
-    if first is None:
+    def texts() -> Iterator[str]:
+        number = 0
+        try:
+            for number, row in enumerate(rows):
+                text = row.get(column)
+                if isinstance(text, str):
+                    if text:
+                        yield text
+                elif column not in row:
+                    raise SaekitError(f"the dataset '{dataset}' has no column '{column}'{did_you_mean(column, row)}")
+                elif text is not None:
+                    kind = type(text).__name__
+                    raise SaekitError(f"the column '{column}' of '{dataset}' holds {kind} in row {number}, not text")
+        except SaekitError:
+            raise
+        except Exception as error:  # damaged files show while they are read
+            raise SaekitError(f"cannot read row {number} or the next of '{dataset}': {first_line(error)}") from error
+
+    if next(texts(), None) is None:
         raise SaekitError(f"the dataset '{dataset}' is empty")
-    if column not in first:
-        raise SaekitError(f"the dataset '{dataset}' has no column '{column}'{did_you_mean(column, first)}")
-    if not isinstance(first[column], str):
-        raise SaekitError(f"the column '{column}' of '{dataset}' holds {type(first[column]).__name__}, not text")
-    return lambda: (row[column] for row in rows if row[column])
+    return texts
+
+
+def _digest(files: Iterable[Path]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        with file.open("rb") as content:
+            while block := content.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def _blocks(path: Path) -> Iterator[str]:
-    """The documents of a plain text file: blocks of whole lines, 200 to 2,000 characters or a little more.
+    """The documents of a plain text file: blocks of whole lines, 100 to 2,000 characters or a line more.
 
-    Plain text does not mark its documents; about 200 blocks a small file make three parts possible.
+    Plain text does not mark its documents. Some 400 blocks even of a small file make three parts possible; lines much
+    longer than a block are cut.
     """
-    least = min(2000, max(200, path.stat().st_size // 200))
+    least = min(2000, max(100, path.stat().st_size // 400))
     lines: list[str] = []
     size = 0
     try:
         with path.open(encoding="utf-8") as file:
             for line in file:
-                lines.append(line)
-                size += len(line)
-                if size >= least:
-                    yield "".join(lines)
-                    lines, size = [], 0
+                for piece in (line[start : start + 2 * least] for start in range(0, len(line), 2 * least)):
+                    lines.append(piece)
+                    size += len(piece)
+                    if size >= least:
+                        yield "".join(lines)
+                        lines, size = [], 0
     except UnicodeDecodeError as error:
         raise SaekitError(f"'{path}' is not UTF-8 text: byte {error.start}") from None
     if "".join(lines).strip():

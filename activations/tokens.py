@@ -35,7 +35,8 @@ def pack(
 ) -> Iterator[ContextBatch]:
     """Tokenise documents and pack them without padding: BOS (if wanted), then text, documents divided by EOS.
 
-    The last tokens, where they do not fill a context, are left out.
+    The last tokens, where they do not fill a context, are left out, unless they are all there is: then they make one
+    shorter context.
 
     Args:
         documents: texts.
@@ -55,7 +56,8 @@ def pack(
     need = room * contexts
     ids: list[np.ndarray] = []
     owners: list[np.ndarray] = []
-    waiting, number = 0, 0
+    waiting = number = 0
+    made = False
     texts = iter(documents)
     while batch := list(islice(texts, 64)):
         encoded = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
@@ -72,11 +74,13 @@ def pack(
         if waiting >= need:
             stream, owner = np.concatenate(ids), np.concatenate(owners)
             whole = len(stream) // need * need
+            made = True
             for start in range(0, whole, need):
                 yield _contexts(stream[start : start + need], owner[start : start + need], room, bos)
             ids, owners, waiting = [stream[whole:]], [owner[whole:]], len(stream) - whole
-    if waiting >= room:
+    if waiting >= room or (waiting >= 2 and not made):
         stream, owner = np.concatenate(ids), np.concatenate(owners)
+        room = min(room, waiting)
         whole = len(stream) // room * room
         yield _contexts(stream[:whole], owner[:whole], room, bos)
 

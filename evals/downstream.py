@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -90,12 +91,12 @@ def downstream(
         for name, edit in edits.items():
             logits = edited_logits(model, hook, batch, edit)[:, :-1][scored.to(next(model.parameters()).device)]
             log_p = logits.log_softmax(-1)
-            sums[name] -= float(log_p.gather(1, targets.to(log_p.device)[:, None]).double().sum())
+            sums[name] -= float(log_p.gather(1, targets.to(log_p.device)[:, None]).cpu().double().sum())
             if name == "clean":
                 clean = log_p
             elif name == "reconstructed":
                 assert clean is not None
-                sums["kl"] += float((clean.exp() * (clean - log_p)).sum(-1).double().sum())
+                sums["kl"] += float((clean.exp() * (clean - log_p)).sum(-1).cpu().double().sum())
     if not tokens:
         raise SaekitError("there is no held-out text to score")
     ce = {name: total / tokens for name, total in sums.items()}
@@ -108,7 +109,12 @@ def downstream(
         "ce_zero": ce["zero"],
         "ce_mean": ce["mean"],
         "ce_increase": increase,
-        "recovered_share": 1 - increase / (ce["zero"] - ce["clean"]),
-        "recovered_share_mean": 1 - increase / (ce["mean"] - ce["clean"]),
+        "recovered_share": _recovered(increase, ce["zero"] - ce["clean"]),
+        "recovered_share_mean": _recovered(increase, ce["mean"] - ce["clean"]),
         "kl": ce["kl"],
     }
+
+
+def _recovered(increase: float, damage: float) -> float:
+    """1 − increase / damage; NaN where ablation does the model no damage."""
+    return 1 - increase / damage if damage else math.nan

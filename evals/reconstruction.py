@@ -24,7 +24,7 @@ class Reconstruction:
 
     def update(self, x: Float[Tensor, "n d"], x_hat: Float[Tensor, "n d"]) -> None:
         """Count one batch."""
-        x, x_hat = x.double().cpu(), x_hat.double().cpu()
+        x, x_hat = x.cpu().double(), x_hat.cpu().double()
         if self.origin is None:
             self.origin = x.mean(0)
         self.tokens += len(x)

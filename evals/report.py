@@ -10,7 +10,6 @@ from typing import Any
 
 from rich.table import Table
 
-from saekit.errors import SaekitError
 from saekit.files import replace_file
 
 # title, group, key, format, meaning
@@ -55,19 +54,6 @@ class Report:
     def save(self, path: str | Path) -> None:
         """Write ``to_json()`` to a file."""
         replace_file(Path(path), lambda part: part.write_text(self.to_json() + "\n"))
-
-    @classmethod
-    def read(cls, path: str | Path) -> Report:
-        """Read what ``save`` wrote.
-
-        Raises:
-            SaekitError: there is no such file or it is damaged.
-        """
-        try:
-            groups = json.loads(Path(path).read_text())
-            return cls(groups, groups.pop("about"))
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise SaekitError(f"'{path}' is not a report: {error}") from None
 
 
 def table(reports: Mapping[str, Report] | Sequence[tuple[str, Report]]) -> Table:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,16 +17,19 @@ from saekit.evals.report import Report
 from saekit.evals.suite import evaluate, evaluate_activations
 from saekit.sae import SparseAutoencoder
 
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
 
 @dataclass
 class Judge:
     """Evaluates dictionaries on the held-out part of the text they come from.
 
-    Models and contexts are opened once for all dictionaries that share them. Every field but ``tokens`` overrides what
-    the dictionary's metadata says.
+    Models and contexts are opened once for all dictionaries that share them. A field that is set wins over what the
+    dictionary's metadata says.
 
     Attributes:
-        model, hook, dataset, column, context_length: as in ``ActivationSource.open``.
+        model, hook, dataset, column, split, context_length, dtype: as in ``ActivationSource.open``.
         cache: judge by the held-out rows of this activation cache instead of a model and text.
         tokens: text tokens to evaluate on.
         device: where model and dictionary run.
@@ -36,12 +40,21 @@ class Judge:
     hook: str | None = None
     dataset: str | None = None
     column: str | None = None
+    split: str | None = None
     context_length: int | None = None
+    dtype: str | None = None
     cache: Path | None = None
     tokens: int = 131_072
     device: str = "cpu"
     on_contexts: Callable[[str, int], Callable[[int], object]] | None = None
-    _opened: dict[Any, Any] = field(default_factory=dict, init=False)
+    _models: dict[tuple[str, str], TransformerBridge] = field(default_factory=dict, init=False)
+    _contexts: dict[Any, ContextBatch] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        text = {"--model": self.model, "--hook": self.hook, "--dataset": self.dataset}
+        given = [name for name, value in text.items() if value is not None]
+        if self.cache and given:
+            raise SaekitError(f"judge either by --cache or by a model and text, not by --cache and {given[0]}")
 
     def __call__(self, path: str | Path) -> Report:
         """Load one dictionary and evaluate it.
@@ -50,50 +63,52 @@ class Judge:
             SaekitError: the dictionary, its model or its text is not found, or they do not fit each other.
         """
         sae = saekit.load(path, device=self.device)
+        facts = sae.cfg.metadata
+        own = dict(facts.get("saekit") or {})
+        cache = self.cache or (None if self.model or facts.get("model_name") else own.get("cache"))
+        report = self._by_cache(sae, Path(cache), own) if cache else self._by_text(sae, str(path), own)
         about = {"dictionary": str(path), "architecture": sae.cfg.architecture, "d_in": sae.cfg.d_in}
-        report = self._judge(sae, str(path))
         return Report(report.groups, {**about, "d_sae": sae.cfg.d_sae, "k": sae.cfg.k, **report.about})
 
-    def _judge(self, sae: SparseAutoencoder, path: str) -> Report:
-        facts = sae.cfg.metadata
-        own = facts.get("saekit", {}) if isinstance(facts.get("saekit"), dict) else {}
-        model = self.model or facts.get("model_name")
-        cache = self.cache or (None if model else own.get("cache"))
-        if cache:
-            found = ActivationCache.open(cache)
-            batches = (b.x.float().to(self.device) for b in found.batches("heldout"))
-            report = evaluate_activations(sae, batches)
-            return Report(report.groups, {"cache": str(cache), "part": "heldout"})
+    def _by_cache(self, sae: SparseAutoencoder, path: Path, own: dict[str, Any]) -> Report:
+        cache = ActivationCache.open(path)
+        trained_on_it = own.get("cache") is not None and Path(own["cache"]).resolve() == path.resolve()
+        if cache.passport.get("part") == "train" and not trained_on_it:
+            raise SaekitError(
+                f"the cache '{path}' holds training text, whose end only dictionaries trained on it have not seen; "
+                f"judge this one by a model and text (--model, --hook, --dataset)"
+            )
+        rows = (batch.x.float().to(self.device) for batch in cache.batches("heldout", 1024))
+        report = evaluate_activations(sae, islice(rows, -(-self.tokens // 1024)))
+        return Report(report.groups, {"cache": str(path), "part": "heldout"})
+
+    def _by_text(self, sae: SparseAutoencoder, path: str, own: dict[str, Any]) -> Report:
+        facts, passport = sae.cfg.metadata, own.get("passport") or {}
+        model, hook = self.model or facts.get("model_name"), self.hook or facts.get("hook_name")
         if not model:
             raise SaekitError(f"'{path}' does not say which model it belongs to; give --model and --hook, or --cache")
-        hook = self.hook or facts.get("hook_name")
         if not hook:
             raise SaekitError(f"'{path}' does not say which hook point it belongs to; give --hook")
-        source, contexts = self._contexts(
+        dtype = self.dtype or passport.get("model_dtype") or "float32"
+        source = ActivationSource.open(
             model,
             hook,
             self.dataset or facts.get("dataset_path") or "python",
-            self.column or own.get("column") or "text",
-            self.context_length or facts.get("context_size"),
+            column=self.column or passport.get("column") or "text",
+            split=self.split or passport.get("dataset_split") or "train",
+            context_length=self.context_length or facts.get("context_size"),
+            device=self.device,
+            dtype=dtype,
+            loaded=self._models.get((model, dtype)),
         )
-        tell = None
-        if self.on_contexts is not None:
-            tell = self.on_contexts(path, 2 * len(contexts.tokens))
+        self._models[model, dtype] = source.model
+        key = (model, source.text.fingerprint, source.column, source.context_length)
+        if key not in self._contexts:
+            self._contexts[key] = heldout_contexts(source, self.tokens)
+        contexts = self._contexts[key]
+        tell = self.on_contexts(path, 2 * len(contexts.tokens)) if self.on_contexts is not None else None
         report = evaluate(sae, source.model, contexts, hook=hook, on_batch=tell)
-        passport = source.passport("heldout")
-        return Report(report.groups, {**report.about, **{k: v for k, v in passport.items() if k != "hook"}})
-
-    def _contexts(
-        self, model: str, hook: str, dataset: str, column: str, context_length: int | None
-    ) -> tuple[ActivationSource, ContextBatch]:
-        key = (model, hook, dataset, column, context_length)
-        if key not in self._opened:
-            source = ActivationSource.open(
-                model, hook, dataset, column=column, context_length=context_length, device=self.device
-            )
-            self._opened[key] = source, heldout_contexts(source, self.tokens)
-        opened: tuple[ActivationSource, ContextBatch] = self._opened[key]
-        return opened
+        return Report(report.groups, {**source.passport("heldout"), **report.about})
 
 
 def heldout_contexts(source: ActivationSource, tokens: int) -> ContextBatch:

@@ -20,7 +20,7 @@ class Sparsity:
 
     def update(self, code: SparseCode) -> None:
         """Count one batch."""
-        each = code.matches_per_token().double()
+        each = code.matches_per_token().cpu().double()
         self.tokens += code.n_tokens
         self.matches += code.matches_per_feature().cpu()
         self.l0_sum += float(each.sum())

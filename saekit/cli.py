@@ -39,16 +39,16 @@ def main() -> None:
         message = str(error) if isinstance(error, SaekitError) else error.format_message()
         print("saekit: " + " ".join(message.split()), file=sys.stderr)
         sys.exit(2)
-    except (KeyboardInterrupt, typer.Abort):
+    except (KeyboardInterrupt, typer.Abort) as error:
         print("saekit: interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(getattr(error, "code", 130))
 
 
 def _flags_of_config(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command one flag for each field of TrainConfig, so that names, types and help stand in one place."""
     from saekit.trainers.config import TrainConfig
 
-    kinds: dict[Any, Any] = {int: int, float: float, int | None: int}
+    kinds: dict[Any, Any] = {int: int, float: float, int | None: int, bool: bool}
     fixed = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
     flags = []
     for name, field in TrainConfig.model_fields.items():
@@ -78,17 +78,21 @@ def train(
     """
     from saekit.trainers import TrainConfig
     from saekit.trainers import train as run_training
+    from saekit.trainers.interrupt import Interrupted
 
     if resume and config is None and flags["out"] is not None:
         started = Path(flags["out"]) / "config.yaml"
         config = started if started.is_file() else None
     settings = TrainConfig.from_yaml(config, **flags)
+    finished = resume and (settings.out / "sae/cfg.json").is_file()
     try:
         run = run_training(settings, resume=resume, overwrite=overwrite, quiet=quiet)
-    except KeyboardInterrupt:
+    except Interrupted as stop:
         print(f"\nsaekit: stopped; go on with: saekit train --out {settings.out} --resume", file=sys.stderr)
-        sys.exit(130)
-    if eval_tokens:
+        sys.exit(stop.code)
+    if finished:
+        print(f"the run in {run.path} was finished already")
+    if eval_tokens and not (finished and (run.path / "eval.json").is_file()):
         _judge([run.path], quiet, run.path / "eval.json", tokens=eval_tokens, device=settings.device)
     print(f"run: {run.path}    dictionary: {run.path / 'sae'}")
 
@@ -100,8 +104,11 @@ def cache(
     hook: str | None = typer.Option(None, help="TransformerLens hook point [the residual after half of the blocks]"),
     dataset: str = typer.Option("python", help="'python', a local text/JSONL/Parquet file, or a name on the hub"),
     column: str = typer.Option("text", help="column of the dataset that holds the text"),
+    split: str = typer.Option("train", help="split of a dataset of the hub"),
+    streaming: bool = typer.Option(True, help="read a dataset of the hub as it downloads"),
     context_length: int | None = typer.Option(None, min=3, help="tokens a context"),
     dtype: str = typer.Option("bfloat16", help="how activations are stored: float32, bfloat16, float16"),
+    model_dtype: str = typer.Option("float32", help="in which the model runs: float32, bfloat16, float16"),
     device: str = typer.Option("auto", help="auto, cpu, cuda, mps"),
     overwrite: bool = typer.Option(False, help="replace a cache in --out"),
     quiet: bool = typer.Option(False, help="no progress bar"),
@@ -115,7 +122,15 @@ def cache(
 
     check_writable(out, dtype, overwrite)
     source = ActivationSource.open(
-        model, hook, dataset, column=column, context_length=context_length, device=str(pick_device(device))
+        model,
+        hook,
+        dataset,
+        column=column,
+        split=split,
+        streaming=streaming,
+        context_length=context_length,
+        device=str(pick_device(device)),
+        dtype=model_dtype,
     )
     with Progress(disable=quiet) as progress:
         task = progress.add_task(f"{source.hook}", total=tokens)
@@ -133,11 +148,13 @@ def cache(
 
 def evaluate(
     dictionaries: list[Path] = typer.Argument(help="folders of dictionaries or runs"),
-    model: str | None = typer.Option(None, help="the model, where the dictionary does not say"),
-    hook: str | None = typer.Option(None, help="the hook point, where the dictionary does not say"),
+    model: str | None = typer.Option(None, help="the model [what the dictionary names]"),
+    hook: str | None = typer.Option(None, help="the hook point [what the dictionary names]"),
     dataset: str | None = typer.Option(None, help="text to judge by [the dictionary's own, held-out part]"),
     column: str | None = typer.Option(None, help="column of the dataset that holds the text"),
+    split: str | None = typer.Option(None, help="split of a dataset of the hub"),
     context_length: int | None = typer.Option(None, min=3, help="tokens a context"),
+    model_dtype: str | None = typer.Option(None, help="in which the model runs: float32, bfloat16, float16"),
     cache: Path | None = typer.Option(None, help="judge by the held-out rows of this cache instead"),
     tokens: int = typer.Option(131_072, min=1, help="held-out tokens"),
     out: Path | None = typer.Option(None, help="write a JSON file of all reports"),
@@ -147,6 +164,8 @@ def evaluate(
     """Judge dictionaries on held-out text by their inference rule; several give one table."""
     if out is not None and out.exists():
         raise SaekitError(f"'{out}' exists already; choose another --out")
+    if out is not None and not out.parent.is_dir():
+        raise SaekitError(f"there is no folder '{out.parent}' to write '{out.name}' into")
     _judge(
         dictionaries,
         quiet,
@@ -155,7 +174,9 @@ def evaluate(
         hook=hook,
         dataset=dataset,
         column=column,
+        split=split,
         context_length=context_length,
+        dtype=model_dtype,
         cache=cache,
         tokens=tokens,
         device=device,

@@ -72,8 +72,10 @@ class SparseCode:
         return torch.bincount(self.features, minlength=self.n_features)
 
     def with_values(self, values: Float[Tensor, "m"]) -> SparseCode:
-        """The same matches with other values."""
-        return replace(self, values=values)
+        """The same matches with other values; what is known of their order is shared."""
+        code = replace(self, values=values)
+        vars(code).update(offsets=self.offsets, by_feature=self.by_feature)
+        return code
 
     def to_dense(self) -> Float[Tensor, "n F"]:
         """The code as a matrix, zeros where nothing matched."""

@@ -10,6 +10,11 @@ class SaekitError(ValueError):
     """A mistake in what the user asked for. The command line prints it as one line and exits with code 2."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of another library's message, or the kind of the error where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
 def did_you_mean(word: str, choices: Iterable[str], limit: int = 3) -> str:
     """``"; did you mean 'a' or 'b'?"``, or the first few choices where none is close, or nothing without choices."""
     known = list(dict.fromkeys(choices))

@@ -35,13 +35,13 @@ def check_free(folder: Path, *, overwrite: bool, hint: str = "") -> None:
         raise SaekitError(f"'{folder}' holds something already; {hint or 'choose another folder or ask to overwrite'}")
 
 
-def writable_folder(folder: Path, *, overwrite: bool, hint: str = "") -> None:
+def writable_folder(folder: Path, *, overwrite: bool) -> None:
     """Make a folder to write into, with its parents; what it holds is left there. Arguments as for ``check_free``.
 
     Raises:
         SaekitError: it is a file, holds something without ``overwrite``, or cannot be made.
     """
-    check_free(folder, overwrite=overwrite, hint=hint)
+    check_free(folder, overwrite=overwrite)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

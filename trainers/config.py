@@ -33,6 +33,8 @@ class TrainConfig(BaseModel):
     )
     dataset: str = Field("python", description="'python', a local text/JSONL/Parquet file, or a name on the hub")
     column: str = Field("text", description="column of the dataset that holds the text")
+    split: str = Field("train", description="split of a dataset of the hub")
+    streaming: bool = Field(True, description="read a dataset of the hub as it downloads")
     context_length: int | None = Field(None, gt=2, description="tokens a context; 256 or the model's most")
     cache: Path | None = Field(None, description="train on this activation cache instead of a live harvest")
     buffer: int = Field(131_072, gt=0, description="tokens that are shuffled together")
@@ -48,7 +50,7 @@ class TrainConfig(BaseModel):
     decay: float = Field(0.3, ge=0, le=1, description="share of the steps, at the end, in which it falls to zero")
     clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
     dead_after: int | None = Field(None, gt=0, description="tokens without firing that make a feature count as dead")
-    seed: int = Field(0, ge=0, description="of every random choice")
+    seed: int = Field(0, ge=0, lt=2**31, description="of every random choice")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the language model")
     # housekeeping

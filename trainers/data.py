@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -12,9 +13,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saekit.activations import ActivationCache, ActivationSource
-from saekit.activations.stream import cache_fills, live_fills
+from saekit.activations.stream import cache_rows, live_rows
 from saekit.errors import SaekitError
 from saekit.trainers.config import TrainConfig
+
+# settings that a cache answers for, and the facts of its passport that they must equal
+_FACTS = {
+    "model": "model",
+    "dtype": "model_dtype",
+    "hook": "hook",
+    "dataset": "dataset",
+    "split": "dataset_split",
+    "column": "column",
+    "context_length": "context_length",
+}
 
 
 @dataclass(frozen=True)
@@ -23,12 +35,14 @@ class TrainingData:
 
     Attributes:
         passport: facts about their origin, as in a cache's manifest.
-        fills: makes the endless blocks of training rows, the same ones each time.
+        rows: makes the endless pieces of training rows, the same ones each time.
+        buffer: rows to shuffle together, no more than there are.
         calibration: makes batches of held-out activations.
     """
 
     passport: dict[str, Any]
-    fills: Callable[[], Iterator[Float[Tensor, "m d"]]]
+    rows: Callable[[], Iterator[Float[Tensor, "m d"]]]
+    buffer: int
     calibration: Callable[[], Iterator[Float[Tensor, "m d"]]]
 
 
@@ -36,41 +50,52 @@ def training_data(config: TrainConfig, device: torch.device) -> TrainingData:
     """Open the cache that the config names, or load the model and the text.
 
     Raises:
-        SaekitError: a part is missing or does not fit another.
+        SaekitError: a part is missing or does not fit another, or the text is too short for its three parts.
     """
+    buffer = min(config.buffer, config.tokens)
     if config.cache is not None:
-        return _from_cache(config, ActivationCache.open(config.cache))
+        return _from_cache(config, ActivationCache.open(config.cache), buffer)
     source = ActivationSource.open(
         config.model,
         config.hook,
         config.dataset,
         column=config.column,
+        split=config.split,
+        streaming=config.streaming,
         context_length=config.context_length,
         device=str(device),
         dtype=config.dtype,
     )
+    next(source.contexts("calibration"))  # better now than after the training
+    next(source.contexts("heldout"))
 
     def calibration() -> Iterator[Tensor]:
         return (batch.x.float() for batch in source.batches("calibration", config.calibration_tokens))
 
-    return TrainingData(source.passport("train"), partial(live_fills, source, config.buffer), calibration)
+    return TrainingData(source.passport("train"), partial(live_rows, source), buffer, calibration)
 
 
-def _from_cache(config: TrainConfig, cache: ActivationCache) -> TrainingData:
-    """The end of a cache serves the calibration and is never trained on."""
-    asked = {"model": config.model, "hook": config.hook, "dataset": config.dataset}
-    for field in asked.keys() & config.model_fields_set & cache.passport.keys():
-        if asked[field] is not None and asked[field] != cache.passport[field]:
-            raise SaekitError(
-                f"the cache '{config.cache}' has {field} '{cache.passport[field]}', not '{asked[field]}' as asked"
-            )
-    if not cache.rows_of("calibration") or len(cache.rows_of("train")) < config.batch_size:
+def _from_cache(config: TrainConfig, cache: ActivationCache, buffer: int) -> TrainingData:
+    """Part of the end of a cache serves the calibration and is never trained on."""
+    for setting, fact in _FACTS.items():
+        asked, found = getattr(config, setting), cache.passport.get(fact)
+        if setting in config.model_fields_set and None not in (asked, found) and asked != found:
+            raise SaekitError(f"the cache '{config.cache}' has {setting} '{found}', not '{asked}' as asked")
+    train, calibration = cache.rows_of("train"), cache.rows_of("calibration")
+    if not calibration or len(train) < config.batch_size:
         raise SaekitError(
             f"the cache '{config.cache}' of {len(cache):,} tokens is too small for a batch_size of {config.batch_size}"
         )
 
-    def calibration() -> Iterator[Tensor]:
-        return (batch.x.float() for batch in cache.batches("calibration"))
+    def calibrate() -> Iterator[Tensor]:
+        batches = islice(cache.batches("calibration", 1024), -(-config.calibration_tokens // 1024))
+        return (batch.x.float() for batch in batches)
 
-    fills = partial(cache_fills, cache, config.buffer, config.seed)
-    return TrainingData(dict(cache.passport), fills, calibration)
+    rows = partial(cache_rows, cache, config.seed)
+    return TrainingData(dict(cache.passport), rows, min(buffer, len(train)), calibrate)
+
+
+def resolved(config: TrainConfig, passport: dict[str, Any], width: int, dead_after: int) -> TrainConfig:
+    """The config with every default that the data decides filled in."""
+    facts = {setting: passport[fact] for setting, fact in _FACTS.items() if passport.get(fact) is not None}
+    return config.model_copy(update={**facts, "width": width, "dead_after": dead_after})

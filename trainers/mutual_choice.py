@@ -59,7 +59,7 @@ def global_threshold(sae: SparseAutoencoder, batches: Iterable[Float[Tensor, "n 
         if every.numel() <= k * n:
             return 0.0
         top = every.topk(k * n + 1).values
-        theta = float((top[-1].double() + top[-2].double()) / 2)
+        theta = float((top[-1].cpu().double() + top[-2].cpu().double()) / 2)
         if hidden <= theta or share == sae.cfg.d_sae:
             return theta
         share = min(2 * share, sae.cfg.d_sae)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from saekit.files import replace_file
 from saekit.trainers.config import TrainConfig
 
 
@@ -19,7 +21,10 @@ class TrainingProgress:
         self.config = config
         self.first = step
         self.start = time.perf_counter()
-        self.file: TextIO = (config.out / "metrics.jsonl").open("a")
+        path = config.out / "metrics.jsonl"
+        kept = _lines_until(path, step)
+        replace_file(path, lambda part: part.write_text("".join(kept)))
+        self.file: TextIO = path.open("a")
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -52,3 +57,15 @@ class TrainingProgress:
         self.file.flush()
         figures = "{rate:,.0f} tokens/s  loss {loss:.4f}  FVU {fvu:.4f}  L0 {l0:.1f}  dead {dead_share:.1%}"
         self.bar.update(self.task, figures=figures.format(rate=rate, **metrics))
+
+
+def _lines_until(path: Path, step: int) -> list[str]:
+    """The lines of an earlier start that lead up to ``step``; a line cut off by a crash is dropped."""
+    kept = []
+    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except ValueError:
+            continue
+    return kept

@@ -14,15 +14,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saekit.activations import ShuffledStream
-from saekit.errors import SaekitError
+from saekit.errors import SaekitError, first_line
 from saekit.files import check_free, replace_file, writable_folder
 from saekit.kernels.affinities import affinities
 from saekit.kernels.decode import decode
 from saekit.sae import SAEConfig, SparseAutoencoder
-from saekit.trainers.checkpoint import load_checkpoint, save_checkpoint
+from saekit.trainers.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from saekit.trainers.config import TrainConfig
-from saekit.trainers.data import TrainingData, training_data
+from saekit.trainers.data import TrainingData, resolved, training_data
 from saekit.trainers.geometric_median import geometric_median
+from saekit.trainers.interrupt import Interrupted, InterruptGuard
 from saekit.trainers.losses import reconstruction_loss
 from saekit.trainers.optimizer import DictionaryAdam, learning_rate
 from saekit.trainers.progress import TrainingProgress
@@ -30,6 +31,7 @@ from saekit.trainers.statistics import Statistics
 from saekit.trainers.variants import VARIANTS, Variant
 
 CONFIG, METRICS, CHECKPOINTS, DICTIONARY = "config.yaml", "metrics.jsonl", "checkpoints", "sae"
+EVALUATION = "eval.json"
 _SAMPLE = 16_384  # rows that the scale and b_dec start from
 
 
@@ -61,102 +63,113 @@ def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False,
 
     Raises:
         SaekitError: the config, the data or the folder is not as it must be; or activations or loss are not finite.
-        KeyboardInterrupt: after the state has been saved.
+        Interrupted: by SIGINT or SIGTERM, after the step was finished and the state saved.
     """
     import saekit
 
-    _check_folder(config, resume, overwrite)
-    if resume and (config.out / DICTIONARY / "cfg.json").exists():
-        return Run(saekit.load(config.out), config.out, config)
+    if resume:
+        config = _config_to_resume(config)
+        if (config.out / DICTIONARY / "cfg.json").exists():
+            return Run(saekit.load(config.out), config.out, config)
+    else:
+        check_free(config.out, overwrite=overwrite, hint="choose another --out, or pass --resume or --overwrite")
     device = pick_device(config.device)
     data = training_data(config, device)
-    stream = ShuffledStream(data.fills(), config.batch_size, config.seed)
+    stream = ShuffledStream(data.rows(), config.batch_size, data.buffer, config.seed)
     with closing(stream):
-        trainer = Trainer(config, data, stream, device, quiet)  # everything that can be refused has been by now
-        if not resume:
-            _prepare_folder(config)
-        return trainer.run()
+        trainer = Trainer(config, data, stream, device)  # everything that can be refused has been by now
+        if resume:
+            trainer.restore()
+        else:
+            _prepare_folder(trainer.config)
+        trainer.run(quiet)
+    return trainer.finish()
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of this name; ``auto`` is CUDA, then MPS, then the CPU.
+    """The device of this name; ``auto`` is CUDA where there is one, else the CPU.
 
     Raises:
         SaekitError: this machine has no such device.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if (name.startswith("cuda") and not torch.cuda.is_available()) or (
-        name == "mps" and not torch.backends.mps.is_available()
-    ):
-        raise SaekitError(f"this machine has no device '{name}'; use --device cpu")
-    return torch.device(name)
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise SaekitError(f"this machine has no device '{name}' ({first_line(error)}); use --device cpu") from error
+    return device
 
 
-def _check_folder(config: TrainConfig, resume: bool, overwrite: bool) -> None:
-    old = config.out / CONFIG
-    if resume:
-        if not old.is_file():
-            raise SaekitError(f"there is no run to resume in '{config.out}': {CONFIG} is missing")
-        before = TrainConfig.from_yaml(old).model_dump(exclude={"out"})
-        changed = [key for key, value in config.model_dump(exclude={"out"}).items() if before[key] != value]
-        if changed:
-            raise SaekitError(f"the run in '{config.out}' was started with another {', '.join(changed)}")
-        return
-    check_free(config.out, overwrite=overwrite, hint="choose another --out, or pass --resume or --overwrite")
+def _config_to_resume(config: TrainConfig) -> TrainConfig:
+    """The config that a run was started with; whatever was set anew must equal it."""
+    written = config.out / CONFIG
+    if not written.is_file():
+        raise SaekitError(f"there is no run to resume in '{config.out}': {CONFIG} is missing")
+    before = TrainConfig.from_yaml(written)
+    asked = {key: getattr(config, key) for key in TrainConfig.model_fields if key in config.model_fields_set - {"out"}}
+    changed = [key for key, value in asked.items() if value is not None and value != getattr(before, key)]
+    if changed:
+        raise SaekitError(f"the run in '{config.out}' was started with another {', '.join(changed)}")
+    return before.model_copy(update={"out": config.out})
 
 
 def _prepare_folder(config: TrainConfig) -> None:
     """Make the run's folder; what an earlier run left there goes."""
     writable_folder(config.out, overwrite=True)
-    for name in (METRICS, *(f"{CHECKPOINTS}/{p.name}" for p in (config.out / CHECKPOINTS).glob("*.pt"))):
-        (config.out / name).unlink(missing_ok=True)
-    for part in (config.out / DICTIONARY).glob("*"):
-        part.unlink()
+    old = [config.out / METRICS, config.out / EVALUATION, *checkpoints(config.out / CHECKPOINTS)]
+    for path in [*old, *(config.out / DICTIONARY).glob("*")]:
+        path.unlink(missing_ok=True)
     replace_file(config.out / CONFIG, lambda path: path.write_text(config.to_yaml()))
 
 
 class Trainer:
     """One run: its parameters, optimiser and statistics."""
 
-    def __init__(
-        self, config: TrainConfig, data: TrainingData, stream: ShuffledStream, device: torch.device, quiet: bool
-    ) -> None:
-        self.config, self.data, self.device, self.quiet = config, data, device, quiet
-        self.stream = stream
-        self.batches: Iterator[Tensor] = iter(stream)
+    def __init__(self, config: TrainConfig, data: TrainingData, stream: ShuffledStream, device: torch.device) -> None:
+        self.data, self.stream, self.device = data, stream, device
         self.variant: Variant = VARIANTS[config.variant](config.k)
-        sample, self.batches = _peek(self.batches, _SAMPLE)
+        sample, self.batches = _peek(iter(stream), _SAMPLE)
         self.sae, self.scale = initial_dictionary(config, self.variant, sample.to(device))
         self.optimizer = DictionaryAdam(self.sae, config.lr, config.clip)
         self.statistics = Statistics(self.sae.cfg.d_sae, device)
-        self.dead_after = config.dead_after or max(config.batch_size, min(10_000_000, config.tokens // 6))
+        dead_after = config.dead_after or max(config.batch_size, min(10_000_000, config.tokens // 6))
+        self.config = resolved(config, data.passport, self.sae.cfg.d_sae, dead_after)
         self.step = 0
 
-    def run(self) -> Run:
-        """All remaining steps, then calibration and saving."""
-        folder = self.config.out / CHECKPOINTS
-        state = load_checkpoint(folder, self.device)
-        if state is not None:
-            self.load_state_dict(state)
-            next(itertools.islice(self.batches, self.step - 1, self.step), None)  # what was trained on already
+    def restore(self) -> None:
+        """Go back to the newest checkpoint, if there is one, and past the batches that it was trained on.
+
+        Raises:
+            SaekitError: the checkpoint is damaged, or the data is not what the run was started on.
+        """
+        state = load_checkpoint(self.config.out / CHECKPOINTS, self.device)
+        if state is None:
+            return
+        for field, value in self.data.passport.items():
+            if state["passport"].get(field) != value:
+                raise SaekitError(f"the data has another {field} than when the run in '{self.config.out}' was started")
+        self.load_state_dict(state)
+        if self.step < self.config.steps:
+            next(itertools.islice(self.batches, self.step - 1, self.step), None)
+
+    def run(self, quiet: bool = False) -> None:
+        """All remaining steps; the last state is in a checkpoint when it returns or is interrupted."""
+        config, folder = self.config, self.config.out / CHECKPOINTS
         self.stream.waited = 0.0
-        config, steps = self.config, self.config.steps
-        with TrainingProgress(config, self.step, self.quiet) as progress:
-            try:
-                for x in itertools.islice(self.batches, steps - self.step):
-                    metrics = self.train_step(x.to(self.device) * self.scale)
-                    self.step += 1
-                    if self.step % config.log_every == 0 or self.step == steps:
-                        progress.log(self.step, self._metrics(metrics))
-                    progress.advance()
-                    if self.step % config.checkpoint_every == 0 and self.step < steps:
-                        save_checkpoint(folder, self.step, self.state_dict())
-            except KeyboardInterrupt:
-                if self.step:
+        with TrainingProgress(config, self.step, quiet) as progress, InterruptGuard() as guard:
+            for x in itertools.islice(self.batches, config.steps - self.step):
+                metrics = self.train_step(x.to(self.device) * self.scale)
+                self.step += 1
+                last = self.step == config.steps
+                if self.step % config.log_every == 0 or last:
+                    progress.log(self.step, self._metrics(metrics))
+                progress.advance()
+                if self.step % config.checkpoint_every == 0 or last or guard.received:
                     save_checkpoint(folder, self.step, self.state_dict())
-                raise
-        return self._finish()
+                if guard.received:
+                    raise Interrupted(guard.received)
 
     def train_step(self, x: Float[Tensor, "n d"]) -> dict[str, float]:
         """One optimiser step on one batch of scaled activations."""
@@ -179,14 +192,14 @@ class Trainer:
         return {
             **latest,
             "tokens": float(self.statistics.tokens),
-            "dead_share": self.statistics.dead_share(self.dead_after),
-            "dead_after": float(self.dead_after),
+            "dead_share": self.statistics.dead_share(self.config.dead_after or 0),
             "smallest_kept": self.statistics.smallest_kept / self.scale,
             "waited_seconds": self.stream.waited,
         }
 
     @torch.no_grad()
-    def _finish(self) -> Run:
+    def finish(self) -> Run:
+        """Calibrate, fold the scale in and save the dictionary."""
         sae = self.sae.eval()
         self.variant.calibrate(sae, (x.to(self.device) * self.scale for x in self.data.calibration()))
         unscale(sae, self.scale)
@@ -218,6 +231,7 @@ class Trainer:
             "adam": self.optimizer.adam.state_dict(),
             "statistics": self.statistics.state_dict(),
             "scale": self.scale,
+            "passport": self.data.passport,
         }
 
     def load_state_dict(self, state: dict[str, object]) -> None:
@@ -248,7 +262,7 @@ def initial_dictionary(
         SaekitError: the activations are all zero, or k is larger than the width.
     """
     d_in = sample.shape[1]
-    norm = float(sample.norm(dim=1).double().mean())
+    norm = float(sample.norm(dim=1).cpu().double().mean())
     if norm == 0:
         raise SaekitError("the activations are all zero")
     scale = d_in**0.5 / norm

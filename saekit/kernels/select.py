@@ -65,7 +65,7 @@ def largest_in_columns(matrix: Float[Tensor, "n F"], counts: Int[Tensor, "F"]) -
     n = columns.shape[1]
     bins = counts.clamp(min=1).log2().ceil().long()
     found = []
-    for number in bins[counts > 0].unique().tolist():
+    for number in torch.unique(bins[counts > 0]).tolist():
         features = ((bins == number) & (counts > 0)).nonzero().flatten()
         rows, take = columns[features], counts[features]
         width = min(int(take.max()) + 1, n)

@@ -43,7 +43,7 @@ def test_a_harvest_is_what_the_source_gives(tmp_path, source):
     passport = json.loads((tmp_path / "c/manifest.json").read_text())["passport"]
     assert passport["model"] == "embedded"
     assert passport["hook"] == "blocks.1.hook_resid_post"
-    for fact in ("revision", "dataset_fingerprint", "tokenizer", "context_length", "mask", "split", "prepend_bos"):
+    for fact in ("revision", "dataset_fingerprint", "tokenizer", "context_length", "mask", "part", "prepend_bos"):
         assert passport[fact], fact
 
 
@@ -88,5 +88,20 @@ def test_damage_is_named(tmp_path):
     with pytest.raises(SaekitError, match="manifest .* is damaged"):
         ActivationCache.open(tmp_path / "c")
     manifest.unlink()
-    with pytest.raises(SaekitError, match="unfinished harvest"):
+    with pytest.raises(SaekitError, match=r"manifest.json is missing"):
         ActivationCache.open(tmp_path / "c")
+
+
+def test_a_failed_rewrite_leaves_the_old_cache(tmp_path):
+    ActivationCache.from_tensor(tmp_path / "c", torch.ones(10, 2))
+    with pytest.raises(SaekitError, match="NaN"):
+        ActivationCache.from_tensor(tmp_path / "c", torch.full((10, 2), float("nan")), overwrite=True)
+    assert ActivationCache.open(tmp_path / "c").read(0, 10).x.sum() == 20
+    with pytest.raises(SaekitError, match="unfinished harvest"):
+        raise_unfinished(tmp_path)
+
+
+def raise_unfinished(tmp_path):
+    with pytest.raises(SaekitError, match="NaN"):
+        ActivationCache.from_tensor(tmp_path / "new", torch.full((10, 2), float("nan")))
+    ActivationCache.open(tmp_path / "new")

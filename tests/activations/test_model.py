@@ -94,7 +94,7 @@ def test_a_nan_activation_is_named(source, contexts):
     batch = ContextBatch(contexts.tokens[:2], contexts.documents[:2], torch.ones_like(contexts.kept[:2]))
     with (
         source.model.hooks(fwd_hooks=[("blocks.1.hook_mlp_out", poison)]),
-        pytest.raises(SaekitError, match=rf"NaN or inf .* token id {int(batch.tokens[1, 5])}, .* position 5"),
+        pytest.raises(SaekitError, match=rf"NaN or inf .*token id {int(batch.tokens[1, 5])}, .* position 5"),
     ):
         list(harvest(source.model, source.hook, [batch]))
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from saekit import SaekitError
-from saekit.activations import ActivationCache, ShuffledStream
-from saekit.activations.stream import cache_fills, live_fills
+from saekit.activations import ActivationCache, ActivationSource, ShuffledStream
+from saekit.activations.stream import cache_rows, live_rows
 
 
 @pytest.fixture
@@ -25,21 +25,29 @@ def take(stream, batches):
 
 
 def test_an_epoch_holds_every_training_row_once(cache):
-    rows = take(ShuffledStream(cache_fills(cache, 500, seed=3), 90, seed=3), 40)  # two epochs
-    assert sorted(rows[:1800]) == sorted(rows[1800:]) == list(range(1800))
-    assert rows[:1800] != rows[1800:]
+    pieces = cache_rows(cache, seed=3)
+    epochs = [torch.cat(list(itertools.islice(pieces, 29))).flatten().long().tolist() for _ in range(2)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(1800))
+    assert epochs[0] != epochs[1], "each epoch has an order of blocks of its own"
+
+
+def test_no_row_is_lost_on_the_way_to_the_batches(cache):
+    rows = take(ShuffledStream(itertools.islice(cache_rows(cache, 3), 29), 90, 500, seed=3), 100)
+    assert sorted(rows) == list(range(1800))
+    assert rows != sorted(rows)
 
 
 def test_the_order_depends_on_the_seed_alone(cache):
-    orders = [take(ShuffledStream(cache_fills(cache, 500, s), 90, s), 25) for s in (1, 1, 2)]
+    orders = [take(ShuffledStream(cache_rows(cache, s), 90, 500, s), 25) for s in (1, 1, 2)]
     assert orders[0] == orders[1] != orders[2]
 
 
 def test_neighbours_meet_as_rarely_as_chance_says():
-    # 64 contexts of 128 tokens in one fill of 8,192 rows: two tokens of a context share a batch of 256 with
-    # probability 255 / 8191
-    fill = torch.arange(64).repeat_interleave(128).float()[:, None]
-    stream = ShuffledStream(iter([fill] * 20), 256, seed=0)
+    # fills of 64 contexts of 128 tokens, 8,192 rows: two tokens of a context share a batch of 256 with probability
+    # 255 / 8191; the harvest comes eight contexts at a time
+    piece = torch.arange(8).repeat_interleave(128).float()[:, None]
+    pieces = (piece + 8 * (i % 8) for i in range(20 * 8))
+    stream = ShuffledStream(pieces, 256, 8192, seed=0)
     together = 0
     for batch in itertools.islice(stream, 20 * 32):
         counts = batch.flatten().long().bincount(minlength=64)
@@ -51,12 +59,24 @@ def test_neighbours_meet_as_rarely_as_chance_says():
 
 
 def test_live_activations_are_those_of_the_source(source):
-    fills = live_fills(source, buffer=4000)
-    first = next(fills)
-    assert len(first) >= 4000
-    expected = torch.cat([b.x for b in source.batches("train", len(first))])
-    assert torch.equal(first, expected)
-    assert not torch.equal(next(fills)[:100], first[:100])
+    pieces = live_rows(source)
+    found = torch.cat([next(pieces), next(pieces)])
+    assert torch.equal(found, torch.cat([b.x for b in source.batches("train", len(found))]))
+
+
+def test_text_that_runs_out_begins_again_with_a_warning(source, tmp_path):
+    text = tmp_path / "short.txt"
+    text.write_text("".join(f"x = {i} + {i % 7}\n" for i in range(1500)))
+    short = ActivationSource.open(dataset=str(text), context_length=64, loaded=source.model)
+    once = sum(len(b.x) for b in short.batches("train"))
+    pieces = live_rows(short)
+    first = next(pieces)
+    count = len(first)
+    while count < once:
+        count += len(next(pieces))
+    with pytest.warns(UserWarning, match=f"ran out after {once:,} tokens"):
+        again = next(pieces)
+    assert torch.equal(again, first)
 
 
 def test_an_error_in_the_thread_reaches_the_consumer():
@@ -64,12 +84,12 @@ def test_an_error_in_the_thread_reaches_the_consumer():
         yield torch.ones(10, 1)
         raise SaekitError("the disk is on fire")
 
-    stream = ShuffledStream(broken(), 5, seed=0)
+    stream = ShuffledStream(broken(), 5, 10, seed=0)
     with pytest.raises(SaekitError, match="on fire"):
         list(itertools.islice(stream, 3))
     stream.close()
 
 
-def test_small_fills_are_joined():
+def test_small_pieces_are_joined():
     fills = (torch.full((3, 1), float(i)) for i in range(10))
-    assert sorted(take(ShuffledStream(fills, 10, seed=0), 3)) == sorted([i for i in range(10) for _ in range(3)])
+    assert sorted(take(ShuffledStream(fills, 10, 10, seed=0), 3)) == sorted([i for i in range(10) for _ in range(3)])

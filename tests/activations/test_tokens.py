@@ -38,12 +38,14 @@ def test_packing_keeps_every_token_in_order(documents, length, bos, batch):
         owners += [number] * (len(text) + 1)
         kept += [True] * len(text) + [False]
     room = length - bos
+    if 2 <= len(stream) < room:
+        room = len(stream)  # all there is makes one shorter context
     whole = len(stream) // room * room
     assert sum(len(b.tokens) for b in batches) == whole // room
     if not whole:
         return
     tokens, found_owners, found_kept = (torch.cat(column) for column in zip(*batches, strict=True))
-    assert tokens.shape[1] == length
+    assert tokens.shape[1] == room + bos
     if bos:
         assert (tokens[:, 0] == Letters.bos_token_id).all()
         assert not found_kept[:, 0].any()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -176,6 +177,7 @@ def test_loading_needs_torch_and_safetensors_alone(tmp_path):
     dictionary("jumprelu").save(tmp_path / "sae")
     script = f"""
 import sys
+from pathlib import Path
 class Block:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in {{"transformer_lens", "transformers", "datasets", "matplotlib", "einops", "jaxtyping",
@@ -189,3 +191,17 @@ assert sae.decode(sae.encode(x)).shape == sae(x).shape == (3, 8)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["topk", "topk_rescaled", "jumprelu", "standard"])
+def test_dictionaries_that_saelens_wrote(name):
+    """``tests/data`` holds dictionaries and features that sae-lens 6.54.12 saved and computed."""
+    folder = Path(__file__).parents[1] / "data" / f"saelens_{name}"
+    expected = load_file(folder / "expected.safetensors")
+    sae = saekit.load(folder)
+    f = sae.encode(expected["x"])
+    if name == "topk_rescaled":  # read as the same dictionary with unit decoder rows: f is then in other units
+        assert ((f > 0) == (expected["f"] > 0)).all()
+    else:
+        torch.testing.assert_close(f, expected["f"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sae(expected["x"]), expected["x_hat"], rtol=1e-5, atol=1e-5)

@@ -169,6 +169,4 @@ def test_reports_are_written_and_read(tmp_path):
     report = Report({"sparsity": {"tokens": 3, "l0": 1.5}, "downstream": {"recovered_share": float("inf")}}, {"a": 1})
     report.save(tmp_path / "eval.json")
     assert json.loads((tmp_path / "eval.json").read_text())["downstream"]["recovered_share"] is None
-    assert Report.read(tmp_path / "eval.json")["sparsity"] == report["sparsity"]
-    with pytest.raises(SaekitError, match="not a report"):
-        Report.read(tmp_path / "none.json")
+    assert json.loads((tmp_path / "eval.json").read_text())["sparsity"] == report["sparsity"]

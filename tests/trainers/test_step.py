@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
+import signal
 
 import pytest
 import torch
@@ -14,7 +16,8 @@ from saekit.activations import ActivationCache, ShuffledStream
 from saekit.trainers import TrainConfig, train
 from saekit.trainers.data import training_data
 from saekit.trainers.geometric_median import geometric_median
-from saekit.trainers.optimizer import learning_rate
+from saekit.trainers.interrupt import Interrupted
+from saekit.trainers.optimizer import DictionaryAdam, learning_rate
 from saekit.trainers.trainer import Trainer, unscale
 
 
@@ -71,8 +74,8 @@ def dense_training(sae, batches, cfg, rule):
 def test_the_sparse_step_learns_what_dense_autograd_learns(cache, tmp_path, variant):
     cfg = config(cache, tmp_path, variant=variant, clip=0.05)
     data = training_data(cfg, torch.device("cpu"))
-    stream = ShuffledStream(data.fills(), cfg.batch_size, cfg.seed)
-    trainer = Trainer(cfg, data, stream, torch.device("cpu"), quiet=True)
+    stream = ShuffledStream(data.rows(), cfg.batch_size, data.buffer, cfg.seed)
+    trainer = Trainer(cfg, data, stream, torch.device("cpu"))
     batches = [x * trainer.scale for x in itertools.islice(trainer.batches, 50)]
     stream.close()
     expected = dense_training(trainer.sae, [x.double() for x in batches], cfg, variant)
@@ -88,8 +91,8 @@ def test_the_sparse_step_learns_what_dense_autograd_learns(cache, tmp_path, vari
 def test_the_start(cache, tmp_path):
     cfg = config(cache, tmp_path)
     data = training_data(cfg, torch.device("cpu"))
-    stream = ShuffledStream(data.fills(), cfg.batch_size, cfg.seed)
-    trainer = Trainer(cfg, data, stream, torch.device("cpu"), quiet=True)
+    stream = ShuffledStream(data.rows(), cfg.batch_size, data.buffer, cfg.seed)
+    trainer = Trainer(cfg, data, stream, torch.device("cpu"))
     sae = trainer.sae
     assert torch.equal(sae.W_enc, sae.W_dec.T)
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(64))
@@ -151,27 +154,68 @@ def test_the_calibrated_threshold_gives_k_matches_a_token(cache, tmp_path):
     assert run.sae.encode_sparse(heldout).l0 == pytest.approx(4, rel=0.15)
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(cache, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(cache, tmp_path, monkeypatch, number):
     whole = train(config(cache, tmp_path, out=tmp_path / "whole"), quiet=True)
-    steps = Trainer.train_step
+    projected_step = DictionaryAdam.step
     calls = itertools.count()
 
-    def interrupted(self, x):
+    def interrupted(self, lr):
         if next(calls) == 23:
-            raise KeyboardInterrupt
-        return steps(self, x)
+            signal.raise_signal(number)  # in the middle of the 24th step
+        return projected_step(self, lr)
 
     cfg = config(cache, tmp_path, out=tmp_path / "parts")
-    monkeypatch.setattr(Trainer, "train_step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(DictionaryAdam, "step", interrupted)
+    with pytest.raises(Interrupted) as stop:
         train(cfg, quiet=True)
-    assert [p.name for p in (tmp_path / "parts/checkpoints").iterdir()] == ["step-23.pt"]
-    monkeypatch.setattr(Trainer, "train_step", steps)
+    assert stop.value.code == 128 + number
+    assert [p.name for p in (tmp_path / "parts/checkpoints").iterdir()] == ["step-24.pt"]
+    monkeypatch.setattr(DictionaryAdam, "step", projected_step)
     resumed = train(cfg, resume=True, quiet=True)
     for name, value in whole.sae.state_dict().items():
         assert torch.equal(value, resumed.sae.state_dict()[name]), name
+    lines = [
+        [json.loads(line)["step"] for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        for run in ("whole", "parts")
+    ]
+    assert lines[0] == lines[1]
     again = train(cfg, resume=True, quiet=True)  # finished: nothing is done
     assert torch.equal(again.sae.W_dec, resumed.sae.W_dec)
+
+
+def test_a_run_stopped_while_calibrating_is_not_lost(cache, tmp_path, monkeypatch):
+    cfg = config(cache, tmp_path)
+    monkeypatch.setattr(Trainer, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        train(cfg, quiet=True)
+    monkeypatch.undo()
+    monkeypatch.setattr(Trainer, "train_step", None)  # no further step is taken
+    assert train(cfg, resume=True, quiet=True).sae.cfg.d_sae == 64
+
+
+def test_resuming_on_other_data_is_refused(cache, tmp_path, monkeypatch):
+    x = torch.randn(6000, 3)
+    ActivationCache.from_tensor(tmp_path / "lm", x, passport={"revision": "a"})
+    cfg = config(tmp_path / "lm", tmp_path)
+    monkeypatch.setattr(Trainer, "finish", lambda self: None)
+    train(cfg, quiet=True)
+    monkeypatch.undo()
+    ActivationCache.from_tensor(tmp_path / "lm", x, passport={"revision": "b"}, overwrite=True)
+    with pytest.raises(SaekitError, match="another revision"):
+        train(cfg, resume=True, quiet=True)
+
+
+def test_the_written_config_is_whole_and_starts_the_same_run(cache, tmp_path):
+    x = ActivationCache.open(cache).read(0, 6000).x
+    passport = {"model": "gpt2", "hook": "blocks.3.hook_resid_post", "dataset": "a.txt", "context_length": 64}
+    ActivationCache.from_tensor(tmp_path / "lm", x, passport=passport)
+    first = train(config(tmp_path / "lm", tmp_path, width=None, expansion=4), quiet=True)
+    written = TrainConfig.from_yaml(tmp_path / "run/config.yaml")
+    assert (written.model, written.hook, written.context_length) == ("gpt2", "blocks.3.hook_resid_post", 64)
+    assert (written.width, written.dataset) == (48, "a.txt")
+    second = train(written.model_copy(update={"out": tmp_path / "again"}), quiet=True)
+    assert torch.equal(first.sae.W_dec, second.sae.W_dec)
 
 
 def test_resuming_with_another_config_is_refused(cache, tmp_path):
