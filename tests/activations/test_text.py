@@ -59,6 +59,28 @@ def test_jsonl_and_parquet(tmp_path):
         assert list(source.documents("train")) == found["train"], "the order is the same each time"
 
 
+def test_folders_that_datasets_saved_or_reads(tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    documents = texts(200)
+    rows = Dataset.from_dict({"text": documents})
+    rows.save_to_disk(str(tmp_path / "one"))
+    DatasetDict({"train": rows, "test": rows.select(range(5))}).save_to_disk(str(tmp_path / "dict"))
+    (tmp_path / "plain").mkdir()
+    rows.to_json(str(tmp_path / "plain/a.jsonl"))
+    for name, options in (("one", {}), ("dict", {}), ("plain", {}), ("plain", {"streaming": False})):
+        _, everything = rejoined(open_text(str(tmp_path / name), **options))
+        assert sorted(everything) == sorted(documents), name
+    assert len(rejoined(open_text(str(tmp_path / "dict"), split="test"))[1]) == 5
+
+
+def test_lines_longer_than_a_block_are_cut(tmp_path):
+    (tmp_path / "a.txt").write_text(" ".join(f"word{i:05d}" for i in range(10_000)))
+    found, everything = rejoined(open_text(str(tmp_path / "a.txt")))
+    assert all(found.values())
+    assert sum(map(len, everything)) == 10_000 * 10 - 1
+
+
 def test_plain_text_is_cut_at_line_ends_and_nothing_is_lost(tmp_path):
     content = "\n".join(f"line {i} of a plain text file" for i in range(4000))
     (tmp_path / "a.txt").write_text(content)

@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 
 from saekit import SAEConfig, SparseAutoencoder
 from saekit.activations import ActivationCache
@@ -39,7 +40,14 @@ MISTAKES = {
     "wrong hook": ("eval SAE --model embedded --hook blocks.1.hook_resid", "no hook 'blocks.1.hook_resid'"),
     "existing report": ("eval SAE --out DATA.jsonl", "exists already"),
     "NaN activations": ("train --cache NAN --batch-size 64 --tokens 640 --width 64 --k 2", "NaN or inf .* row 5"),
-    "no gpu": ("train --device cuda:7", "no device 'cuda:7'|invalid device"),
+    "no such device": ("train --device cuda:7", "no device 'cuda:7'"),
+    "unknown device": ("eval SAE --device gpu", "no device 'gpu'"),
+    "huge seed": ("train --seed 99999999999", "seed = 99999999999"),
+    "hook switched off": ("train --hook blocks.1.attn.hook_result", "switched off in this model"),
+    "damaged text": ("train --dataset BAD.jsonl", "BAD.jsonl"),
+    "no folder for the report": ("eval SAE --out nowhere/x.json", "no folder 'nowhere'"),
+    "cache and model": ("eval SAE --cache NAN --model embedded", "not by --cache and --model"),
+    "unknown split": ("train --dataset SAVED --split tset", "no split 'tset'; did you mean 'test'"),
 }
 
 
@@ -48,6 +56,8 @@ def place(tmp_path):
     (tmp_path / "FULL").mkdir()
     (tmp_path / "FULL/mine.txt").write_text("precious")
     (tmp_path / "EMPTY.txt").write_text("")
+    (tmp_path / "BAD.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+    DatasetDict({"test": Dataset.from_dict({"text": ["some text"]})}).save_to_disk(str(tmp_path / "SAVED"))
     (tmp_path / "WRONG.yaml").write_text("widht: 9\n")
     (tmp_path / "DATA.jsonl").write_text(json.dumps({"text": "some text"}) + "\n")
     SparseAutoencoder(SAEConfig(8, 16, "standard")).save(tmp_path / "SAE")
