@@ -70,9 +70,10 @@ def prepare(work: Path) -> tuple[PreTrainedTokenizerFast, Tensor, Tensor]:
 
 
 def ngram_cross_entropy(train: Tensor, heldout: Tensor) -> dict[str, float]:
-    """Held-out nats a token of a unigram model and of a bigram model (both add-one; the bigram falls back on it).
+    """Held-out nats a token of a unigram and of a bigram model of the training text.
 
-    The bigram is p(b|a) = (c(a,b) + m·p(b)) / (c(a) + m), Dirichlet smoothing with m = 100 for every context a.
+    The unigram adds one to each count; the bigram is p(b|a) = (c(a,b) + m·p(b)) / (c(a) + m) with m = 100 (Dirichlet
+    smoothing towards the unigram).
     """
     counts = torch.zeros(VOCABULARY, VOCABULARY)
     pairs = train[:, :-1].long() * VOCABULARY + train[:, 1:].long()
@@ -81,6 +82,19 @@ def ngram_cross_entropy(train: Tensor, heldout: Tensor) -> dict[str, float]:
     bigram = (counts + 100 * unigram) / (counts.sum(1, keepdim=True) + 100)
     a, b = heldout[:, :-1].long().flatten(), heldout[:, 1:].long().flatten()
     return {"unigram": -unigram[b].log().mean().item(), "bigram": -bigram[a, b].log().mean().item()}
+
+
+def seen_share(train: Tensor, heldout: Tensor, length: int = 32) -> float:
+    """Share of the held-out text's windows of ``length`` tokens that stand word for word in the training text."""
+
+    def windows(contexts: Tensor) -> np.ndarray:
+        stream = contexts[:, 1:].flatten().numpy().astype(np.uint64)
+        code = np.zeros(len(stream) - length + 1, dtype=np.uint64)
+        for offset in range(length):  # a polynomial in 64-bit arithmetic that wraps around
+            code = code * np.uint64(6364136223846793005) + stream[offset : offset + len(code)] + np.uint64(1)
+        return code
+
+    return float(np.isin(windows(heldout), windows(train)).mean())
 
 
 @torch.no_grad()
@@ -193,6 +207,7 @@ def main() -> None:
         "heldout_cross_entropy": cross_entropy(saved, heldout),
         **{f"heldout_{name}_cross_entropy": value for name, value in ngram_cross_entropy(train, heldout).items()},
         "heldout_tokens": heldout[:, 1:].numel(),
+        "heldout_32_token_windows_seen_in_training": seen_share(train, heldout),
         "training_tokens": steps * args.batch * CONTEXT,
         "minutes": round((time.time() - start) / 60, 1),
         "seed": args.seed,
