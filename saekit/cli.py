@@ -48,7 +48,7 @@ def _flags_of_config(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command one flag for each field of TrainConfig, so that names, types and help stand in one place."""
     from saekit.trainers.config import TrainConfig
 
-    kinds: dict[Any, Any] = {int: int, float: float, int | None: int, bool: bool}
+    kinds: dict[Any, Any] = {int: int, float: float, int | None: int, float | None: float, bool: bool}
     fixed = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
     flags = []
     for name, field in TrainConfig.model_fields.items():

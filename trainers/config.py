@@ -45,7 +45,9 @@ class TrainConfig(BaseModel):
     # the optimisation
     tokens: int = Field(2_000_000, gt=0, description="training tokens")
     batch_size: int = Field(4096, gt=0, description="tokens a step")
-    lr: float = Field(1e-3, gt=0, description="peak learning rate of Adam")
+    lr: float | None = Field(
+        None, gt=0, description="peak learning rate of Adam; 4e-3 for up to 1,000 steps, falling with their root beyond"
+    )
     warmup: float = Field(0.05, ge=0, le=1, description="share of the steps in which the learning rate rises")
     decay: float = Field(0.3, ge=0, le=1, description="share of the steps, at the end, in which it falls to zero")
     clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
@@ -92,6 +94,11 @@ class TrainConfig(BaseModel):
     def steps(self) -> int:
         """Number of optimiser steps."""
         return self.tokens // self.batch_size
+
+    @property
+    def peak_lr(self) -> float:
+        """``lr``, or 4e-3 · √(1000 / steps), at most 4e-3: short runs need large steps (our reading)."""
+        return self.lr or 4e-3 * min(1.0, (1000 / self.steps) ** 0.5)
 
     @classmethod
     def from_yaml(cls, path: str | Path | None, **flags: Any) -> TrainConfig:

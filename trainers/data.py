@@ -98,4 +98,4 @@ def _from_cache(config: TrainConfig, cache: ActivationCache, buffer: int) -> Tra
 def resolved(config: TrainConfig, passport: dict[str, Any], width: int, dead_after: int) -> TrainConfig:
     """The config with every default that the data decides filled in."""
     facts = {setting: passport[fact] for setting, fact in _FACTS.items() if passport.get(fact) is not None}
-    return config.model_copy(update={**facts, "width": width, "dead_after": dead_after})
+    return config.model_copy(update={**facts, "width": width, "dead_after": dead_after, "lr": config.peak_lr})

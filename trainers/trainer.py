@@ -132,7 +132,7 @@ class Trainer:
         self.variant: Variant = VARIANTS[config.variant](config.k)
         sample, self.batches = _peek(iter(stream), _SAMPLE)
         self.sae, self.scale = initial_dictionary(config, self.variant, sample.to(device))
-        self.optimizer = DictionaryAdam(self.sae, config.lr, config.clip)
+        self.optimizer = DictionaryAdam(self.sae, config.peak_lr, config.clip)
         self.statistics = Statistics(self.sae.cfg.d_sae, device)
         dead_after = config.dead_after or max(config.batch_size, min(10_000_000, config.tokens // 6))
         self.config = resolved(config, data.passport, self.sae.cfg.d_sae, dead_after)
@@ -183,7 +183,7 @@ class Trainer:
         if not math.isfinite(fvu):
             raise SaekitError(f"the loss is {fvu} at step {self.step + 1}; a lower --lr may help")
         loss.backward()  # type: ignore[no-untyped-call]
-        lr = learning_rate(self.step, config.steps, config.lr, config.warmup, config.decay)
+        lr = learning_rate(self.step, config.steps, config.peak_lr, config.warmup, config.decay)
         norm = self.optimizer.step(lr)
         self.statistics.update(code)
         return {"loss": fvu, "fvu": fvu, "l0": code.l0, "grad_norm": norm, "lr": lr}

@@ -24,7 +24,7 @@ EMBEDDED = Path(saekit.__file__).parent / "embedded"
 def test_a_run_holds_what_it_should(trained_run):
     assert {p.name for p in trained_run.iterdir()} >= {"config.yaml", "metrics.jsonl", "sae", "eval.json"}
     config = yaml.safe_load((trained_run / "config.yaml").read_text())
-    assert (config["variant"], config["k"], config["width"], config["lr"]) == ("mutual_choice", 16, 1024, 1e-3)
+    assert (config["variant"], config["k"], config["width"], config["lr"]) == ("mutual_choice", 16, 1024, 4e-3)
     lines = [json.loads(line) for line in (trained_run / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 300_000 // 2048
     assert lines[-1]["tokens"] == 300_000 // 2048 * 2048

@@ -40,6 +40,12 @@ def test_impossible_values_are_named_in_one_line(values, message):
     assert "\n" not in str(caught.value)
 
 
+def test_the_learning_rate_falls_with_the_root_of_the_steps():
+    assert TrainConfig(tokens=4096 * 500).peak_lr == 4e-3
+    assert TrainConfig(tokens=4096 * 100_000).peak_lr == pytest.approx(4e-4)
+    assert TrainConfig(lr=1e-4).peak_lr == 1e-4
+
+
 @pytest.mark.parametrize("content", ["- a\n- b\n", "k: [\n", "\x00", "just words"])
 def test_files_that_are_no_mapping_are_refused(tmp_path, content):
     (tmp_path / "a.yaml").write_text(content)
