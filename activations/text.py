@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -123,7 +124,7 @@ def _opened(dataset: str, opener: Callable[[Any], Any]) -> Any:
     """What ``opener`` makes of the datasets library, its many kinds of errors told in one line."""
     import datasets
 
-    datasets.utils.logging.set_verbosity_error()
+    datasets.utils.logging.set_verbosity(logging.CRITICAL)  # what fails is told in one line of our own
     datasets.utils.logging.disable_progress_bar()
     try:
         return opener(datasets)

@@ -56,7 +56,7 @@ class TrainConfig(BaseModel):
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the language model")
     # housekeeping
-    calibration_tokens: int = Field(65_536, gt=0, description="tokens on which inference thresholds are set")
+    calibration_tokens: int = Field(262_144, gt=0, description="tokens on which inference thresholds are set")
     log_every: int = Field(10, gt=0, description="steps between lines of metrics.jsonl")
     checkpoint_every: int = Field(500, gt=0, description="steps between checkpoints")
 

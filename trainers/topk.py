@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -24,5 +24,5 @@ class TopK:
         """The k largest of each row."""
         return token_choice(pre, self.k)
 
-    def calibrate(self, sae: SparseAutoencoder, heldout: Iterable[Float[Tensor, "n d"]]) -> None:
+    def calibrate(self, sae: SparseAutoencoder, heldout: Callable[[], Iterable[Float[Tensor, "n d"]]]) -> None:
         """TopK needs nothing but k."""

@@ -201,7 +201,7 @@ class Trainer:
     def finish(self) -> Run:
         """Calibrate, fold the scale in and save the dictionary."""
         sae = self.sae.eval()
-        self.variant.calibrate(sae, (x.to(self.device) * self.scale for x in self.data.calibration()))
+        self.variant.calibrate(sae, lambda: (x.to(self.device) * self.scale for x in self.data.calibration()))
         unscale(sae, self.scale)
         passport = self.data.passport
         sae.with_metadata(

