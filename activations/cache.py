@@ -52,6 +52,11 @@ class ActivationCache:
     def __len__(self) -> int:
         return sum(shard["rows"] for shard in self.shards)
 
+    @property
+    def fingerprint(self) -> str:
+        """What tells this cache from another in the same folder: a digest of its shards' sizes and checksums."""
+        return hashlib.blake2b(json.dumps([self.d_in, self.shards]).encode(), digest_size=16).hexdigest()
+
     @classmethod
     def open(cls, path: str | Path) -> ActivationCache:
         """Open a cache.
@@ -59,7 +64,7 @@ class ActivationCache:
         Raises:
             SaekitError: there is none, it is unfinished, or a shard is missing or of another size than was written.
         """
-        folder = Path(path).expanduser()
+        folder = Path(path).expanduser().resolve()
         if not (folder / MANIFEST).is_file():
             unfinished = " (only an unfinished harvest)" if folder.with_name(folder.name + ".part").is_dir() else ""
             raise SaekitError(f"there is no activation cache at '{path}'{unfinished}: {MANIFEST} is missing")
@@ -194,7 +199,12 @@ def check_writable(path: str | Path, dtype: str, overwrite: bool) -> Path:
     """
     if dtype not in DTYPES:
         raise SaekitError(f"unknown dtype '{dtype}'{did_you_mean(dtype, DTYPES)}")
-    folder = Path(path).expanduser()
+    folder = Path(path).expanduser().resolve()
+    unfinished = folder.with_name(folder.name + ".part")
+    if foreign := [p.name for p in unfinished.glob("*") if not p.name.startswith(("shard-", MANIFEST))]:
+        raise SaekitError(
+            f"'{unfinished}' is needed while the cache is written, but holds '{foreign[0]}'; move it away"
+        )
     check_free(folder, overwrite=overwrite, hint="choose another folder or ask to overwrite (--overwrite)")
     return folder
 

@@ -68,7 +68,8 @@ def open_text(
     place = Path(os.path.expanduser(dataset))
     if place.is_dir():
         return _saved(dataset, place, column, split) if _is_saved(place) else _hub(dataset, column, split, streaming)
-    files = [f for f in sorted(glob.glob(str(place), recursive=True)) if Path(f).is_file()]
+    matches = [str(place)] if place.is_file() else sorted(glob.glob(str(place), recursive=True))
+    files = [f for f in matches if Path(f).is_file()]
     if files:
         return _local(dataset, files, column)
     if place.suffix.lower() in _LOADERS or place.is_absolute() or dataset.startswith("."):
@@ -104,7 +105,7 @@ def _saved(dataset: str, folder: Path, column: str, split: str) -> TextSource:
     if isinstance(rows, dict):
         if split not in rows:
             raise SaekitError(f"the dataset '{dataset}' has no split '{split}'{did_you_mean(split, rows)}")
-        rows = rows[split]
+        rows, folder = rows[split], folder / split
     return _divided(dataset, _digest(sorted(folder.rglob("*.arrow"))), _column(dataset, rows, column))
 
 

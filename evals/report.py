@@ -24,7 +24,7 @@ _FIGURES = (
     ("CE with 0", "downstream", "ce_zero", "{:.3f}", "with zeros in place of the activations"),
     ("recovered", "downstream", "recovered_share", "{:.4f}", "share of the cross-entropy between those two kept"),
     ("KL", "downstream", "kl", "{:.4f}", "nats a token from the model's own predictions"),
-    ("tokens", "sparsity", "tokens", "{:,d}", "held-out tokens that all this was measured on"),
+    ("tokens", "sparsity", "tokens", "{:,d}", "held-out tokens; CE and KL score those with a next one"),
 )
 
 

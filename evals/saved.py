@@ -51,10 +51,10 @@ class Judge:
     _contexts: dict[Any, ContextBatch] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        text = {"--model": self.model, "--hook": self.hook, "--dataset": self.dataset}
-        given = [name for name, value in text.items() if value is not None]
+        text = ("model", "hook", "dataset", "column", "split", "context_length", "dtype")
+        given = [name for name in text if getattr(self, name) is not None]
         if self.cache and given:
-            raise SaekitError(f"judge either by --cache or by a model and text, not by --cache and {given[0]}")
+            raise SaekitError(f"judge either by --cache or by a model and text, not by --cache and --{given[0]}")
 
     def __call__(self, path: str | Path) -> Report:
         """Load one dictionary and evaluate it.
@@ -71,12 +71,18 @@ class Judge:
         return Report(report.groups, {**about, "d_sae": sae.cfg.d_sae, "k": sae.cfg.k, **report.about})
 
     def _by_cache(self, sae: SparseAutoencoder, path: Path, own: dict[str, Any]) -> Report:
-        cache = ActivationCache.open(path)
-        trained_on_it = own.get("cache") is not None and Path(own["cache"]).resolve() == path.resolve()
-        if cache.passport.get("part") == "train" and not trained_on_it:
+        cache, facts = ActivationCache.open(path), sae.cfg.metadata
+        for fact, name in (("model", "model_name"), ("hook", "hook_name")):
+            if None not in (cache.passport.get(fact), facts.get(name)) and cache.passport[fact] != facts[name]:
+                raise SaekitError(
+                    f"the cache '{path}' has {fact} '{cache.passport[fact]}', the dictionary '{facts[name]}'"
+                )
+        trained_on_it = (own.get("passport") or {}).get("cache_fingerprint") == cache.fingerprint
+        rebuilt = own.get("cache") is not None and Path(own["cache"]).resolve() == cache.path
+        if (rebuilt or cache.passport.get("part") == "train") and not trained_on_it:
             raise SaekitError(
-                f"the cache '{path}' holds training text, whose end only dictionaries trained on it have not seen; "
-                f"judge this one by a model and text (--model, --hook, --dataset)"
+                f"the end of the cache '{path}' is held out for dictionaries trained on just these data; this one may "
+                f"have seen it: judge it by a model and text (--model, --hook, --dataset)"
             )
         rows = (batch.x.float().to(self.device) for batch in cache.batches("heldout", 1024))
         report = evaluate_activations(sae, islice(rows, -(-self.tokens // 1024)))
@@ -102,7 +108,7 @@ class Judge:
             loaded=self._models.get((model, dtype)),
         )
         self._models[model, dtype] = source.model
-        key = (model, source.text.fingerprint, source.column, source.context_length)
+        key = (model, source.text.fingerprint, source.split, source.column, source.context_length)
         if key not in self._contexts:
             self._contexts[key] = heldout_contexts(source, self.tokens)
         contexts = self._contexts[key]

@@ -122,7 +122,7 @@ class SparseAutoencoder(nn.Module):
         """
         from saekit.formats import saelens
 
-        return saelens.write(self, Path(folder), overwrite=overwrite)
+        return saelens.write(self, Path(folder).expanduser(), overwrite=overwrite)
 
     def with_metadata(self, **facts: Any) -> SparseAutoencoder:
         """This dictionary with further facts in its metadata; changes it in place and returns it."""

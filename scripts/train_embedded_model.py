@@ -8,8 +8,8 @@ tokens of the documents joined by EOS. Hidden matrices learn by Muon, the rest b
 zero. The script writes a Hugging Face folder (config, float16 weights, tokenizer) and ``training.json`` with its
 figures. It can be stopped and started again: it goes on from its last checkpoint in ``--work``.
 
-The model that ships was made by the command above (seed 0, 4,882 steps of 16 contexts, 77 minutes on two cores that
-other work shared, torch 2.13.0): 2.309 nats a token on 3.02M held-out tokens; bigram 4.441, unigram 6.615; 6.4% of the
+The model that ships was made by the command above (seed 0, 4,882 steps of 16 contexts, 77 minutes on two busy
+cores, torch 2.13.0): 2.309 nats a token on 3.02M held-out tokens; bigram 4.441, unigram 6.615; 6.4% of the
 held-out windows of 32 tokens occur in the training text.
 """
 

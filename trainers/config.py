@@ -19,7 +19,7 @@ class TrainConfig(BaseModel):
         SaekitError: a value is impossible or a key unknown; the message names the nearest right one.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     variant: str = Field("mutual_choice", description="allocation rule and loss: " + ", ".join(VARIANTS))
     out: Path = Field(
@@ -73,6 +73,11 @@ class TrainConfig(BaseModel):
             raise ValueError(f"unknown variant '{value}'{did_you_mean(value, VARIANTS)}")
         return value
 
+    @field_validator("out", "cache")
+    @classmethod
+    def _home(cls, value: Path | None) -> Path | None:
+        return None if value is None else value.expanduser()
+
     @field_validator("device")
     @classmethod
     def _known_device(cls, value: str) -> str:
@@ -118,6 +123,8 @@ class TrainConfig(BaseModel):
             if not isinstance(loaded, dict):
                 raise SaekitError(f"the config '{path}' is not a mapping of keys to values")
             values = {str(key): value for key, value in loaded.items()}
+        if flags.get("expansion") is not None and flags.get("width") is None:
+            values.pop("width", None)  # both name the width
         return cls(**{**values, **{key: value for key, value in flags.items() if value is not None}})
 
     def to_yaml(self) -> str:

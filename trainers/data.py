@@ -92,7 +92,8 @@ def _from_cache(config: TrainConfig, cache: ActivationCache, buffer: int) -> Tra
         return (batch.x.float() for batch in batches)
 
     rows = partial(cache_rows, cache, config.seed)
-    return TrainingData(dict(cache.passport), rows, min(buffer, len(train)), calibrate)
+    passport = {**cache.passport, "cache_fingerprint": cache.fingerprint}
+    return TrainingData(passport, rows, min(buffer, len(train)), calibrate)
 
 
 def resolved(config: TrainConfig, passport: dict[str, Any], width: int, dead_after: int) -> TrainConfig:

@@ -62,10 +62,9 @@ def global_threshold(sae: SparseAutoencoder, batches: Callable[[], Iterable[Floa
         if not n:
             raise SaekitError("no held-out activations to calibrate the threshold on")
         every = torch.cat(candidates)
-        if every.numel() <= k * n:
-            return 0.0
-        top = every.topk(k * n + 1).values[-2:].cpu().double()
-        theta = float(top.mean())
+        theta = 0.0
+        if every.numel() > k * n:
+            theta = float(every.topk(k * n + 1).values[-2:].cpu().double().mean())
         if hidden <= theta or share == sae.cfg.d_sae:
             return theta
         share = min(2 * share, sae.cfg.d_sae)

@@ -67,6 +67,8 @@ def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False,
     """
     import saekit
 
+    if resume and overwrite:
+        raise SaekitError("a run is either resumed or overwritten, not both")
     if resume:
         config = _config_to_resume(config)
         if (config.out / DICTIONARY / "cfg.json").exists():
@@ -120,7 +122,8 @@ def _prepare_folder(config: TrainConfig) -> None:
     writable_folder(config.out, overwrite=True)
     old = [config.out / METRICS, config.out / EVALUATION, *checkpoints(config.out / CHECKPOINTS)]
     for path in [*old, *(config.out / DICTIONARY).glob("*")]:
-        path.unlink(missing_ok=True)
+        if path.is_file():
+            path.unlink()
     replace_file(config.out / CONFIG, lambda path: path.write_text(config.to_yaml()))
 
 

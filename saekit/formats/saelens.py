@@ -73,7 +73,9 @@ def read(folder: Path, device: str | torch.device = "cpu") -> SparseAutoencoder:
         dtype = _DTYPES[cfg["dtype"]]
     except KeyError as error:
         raise SaekitError(f"{folder / CONFIG} lacks or does not know {error}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:  # SaekitError is a ValueError, told in full below
+        if isinstance(error, SaekitError):
+            raise
         raise SaekitError(f"{folder / CONFIG} is damaged: {error}") from None
     _refuse_unsupported(cfg, folder)
     weights = _read_weights(folder / WEIGHTS)

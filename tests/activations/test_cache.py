@@ -101,6 +101,14 @@ def test_a_failed_rewrite_leaves_the_old_cache(tmp_path):
         raise_unfinished(tmp_path)
 
 
+def test_a_users_folder_is_not_taken_for_an_unfinished_cache(tmp_path):
+    (tmp_path / "c.part").mkdir()
+    (tmp_path / "c.part/mine.txt").write_text("precious")
+    with pytest.raises(SaekitError, match=r"holds 'mine.txt'"):
+        ActivationCache.from_tensor(tmp_path / "c", torch.ones(10, 2))
+    assert (tmp_path / "c.part/mine.txt").read_text() == "precious"
+
+
 def raise_unfinished(tmp_path):
     with pytest.raises(SaekitError, match="NaN"):
         ActivationCache.from_tensor(tmp_path / "new", torch.full((10, 2), float("nan")))

@@ -134,6 +134,7 @@ def test_a_full_folder_is_not_overwritten(tmp_path):
         ({"normalize_activations": "layer_norm"}, "normalize_activations"),
         ({"dtype": "float7"}, "float7"),
         ({"d_in": None}, "damaged"),
+        ({"architecture": "topk", "k": "many"}, "damaged"),
     ],
 )
 def test_configs_that_do_not_fit_are_refused(tmp_path, change, message):

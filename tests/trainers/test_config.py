@@ -13,6 +13,7 @@ def test_flags_win_over_the_file_and_the_result_reads_back(tmp_path):
     (tmp_path / "a.yaml").write_text("k: 8\nwidth: 512\nvariant: topk\n")
     config = TrainConfig.from_yaml(tmp_path / "a.yaml", k=16, lr=None)
     assert (config.k, config.width, config.variant) == (16, 512, "topk")
+    assert TrainConfig.from_yaml(tmp_path / "a.yaml", expansion=8.0).width is None
     assert config.out.as_posix() == "runs/topk"
     (tmp_path / "b.yaml").write_text(config.to_yaml())
     assert TrainConfig.from_yaml(tmp_path / "b.yaml") == config
@@ -32,6 +33,7 @@ def test_flags_win_over_the_file_and_the_result_reads_back(tmp_path):
         ({"device": "gpu"}, "unknown device 'gpu'"),
         ({"dtype": "fp32"}, "dtype = 'fp32'"),
         ({"lr": float("nan")}, "lr = nan"),
+        ({"expansion": float("inf")}, "expansion = inf"),
     ],
 )
 def test_impossible_values_are_named_in_one_line(values, message):

@@ -13,6 +13,7 @@ import torch
 import saekit
 from saekit import SAEConfig, SaekitError, SparseAutoencoder
 from saekit.activations import ActivationCache, ShuffledStream
+from saekit.evals import Judge
 from saekit.trainers import TrainConfig, train
 from saekit.trainers.data import training_data
 from saekit.trainers.geometric_median import geometric_median
@@ -167,6 +168,16 @@ def test_the_threshold_is_exact_even_where_one_batch_holds_most(k, generator):
     assert int((pre > theta).sum()) == min(k * 100, int((pre > 0).sum()))
 
 
+def test_the_threshold_sees_what_a_piece_hides():
+    # ten tokens with 64 positive pairs each, a hundred with none: k·n = 110 pairs all come from the ten
+    sae = SparseAutoencoder(SAEConfig(1, 64, "jumprelu"))
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.linspace(1, 2, 64)[None])
+    dense, silent = torch.linspace(1, 3, 10)[:, None], -torch.ones(100, 1)
+    theta = global_threshold(sae, lambda: [dense, silent], 1)
+    assert int((sae.pre_activations(torch.cat([dense, silent])) > theta).sum()) == 110
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(cache, tmp_path, monkeypatch, number):
     whole = train(config(cache, tmp_path, out=tmp_path / "whole"), quiet=True)
@@ -217,6 +228,33 @@ def test_resuming_on_other_data_is_refused(cache, tmp_path, monkeypatch):
     ActivationCache.from_tensor(tmp_path / "lm", x, passport={"revision": "b"}, overwrite=True)
     with pytest.raises(SaekitError, match="another revision"):
         train(cfg, resume=True, quiet=True)
+    ActivationCache.from_tensor(tmp_path / "lm", torch.randn(6000, 5), passport={"revision": "a"}, overwrite=True)
+    with pytest.raises(SaekitError, match="another cache_fingerprint"):
+        train(cfg, resume=True, quiet=True)
+    with pytest.raises(SaekitError, match="not both"):
+        train(cfg, resume=True, overwrite=True, quiet=True)
+
+
+def test_a_cache_judges_only_dictionaries_that_kept_its_end_apart(cache, tmp_path):
+    train(config(cache, tmp_path), quiet=True)
+    report = Judge(cache=cache)(tmp_path / "run")
+    assert report["sparsity"]["tokens"] == 300
+    rows = ActivationCache.open(cache).read(0, 5000).x
+    other = ActivationCache.from_tensor(tmp_path / "other", rows, passport={"part": "train"})
+    with pytest.raises(SaekitError, match="may have seen it"):
+        Judge(cache=other.path)(tmp_path / "run")
+    mine = ActivationCache.from_tensor(tmp_path / "mine", torch.randn(200, 12))
+    assert Judge(cache=mine.path)(tmp_path / "run")["sparsity"]["tokens"] == 10
+    ActivationCache.from_tensor(cache, rows, overwrite=True)
+    with pytest.raises(SaekitError, match="may have seen it"):
+        Judge(cache=cache)(tmp_path / "run")
+    run = saekit.load(tmp_path / "run").with_metadata(hook_name="blocks.0.hook_resid_post")
+    run.save(tmp_path / "named")
+    ActivationCache.from_tensor(
+        tmp_path / "hooked", torch.randn(100, 12), passport={"hook": "blocks.9.hook_resid_post"}
+    )
+    with pytest.raises(SaekitError, match=r"has hook 'blocks.9.hook_resid_post', the dictionary 'blocks.0"):
+        Judge(cache=tmp_path / "hooked")(tmp_path / "named")
 
 
 def test_the_written_config_is_whole_and_starts_the_same_run(cache, tmp_path):
