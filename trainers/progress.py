@@ -27,7 +27,7 @@ class TrainingProgress:
         self.file: TextIO = path.open("a")
         self.bar = Progress(
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=12),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[figures]}"),
@@ -55,7 +55,7 @@ class TrainingProgress:
         rate = (step - self.first) * self.config.batch_size / seconds
         self.file.write(json.dumps({"step": step, "seconds": seconds, "tokens_per_second": rate, **metrics}) + "\n")
         self.file.flush()
-        figures = "{rate:,.0f} tokens/s  loss {loss:.4f}  FVU {fvu:.4f}  L0 {l0:.1f}  dead {dead_share:.1%}"
+        figures = "{rate:,.0f} tokens/s  dead {dead_share:.1%}\nloss {loss:.4f}  FVU {fvu:.4f}  L0 {l0:.1f}"
         self.bar.update(self.task, figures=figures.format(rate=rate, **metrics))
 
 
