@@ -220,7 +220,6 @@ class Trainer:
                 "seed": self.config.seed,
                 "activation_scale": self.scale,
                 "cache": str(self.config.cache) if self.config.cache else None,
-                "column": self.config.column,
                 "passport": passport,
             },
         )

@@ -97,8 +97,6 @@ def test_a_failed_rewrite_leaves_the_old_cache(tmp_path):
     with pytest.raises(SaekitError, match="NaN"):
         ActivationCache.from_tensor(tmp_path / "c", torch.full((10, 2), float("nan")), overwrite=True)
     assert ActivationCache.open(tmp_path / "c").read(0, 10).x.sum() == 20
-    with pytest.raises(SaekitError, match="unfinished harvest"):
-        raise_unfinished(tmp_path)
 
 
 def test_a_users_folder_is_not_taken_for_an_unfinished_cache(tmp_path):
@@ -109,7 +107,8 @@ def test_a_users_folder_is_not_taken_for_an_unfinished_cache(tmp_path):
     assert (tmp_path / "c.part/mine.txt").read_text() == "precious"
 
 
-def raise_unfinished(tmp_path):
+def test_an_unfinished_cache_is_named(tmp_path):
     with pytest.raises(SaekitError, match="NaN"):
         ActivationCache.from_tensor(tmp_path / "new", torch.full((10, 2), float("nan")))
-    ActivationCache.open(tmp_path / "new")
+    with pytest.raises(SaekitError, match="unfinished harvest"):
+        ActivationCache.open(tmp_path / "new")
