@@ -31,8 +31,9 @@ SHARD_ROWS = 1 << 16
 class ActivationCache:
     """Activations of N tokens in a folder.
 
-    Each shard holds ``activations`` [m, d_in], ``tokens`` [m], ``documents`` [m] and ``positions`` [m]. Open one with
-    ``ActivationCache.open``; write one with ``from_tensor`` or ``write``.
+    Each shard holds ``activations`` [m, d_in], ``tokens`` [m], ``documents`` [m], ``positions`` [m] and, where they
+    were asked for, ``gradients`` [m, d_in]. Open one with ``ActivationCache.open``; write one with ``from_tensor`` or
+    ``write``.
 
     Attributes:
         path: the folder.
@@ -41,6 +42,7 @@ class ActivationCache:
         d_in: width of the activations.
         dtype: in which they are stored.
         shards: name, rows and checksum of each shard.
+        gradients: whether gradients of the model's loss stand beside the activations.
     """
 
     path: Path
@@ -48,6 +50,7 @@ class ActivationCache:
     d_in: int
     dtype: str
     shards: tuple[dict[str, Any], ...]
+    gradients: bool = False
 
     def __len__(self) -> int:
         return sum(shard["rows"] for shard in self.shards)
@@ -78,6 +81,7 @@ class ActivationCache:
                 int(manifest["d_in"]),
                 str(manifest["dtype"]),
                 tuple(dict(shard) for shard in manifest["shards"]),
+                bool(manifest.get("gradients", False)),
             )
             for shard in cache.shards:
                 file = folder / Path(shard["file"]).name
@@ -95,6 +99,7 @@ class ActivationCache:
         path: str | Path,
         x: Float[Tensor, "N d_in"],
         *,
+        gradients: Float[Tensor, "N d_in"] | None = None,
         dtype: str = "float32",
         passport: dict[str, Any] | None = None,
         overwrite: bool = False,
@@ -104,20 +109,22 @@ class ActivationCache:
         Args:
             path: the folder to write.
             x: [N, d_in] activations; the row number stands for the document (rows are taken to be independent).
+            gradients: [N, d_in] of a model's loss at them, for gradient TopK.
             dtype: how they are stored: ``float32``, ``bfloat16`` or ``float16``.
             passport: facts about the data to keep with it.
             overwrite: whether the folder may hold something already.
 
         Raises:
-            SaekitError: x is not a matrix of finite numbers, is empty, or the folder holds something.
+            SaekitError: x is not a matrix of finite numbers, is empty, the gradients have another shape, or the folder
+                holds something.
         """
         if x.ndim != 2 or not x.is_floating_point():
             raise SaekitError(f"activations are a matrix [N, d_in] of floating point numbers, not {list(x.shape)}")
+        if gradients is not None and gradients.shape != x.shape:
+            raise SaekitError(f"gradients of shape {list(gradients.shape)} do not fit activations {list(x.shape)}")
         rows = torch.arange(len(x))
-        parts = (
-            ActivationBatch(part, torch.full_like(r, -1), r, torch.zeros_like(r))
-            for part, r in zip(torch.split(x.detach().cpu(), SHARD_ROWS), torch.split(rows, SHARD_ROWS), strict=True)
-        )
+        whole = ActivationBatch(x.detach(), torch.full_like(rows, -1), rows, torch.zeros_like(rows), gradients)
+        parts = (whole.rows(start, start + SHARD_ROWS) for start in range(0, len(x), SHARD_ROWS))
         return cls.write(path, parts, passport or {}, dtype=dtype, overwrite=overwrite)
 
     @classmethod
@@ -139,18 +146,19 @@ class ActivationCache:
         folder = target.with_name(target.name + ".part")  # moved into place once it is whole
         writable_folder(folder, overwrite=True)
         shards: list[dict[str, Any]] = []
-        d_in = 0
+        d_in, gradients = 0, False
         for batch in _regrouped(batches, SHARD_ROWS):
             check_finite(batch, str(passport.get("hook", path)), f"rows from {sum(s['rows'] for s in shards)}")
-            d_in = batch.x.shape[1]
+            d_in, gradients = batch.x.shape[1], batch.gradients is not None
             name = f"shard-{len(shards):05d}.safetensors"
             shards.append(_write_shard(folder / name, batch, DTYPES[dtype]))
         if not shards:
             raise SaekitError(f"no activations to write to '{path}': the text is empty or shorter than one context")
-        manifest = {"format": FORMAT, "passport": passport, "d_in": d_in, "dtype": dtype, "shards": shards}
+        manifest = {"format": FORMAT, "passport": passport, "d_in": d_in, "dtype": dtype, "gradients": gradients}
+        manifest["shards"] = shards
         replace_file(folder / MANIFEST, lambda file: file.write_text(json.dumps(manifest, indent=2) + "\n"))
         _move_into(target, folder, [shard["file"] for shard in shards])
-        return cls(target, passport, d_in, dtype, tuple(shards))
+        return cls(target, passport, d_in, dtype, tuple(shards), gradients)
 
     def rows_of(self, part: Split) -> range:
         """The rows of one part: the end of a cache, twice 5% or 65,536 rows, is kept for calibration and evaluation."""
@@ -158,34 +166,38 @@ class ActivationCache:
         bounds = {"train": (0, len(self) - 2 * tail), "calibration": (len(self) - 2 * tail, len(self) - tail)}
         return range(*bounds.get(part, (len(self) - tail, len(self))))
 
-    def batches(self, part: Split, batch: int = 4096) -> Iterator[ActivationBatch]:
+    def batches(self, part: Split, batch: int = 4096, *, gradients: bool = False) -> Iterator[ActivationBatch]:
         """The rows of one part in their order."""
         rows = self.rows_of(part)
         for start in range(rows.start, rows.stop, batch):
-            yield self.read(start, min(start + batch, rows.stop))
+            yield self.read(start, min(start + batch, rows.stop), gradients=gradients)
 
-    def read(self, start: int, stop: int) -> ActivationBatch:
-        """Rows ``start`` to ``stop`` with their tokens, documents and positions.
+    def read(self, start: int, stop: int, *, gradients: bool = False) -> ActivationBatch:
+        """Rows ``start`` to ``stop`` with their tokens, documents, positions and, if asked, gradients.
 
         Raises:
-            SaekitError: a shard is damaged.
+            SaekitError: a shard is damaged, or the cache has no gradients.
         """
+        if gradients and not self.gradients:
+            raise SaekitError(
+                f"the cache '{self.path}' holds no gradients; harvest it again with `saekit cache --gradients`"
+            )
         parts = []
         first = 0
         for shard in self.shards:
             low, high = max(start - first, 0), min(stop - first, shard["rows"])
             if low < high:
-                parts.append(self._read_shard(shard, low, high))
+                parts.append(self._read_shard(shard, low, high, gradients))
             first += shard["rows"]
         if not parts:
             raise SaekitError(f"the cache '{self.path}' has no rows {start} to {stop}: it holds {len(self)}")
-        return ActivationBatch(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        return ActivationBatch.concatenate(parts)
 
-    def _read_shard(self, shard: dict[str, Any], low: int, high: int) -> ActivationBatch:
+    def _read_shard(self, shard: dict[str, Any], low: int, high: int, gradients: bool) -> ActivationBatch:
         path = self.path / Path(shard["file"]).name
         try:
             with safe_open(path, framework="pt") as file:
-                names = ("activations", "tokens", "documents", "positions")
+                names = ["activations", "tokens", "documents", "positions", *["gradients"] * gradients]
                 return ActivationBatch(*(cast(Tensor, file.get_slice(name)[low:high]) for name in names))
         except (SafetensorError, OSError) as error:
             raise SaekitError(f"the shard '{path}' is damaged: {error}") from None
@@ -230,6 +242,9 @@ def _write_shard(path: Path, batch: ActivationBatch, dtype: torch.dtype) -> dict
         "documents": batch.documents.to(torch.int64),
         "positions": batch.positions.to(torch.int32),
     }
+    if batch.gradients is not None:  # float16 would lose small ones
+        kept_as = torch.bfloat16 if dtype == torch.float16 else dtype
+        tensors["gradients"] = batch.gradients.detach().to("cpu", kept_as)
     replace_file(path, lambda part: save_file({k: v.contiguous() for k, v in tensors.items()}, part))
     digest = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
     return {"file": path.name, "rows": len(batch.x), "bytes": path.stat().st_size, "blake2b": digest}
@@ -243,11 +258,11 @@ def _regrouped(batches: Iterable[ActivationBatch], rows: int) -> Iterator[Activa
         waiting.append(batch)
         count += len(batch.x)
         if count >= rows:
-            whole = ActivationBatch(*(torch.cat(column) for column in zip(*waiting, strict=True)))
+            whole = ActivationBatch.concatenate(waiting)
             while count >= rows:
-                yield ActivationBatch(*(column[:rows] for column in whole))
-                whole = ActivationBatch(*(column[rows:] for column in whole))
+                yield whole.rows(0, rows)
+                whole = whole.rows(rows, len(whole.x))
                 count -= rows
             waiting = [whole]
     if count:
-        yield ActivationBatch(*(torch.cat(column) for column in zip(*waiting, strict=True)))
+        yield ActivationBatch.concatenate(waiting)

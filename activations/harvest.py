@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saekit.activations.gradients import with_gradients
 from saekit.activations.model import truncated
 from saekit.activations.tokens import ContextBatch
 from saekit.errors import SaekitError
@@ -25,39 +27,71 @@ class ActivationBatch(NamedTuple):
         tokens: [m] token ids.
         documents: [m] running numbers of their documents.
         positions: [m] their positions in the context.
+        gradients: [m, d] of the model's next-token loss at the activations, where they were asked for.
     """
 
     x: Float[Tensor, "m d"]
     tokens: Int[Tensor, "m"]
     documents: Int[Tensor, "m"]
     positions: Int[Tensor, "m"]
+    gradients: Float[Tensor, "m d"] | None = None
+
+    def rows(self, start: int, stop: int) -> ActivationBatch:
+        """Some of the tokens."""
+        return ActivationBatch(*(column if column is None else column[start:stop] for column in self))
+
+    @staticmethod
+    def concatenate(batches: Sequence[ActivationBatch]) -> ActivationBatch:
+        """One batch of several, all with gradients or none."""
+        columns = zip(*batches, strict=True)
+        return ActivationBatch(*(None if column[0] is None else torch.cat(column) for column in columns))
 
 
-def harvest(model: TransformerBridge, hook: str, contexts: Iterable[ContextBatch]) -> Iterator[ActivationBatch]:
-    """Run the model up to the hook and yield the activations of each batch of contexts, kept positions only.
+def harvest(
+    model: TransformerBridge, hook: str, contexts: Iterable[ContextBatch], *, gradients: bool = False
+) -> Iterator[ActivationBatch]:
+    """Yield the activations at the hook of each batch of contexts, kept positions only.
+
+    The model runs up to the hook; with ``gradients``, through all of it and back.
 
     Raises:
-        SaekitError: the model has no such hook, or an activation is NaN or infinite (the token is named).
+        SaekitError: the model has no such hook, gradients are asked of a model that is not causal, or an activation is
+            NaN or infinite (the token is named).
     """
     device = next(model.parameters()).device
-    with truncated(model, hook) as run:
+    with _passes(model, hook, gradients) as run:
         for number, batch in enumerate(contexts):
             kept = batch.kept
-            x = run(batch.tokens.to(device))[kept.to(device)]
+            x, gradient = (None if part is None else part[kept.to(device)] for part in run(batch.tokens.to(device)))
+            assert x is not None
             positions = torch.arange(kept.shape[1]).expand(kept.shape)[kept]
-            found = ActivationBatch(x, batch.tokens[kept], batch.documents[kept], positions)
+            found = ActivationBatch(x, batch.tokens[kept], batch.documents[kept], positions, gradient)
             check_finite(found, hook, f"batch {number} of contexts")
             yield found
 
 
+@contextmanager
+def _passes(
+    model: TransformerBridge, hook: str, gradients: bool
+) -> Iterator[Callable[[Tensor], tuple[Tensor, Tensor | None]]]:
+    """A function from tokens to activations and, where asked for, gradients."""
+    if gradients:
+        with with_gradients(model, hook) as both_ways:
+            yield both_ways
+    else:
+        with truncated(model, hook) as forward:
+            yield lambda tokens: (forward(tokens), None)
+
+
 def check_finite(batch: ActivationBatch, hook: str, where: str) -> None:
-    """Raise SaekitError where an activation is NaN or infinite, naming its token."""
-    if bool(torch.isfinite(batch.x.sum())):  # one pass; an overflow of the sum is told apart below
-        return
-    bad = (~torch.isfinite(batch.x)).any(1).nonzero().flatten()
-    if bad.numel():
-        i = int(bad[0])
-        raise SaekitError(
-            f"NaN or inf in the activations of '{hook}' at {where}, row {i} (token id {int(batch.tokens[i])}, "
-            f"document {int(batch.documents[i])}, position {int(batch.positions[i])}); {bad.numel()} such tokens here"
-        )
+    """Raise SaekitError where an activation or a gradient is NaN or infinite, naming its token."""
+    for kind, values in (("activations", batch.x), ("gradients", batch.gradients)):
+        if values is None or bool(torch.isfinite(values.sum())):  # one pass; an overflow of the sum is told apart below
+            continue
+        bad = (~torch.isfinite(values)).any(1).nonzero().flatten()
+        if bad.numel():
+            i = int(bad[0])
+            raise SaekitError(
+                f"NaN or inf in the {kind} of '{hook}' at {where}, row {i} (token id {int(batch.tokens[i])}, document "
+                f"{int(batch.documents[i])}, position {int(batch.positions[i])}); {bad.numel()} such tokens here"
+            )

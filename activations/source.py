@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from saekit.activations.gradients import LOSS
 from saekit.activations.harvest import ActivationBatch, harvest
 from saekit.activations.model import (
     EMBEDDED,
@@ -103,17 +104,19 @@ class ActivationSource:
                 f"{self.context_length} tokens"
             )
 
-    def batches(self, part: Split, tokens: int | None = None) -> Iterator[ActivationBatch]:
+    def batches(self, part: Split, tokens: int | None = None, *, gradients: bool = False) -> Iterator[ActivationBatch]:
         """Activations of one part of the text, cut after exactly ``tokens`` rows where that is given."""
         left = tokens
-        for batch in harvest(self.model, self.hook, self.contexts(part)):
+        # a backward pass holds the logits and more of every context: fewer at a time
+        contexts = self.contexts(part, 8 if gradients else 32)
+        for batch in harvest(self.model, self.hook, contexts, gradients=gradients):
             if left is not None and len(batch.x) >= left:
-                yield ActivationBatch(*(column[:left] for column in batch))
+                yield batch.rows(0, left)
                 return
             left = left if left is None else left - len(batch.x)
             yield batch
 
-    def passport(self, part: Split) -> dict[str, Any]:
+    def passport(self, part: Split, *, gradients: bool = False) -> dict[str, Any]:
         """The facts by which data of this source is known again."""
         return {
             "model": self.name,
@@ -129,4 +132,5 @@ class ActivationSource:
             "context_length": self.context_length,
             "prepend_bos": self.prepend_bos,
             "mask": "text positions; BOS and document separators left out",
+            **({"gradients": LOSS} if gradients else {}),
         }

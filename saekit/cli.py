@@ -109,6 +109,7 @@ def cache(
     context_length: int | None = typer.Option(None, min=3, help="tokens a context"),
     dtype: str = typer.Option("bfloat16", help="how activations are stored: float32, bfloat16, float16"),
     model_dtype: str = typer.Option("float32", help="in which the model runs: float32, bfloat16, float16"),
+    gradients: bool = typer.Option(False, help="store the gradients of the next-token loss too, for gradient_topk"),
     device: str = typer.Option("auto", help="auto, cpu, cuda, mps"),
     overwrite: bool = typer.Option(False, help="replace a cache in --out"),
     quiet: bool = typer.Option(False, help="no progress bar"),
@@ -136,11 +137,12 @@ def cache(
         task = progress.add_task(f"{source.hook}", total=tokens)
 
         def counted() -> Any:
-            for batch in source.batches("train", tokens):
+            for batch in source.batches("train", tokens, gradients=gradients):
                 yield batch
                 progress.advance(task, len(batch.x))
 
-        made = ActivationCache.write(out, counted(), source.passport("train"), dtype=dtype, overwrite=overwrite)
+        passport = source.passport("train", gradients=gradients)
+        made = ActivationCache.write(out, counted(), passport, dtype=dtype, overwrite=overwrite)
     if len(made) < tokens:
         print(f"saekit: the text held only {len(made):,} of {tokens:,} tokens", file=sys.stderr)
     print(f"cache: {out}    {len(made):,} tokens of width {made.d_in}, {made.dtype}, {len(made.shards)} shards")

@@ -1,0 +1,91 @@
+"""Activations together with the gradient of the model's next-token loss at them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from saekit.activations.model import check_hook
+from saekit.errors import SaekitError, first_line
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+LOSS = "next-token cross-entropy, summed over the context"
+Labels = Literal["true", "sampled"]
+
+
+@contextmanager
+def with_gradients(
+    model: TransformerBridge, hook: str, labels: Labels = "true", seed: int = 0
+) -> Iterator[Callable[[Int[Tensor, "b t"]], tuple[Float[Tensor, "b t d"], Float[Tensor, "b t d"]]]]:
+    """A forward and backward pass that gives the activations at a hook point and the loss's gradients there.
+
+    The loss is the cross-entropy of each next token, summed over every position of the context (arXiv 2411.10397; the
+    sum over the sequence is our reading). Nothing before the hook is differentiated.
+
+    Args:
+        model: the hooked model.
+        hook: the hook point.
+        labels: ``true`` next tokens of the text, or ``sampled`` from the model's own predictions.
+        seed: of the sampling.
+
+    Yields:
+        A function from tokens [b, t] to activations and gradients [b, t, d], without a graph; further dimensions
+        (heads) are flattened into d.
+
+    Raises:
+        SaekitError: there is no such hook, the model is not causal, or its loss does not depend on the hook.
+    """
+    check_hook(model, hook)
+    check_causal(model)
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+    found: list[Tensor] = []
+
+    def capture(activation: Tensor, hook: Any) -> Tensor:
+        leaf = activation.detach().requires_grad_(True)
+        found.append(leaf)
+        return leaf
+
+    def run(tokens: Tensor) -> tuple[Tensor, Tensor]:
+        found.clear()
+        with torch.enable_grad():
+            logits = model(tokens, return_type="logits")[:, :-1].flatten(0, 1).float()
+            targets = tokens[:, 1:].flatten()
+            if labels == "sampled":
+                targets = logits.detach().softmax(-1).multinomial(1, generator=generator)[:, 0]
+            loss = cross_entropy(logits, targets, reduction="sum")
+            x = found[0] if found else None
+            gradient = (
+                torch.autograd.grad(loss, x, allow_unused=True)[0] if x is not None and loss.requires_grad else None
+            )
+        if x is None or gradient is None or x.shape[:2] != tokens.shape:
+            raise SaekitError(f"the model's loss has no gradient for each token at the hook '{hook}'")
+        return x.detach().flatten(2), gradient.flatten(2)
+
+    with model.hooks(fwd_hooks=[(hook, capture)]):
+        yield run
+
+
+def check_causal(model: TransformerBridge) -> None:
+    """Raise SaekitError where a prediction depends on later tokens, or the model predicts none.
+
+    Next-token loss means nothing for such a model. The model itself is asked: another last token must leave the
+    predictions before it as they are.
+    """
+    tokens = torch.arange(1, 7, device=next(model.parameters()).device)[None]
+    other = tokens.clone()
+    other[0, -1] += 1
+    try:
+        with torch.no_grad():
+            logits = [model(each, return_type="logits")[:, :-1].float() for each in (tokens, other)]
+    except Exception as error:  # encoders and encoder-decoders fail in many ways
+        raise SaekitError(f"the model predicts no next tokens, which gradients need: {first_line(error)}") from error
+    if not torch.allclose(*logits, rtol=1e-2, atol=1e-2 * float(logits[0].abs().max())):
+        raise SaekitError("the model is not causal: its predictions depend on later tokens, so no gradients are taken")
