@@ -160,6 +160,11 @@ class ActivationCache:
         _move_into(target, folder, [shard["file"] for shard in shards])
         return cls(target, passport, d_in, dtype, tuple(shards), gradients)
 
+    def check_gradients(self) -> None:
+        """Raise SaekitError where the cache holds no gradients."""
+        if not self.gradients:
+            raise SaekitError(f"the cache '{self.path}' holds no gradients; write one by `saekit cache --gradients`")
+
     def rows_of(self, part: Split) -> range:
         """The rows of one part: the end of a cache, twice 5% or 65,536 rows, is kept for calibration and evaluation."""
         tail = min(len(self) // 20, 65_536)
@@ -178,10 +183,8 @@ class ActivationCache:
         Raises:
             SaekitError: a shard is damaged, or the cache has no gradients.
         """
-        if gradients and not self.gradients:
-            raise SaekitError(
-                f"the cache '{self.path}' holds no gradients; harvest it again with `saekit cache --gradients`"
-            )
+        if gradients:
+            self.check_gradients()
         parts = []
         first = 0
         for shard in self.shards:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -21,10 +20,9 @@ LOSS = "next-token cross-entropy, summed over the context"
 Labels = Literal["true", "sampled"]
 
 
-@contextmanager
 def with_gradients(
     model: TransformerBridge, hook: str, labels: Labels = "true", seed: int = 0
-) -> Iterator[Callable[[Int[Tensor, "b t"]], tuple[Float[Tensor, "b t d"], Float[Tensor, "b t d"]]]]:
+) -> Callable[[Int[Tensor, "b t"]], tuple[Float[Tensor, "b t d"], Float[Tensor, "b t d"]]]:
     """A forward and backward pass that gives the activations at a hook point and the loss's gradients there.
 
     The loss is the cross-entropy of each next token, summed over every position of the context (arXiv 2411.10397; the
@@ -36,7 +34,7 @@ def with_gradients(
         labels: ``true`` next tokens of the text, or ``sampled`` from the model's own predictions.
         seed: of the sampling.
 
-    Yields:
+    Returns:
         A function from tokens [b, t] to activations and gradients [b, t, d], without a graph; further dimensions
         (heads) are flattened into d.
 
@@ -55,7 +53,7 @@ def with_gradients(
 
     def run(tokens: Tensor) -> tuple[Tensor, Tensor]:
         found.clear()
-        with torch.enable_grad():
+        with torch.enable_grad(), model.hooks(fwd_hooks=[(hook, capture)]):
             logits = model(tokens, return_type="logits")[:, :-1].flatten(0, 1).float()
             targets = tokens[:, 1:].flatten()
             if labels == "sampled":
@@ -69,8 +67,7 @@ def with_gradients(
             raise SaekitError(f"the model's loss has no gradient for each token at the hook '{hook}'")
         return x.detach().flatten(2), gradient.flatten(2)
 
-    with model.hooks(fwd_hooks=[(hook, capture)]):
-        yield run
+    return run
 
 
 def check_causal(model: TransformerBridge) -> None:
@@ -87,5 +84,5 @@ def check_causal(model: TransformerBridge) -> None:
             logits = [model(each, return_type="logits")[:, :-1].float() for each in (tokens, other)]
     except Exception as error:  # encoders and encoder-decoders fail in many ways
         raise SaekitError(f"the model predicts no next tokens, which gradients need: {first_line(error)}") from error
-    if not torch.allclose(*logits, rtol=1e-2, atol=1e-2 * float(logits[0].abs().max())):
+    if not torch.allclose(logits[0], logits[1], rtol=1e-2, atol=1e-2 * float(logits[0].abs().max())):
         raise SaekitError("the model is not causal: its predictions depend on later tokens, so no gradients are taken")

@@ -38,13 +38,16 @@ class ActivationBatch(NamedTuple):
 
     def rows(self, start: int, stop: int) -> ActivationBatch:
         """Some of the tokens."""
-        return ActivationBatch(*(column if column is None else column[start:stop] for column in self))
+        x, tokens, documents, positions = (column[start:stop] for column in self[:4])
+        gradients = None if self.gradients is None else self.gradients[start:stop]
+        return ActivationBatch(x, tokens, documents, positions, gradients)
 
     @staticmethod
     def concatenate(batches: Sequence[ActivationBatch]) -> ActivationBatch:
         """One batch of several, all with gradients or none."""
-        columns = zip(*batches, strict=True)
-        return ActivationBatch(*(None if column[0] is None else torch.cat(column) for column in columns))
+        x, tokens, documents, positions = (torch.cat(column) for column in zip(*(b[:4] for b in batches), strict=True))
+        gradients = [b.gradients for b in batches if b.gradients is not None]
+        return ActivationBatch(x, tokens, documents, positions, torch.cat(gradients) if gradients else None)
 
 
 def harvest(
@@ -76,8 +79,7 @@ def _passes(
 ) -> Iterator[Callable[[Tensor], tuple[Tensor, Tensor | None]]]:
     """A function from tokens to activations and, where asked for, gradients."""
     if gradients:
-        with with_gradients(model, hook) as both_ways:
-            yield both_ways
+        yield with_gradients(model, hook)
     else:
         with truncated(model, hook) as forward:
             yield lambda tokens: (forward(tokens), None)

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saekit.activations.cache import ActivationCache
-from saekit.activations.harvest import check_finite
+from saekit.activations.harvest import ActivationBatch, check_finite
 from saekit.activations.source import ActivationSource
 
 _BLOCK = 2048  # rows read from a cache in one piece
@@ -27,8 +27,16 @@ def _generator(seed: int, number: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed + 1 << 24) + number)
 
 
-def cache_rows(cache: ActivationCache, seed: int) -> Iterator[Float[Tensor, "m d"]]:
+def _row(batch: ActivationBatch) -> Float[Tensor, "m w"]:
+    """Activations, with gradients beside them where there are any."""
+    x = batch.x.float().cpu()
+    return x if batch.gradients is None else torch.cat([x, batch.gradients.float().cpu()], dim=1)
+
+
+def cache_rows(cache: ActivationCache, seed: int, gradients: bool = False) -> Iterator[Float[Tensor, "m w"]]:
     """The training rows of a cache in blocks, without end; each epoch has a random order of blocks of its own.
+
+    Rows are activations [m, d] or, with ``gradients``, activations and gradients side by side [m, 2·d].
 
     Raises:
         SaekitError: a shard is damaged, or an activation is not finite.
@@ -38,34 +46,36 @@ def cache_rows(cache: ActivationCache, seed: int) -> Iterator[Float[Tensor, "m d
     epoch = 0
     while True:
         for start in starts[torch.randperm(len(starts), generator=_generator(seed, -1 - epoch))].tolist():
-            batch = cache.read(start, min(start + _BLOCK, rows))
+            batch = cache.read(start, min(start + _BLOCK, rows), gradients=gradients)
             check_finite(batch, str(cache.passport.get("hook", cache.path)), f"cache rows from {start}")
-            yield batch.x.float()
+            yield _row(batch)
         epoch += 1
 
 
-def live_rows(source: ActivationSource) -> Iterator[Float[Tensor, "m d"]]:
-    """Activations of the training text as the model makes them; text that runs out begins again, with a warning.
+def live_rows(source: ActivationSource, gradients: bool = False) -> Iterator[Float[Tensor, "m w"]]:
+    """Rows, as in ``cache_rows``, of the training text as the model makes them.
+
+    Text that runs out begins again, with a warning.
 
     Raises:
         SaekitError: the text does not fill one context, or an activation is not finite.
     """
     while True:
         total = 0
-        for batch in source.batches("train"):
-            yield batch.x.float().cpu()
+        for batch in source.batches("train", gradients=gradients):
+            yield _row(batch)
             total += len(batch.x)
         warnings.warn(f"the text ran out after {total:,} tokens and begins again", stacklevel=2)
 
 
 class ShuffledStream:
-    """Shuffled batches [batch_size, d] of float32 activations, prepared by a thread of its own.
+    """Shuffled batches [batch_size, w] of float32 rows, prepared by a thread of its own.
 
     Attributes:
         waited: seconds that the consumer has waited for data.
     """
 
-    def __init__(self, rows: Iterator[Float[Tensor, "m d"]], batch_size: int, buffer: int, seed: int) -> None:
+    def __init__(self, rows: Iterator[Float[Tensor, "m w"]], batch_size: int, buffer: int, seed: int) -> None:
         """Start to prepare batches.
 
         Args:
@@ -115,7 +125,7 @@ class ShuffledStream:
             except queue.Full:
                 continue
 
-    def __iter__(self) -> Iterator[Float[Tensor, "b d"]]:
+    def __iter__(self) -> Iterator[Float[Tensor, "b w"]]:
         """Batches, in an order that the seed decides."""
         while True:
             start = time.perf_counter()

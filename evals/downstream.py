@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saekit.activations import ContextBatch
@@ -43,6 +43,15 @@ def edited_logits(
 def scored_positions(batch: ContextBatch) -> Bool[Tensor, "b t-1"]:
     """Positions whose next token counts: kept ones that are not the last; the target may be a true end of text."""
     return batch.kept[:, :-1]
+
+
+def scored_predictions(
+    logits: Float[Tensor, "b t v"], batch: ContextBatch
+) -> tuple[Float[Tensor, "m v"], Int[Tensor, "m"]]:
+    """Log-probabilities at the scored positions, and the tokens that follow there."""
+    scored = scored_positions(batch)
+    log_p = logits[:, :-1][scored.to(logits.device)].log_softmax(-1)
+    return log_p, batch.tokens[:, 1:][scored].to(logits.device)
 
 
 def downstream(
@@ -82,16 +91,11 @@ def downstream(
     sums = dict.fromkeys([*edits, "kl"], 0.0)
     tokens = 0
     for batch in contexts:
-        scored = scored_positions(batch)
-        if not scored.any():
-            continue
-        targets = batch.tokens[:, 1:][scored]
-        tokens += len(targets)
+        tokens += int(scored_positions(batch).sum())
         clean: Tensor | None = None
         for name, edit in edits.items():
-            logits = edited_logits(model, hook, batch, edit)[:, :-1][scored.to(next(model.parameters()).device)]
-            log_p = logits.log_softmax(-1)
-            sums[name] -= float(log_p.gather(1, targets.to(log_p.device)[:, None]).cpu().double().sum())
+            log_p, targets = scored_predictions(edited_logits(model, hook, batch, edit), batch)
+            sums[name] -= float(log_p.gather(1, targets[:, None]).cpu().double().sum())
             if name == "clean":
                 clean = log_p
             elif name == "reconstructed":

@@ -16,6 +16,13 @@ from saekit.files import replace_file
 _FIGURES = (
     ("L0", "sparsity", "l0", "{:.1f}", "active features a token"),
     ("dead", "sparsity", "dead", "{:,d}", "features that never fired on these tokens"),
+    (
+        "low",
+        "sparsity",
+        "underutilised",
+        "{:,d}",
+        "features below a tenth of the fitted Zipf curve, the dead among them",
+    ),
     ("features", "sparsity", "features", "{:,d}", "width of the dictionary"),
     ("FVU", "reconstruction", "fvu", "{:.4f}", "fraction of the activations' variance unexplained"),
     ("cosine", "reconstruction", "cosine", "{:.4f}", "mean cosine of x and x̂"),
@@ -24,6 +31,20 @@ _FIGURES = (
     ("CE with 0", "downstream", "ce_zero", "{:.3f}", "with zeros in place of the activations"),
     ("recovered", "downstream", "recovered_share", "{:.4f}", "share of the cross-entropy between those two kept"),
     ("KL", "downstream", "kl", "{:.4f}", "nats a token from the model's own predictions"),
+    (
+        "CE sampled",
+        "gradient_selection",
+        "ce_reconstructed_sampled",
+        "{:.3f}",
+        "x̂ selected by gradients of sampled labels",
+    ),
+    (
+        "CE leaking",
+        "gradient_selection",
+        "ce_reconstructed_true_labels_leaking",
+        "{:.3f}",
+        "of true labels: leaks them",
+    ),
     ("tokens", "sparsity", "tokens", "{:,d}", "held-out tokens; CE and KL score those with a next one"),
 )
 

@@ -14,7 +14,7 @@ import saekit
 from saekit.activations import ActivationCache, ActivationSource, ContextBatch
 from saekit.errors import SaekitError
 from saekit.evals.report import Report
-from saekit.evals.suite import evaluate, evaluate_activations
+from saekit.evals.suite import evaluate, evaluate_activations, passes
 from saekit.sae import SparseAutoencoder
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class Judge:
         if key not in self._contexts:
             self._contexts[key] = heldout_contexts(source, self.tokens)
         contexts = self._contexts[key]
-        tell = self.on_contexts(path, 2 * len(contexts.tokens)) if self.on_contexts is not None else None
+        tell = self.on_contexts(path, passes(sae) * len(contexts.tokens)) if self.on_contexts is not None else None
         report = evaluate(sae, source.model, contexts, hook=hook, on_batch=tell)
         return Report(report.groups, {**source.passport("heldout"), **report.about})
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
 from saekit.code import SparseCode
+from saekit.zipf import fit_zipf
+
+_UNDERUTILISED = 0.1  # share of the Zipf curve
 
 
 class Sparsity:
@@ -33,14 +37,21 @@ class Sparsity:
         Keys:
             tokens: over how many tokens everything here was counted.
             l0, l0_std, l0_max: active features a token.
-            dead, dead_share: features that fired on none of these tokens.
-            density_quantiles: firing rates (share of the tokens) at quantiles over the features.
+        dead, dead_share: features that fired on none of these tokens.
+        density_quantiles: firing rates (share of the tokens) at quantiles over the features.
+        density_by_rank: rank (1 the densest) and firing rate, at about a hundred ranks in equal steps of log rank.
+        zipf: the Zipf-Mandelbrot law fitted to the densities (``saekit.zipf.fit_zipf``), None where too few fire.
+        underutilised, underutilised_share: features below a tenth of that law at their rank, the dead among them.
         """
         density = self.matches.double() / self.tokens
         mean = self.l0_sum / self.tokens
         quantiles = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
         found = torch.quantile(density, torch.tensor(quantiles, dtype=torch.float64)).tolist()
         dead = int((self.matches == 0).sum())
+        ranked = density.sort(descending=True).values
+        law = fit_zipf(density)
+        low = int((ranked < _UNDERUTILISED * law.curve(len(ranked))).sum()) if law else dead
+        ranks = sorted({round(rank) for rank in torch.logspace(0, math.log10(len(ranked)), 100).tolist()})
         return {
             "tokens": self.tokens,
             "features": len(self.matches),
@@ -51,4 +62,8 @@ class Sparsity:
             "dead_share": dead / len(self.matches),
             "density_mean": float(density.mean()),
             "density_quantiles": dict(zip(map(str, quantiles), found, strict=True)),
+            "density_by_rank": {"rank": ranks, "density": [float(ranked[rank - 1]) for rank in ranks]},
+            "zipf": law._asdict() if law else None,
+            "underutilised": low,
+            "underutilised_share": low / len(self.matches),
         }

@@ -12,6 +12,7 @@ from torch import Tensor
 from saekit.activations import ContextBatch, harvest
 from saekit.errors import SaekitError
 from saekit.evals.downstream import downstream
+from saekit.evals.gradient_selection import gradient_selection
 from saekit.evals.reconstruction import Reconstruction
 from saekit.evals.report import Report
 from saekit.evals.sparsity import Sparsity
@@ -41,10 +42,11 @@ def evaluate(
         kept: [c, t] positions that hold text, where ``tokens`` is a plain tensor. If not given, a first position that
             holds BOS is left out and everything else is kept.
         batch: contexts in one forward pass.
-        on_batch: called with the number of contexts done, for a progress bar (each context counts twice).
+        on_batch: called with the number of contexts done, for a progress bar; each counts ``passes(sae)`` times.
 
     Returns:
-        A report with the groups ``sparsity``, ``reconstruction`` and ``downstream``.
+        A report with the groups ``sparsity``, ``reconstruction`` and ``downstream``, and ``gradient_selection`` for a
+        dictionary that gradient TopK trained.
 
     Raises:
         SaekitError: no hook is known, the dictionary does not fit the model, or there is no text.
@@ -63,14 +65,25 @@ def evaluate(
                 on_batch(len(contexts.tokens[start : start + batch]))
 
     sparsity, reconstruction = _explained(sae, (found.x for found in harvest(model, hook, parts())), hook)
+    cost = downstream(model, hook, parts(), _reconstruct(sae), reconstruction.mean())
+    groups = {"sparsity": sparsity.result(), "reconstruction": reconstruction.result(), "downstream": cost}
+    if (beta := _beta(sae)) is not None:
+        groups["gradient_selection"] = gradient_selection(sae, model, hook, parts, beta, float(cost["ce_clean"]))
     return Report(
-        {
-            "sparsity": sparsity.result(),
-            "reconstruction": reconstruction.result(),
-            "downstream": downstream(model, hook, parts(), _reconstruct(sae), reconstruction.mean()),
-        },
+        groups,
         {"hook": hook, "contexts": len(contexts.tokens), "context_length": contexts.tokens.shape[1]},
     )
+
+
+def passes(sae: SparseAutoencoder) -> int:
+    """How often ``evaluate`` goes through the contexts."""
+    return 2 if _beta(sae) is None else 4
+
+
+def _beta(sae: SparseAutoencoder) -> float | None:
+    """The weight of the gradient in the training of this dictionary, if it had one."""
+    beta = (sae.cfg.metadata.get("saekit") or {}).get("beta")
+    return float(beta) if beta is not None and sae.cfg.k is not None else None
 
 
 def evaluate_activations(sae: SparseAutoencoder, batches: Iterable[Float[Tensor, "m d_in"]]) -> Report:

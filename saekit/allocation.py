@@ -3,6 +3,10 @@
 Each rule is a pure function of pre-activations and a budget, and knows nothing of training. relu is applied after the
 selection (our reading; the paper, arXiv 2411.02124, is silent), so a selected entry that is not positive is dropped and
 the realised L0 is at most the budget. Ties go to the smaller index. Values carry the gradients of ``pre``.
+
+Rules that compare pairs of different tokens take ``token_norms`` [n], the ‖x − b_dec‖ of each token, optionally: then
+they select by pre / norm, so that a token with a large norm does not draw the budget of others, while the values stay
+relu(pre) (our reading).
 """
 
 from __future__ import annotations
@@ -12,10 +16,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from saekit.budgets import zipf_budgets
 from saekit.code import SparseCode
 from saekit.errors import SaekitError
 from saekit.kernels.select import largest_in_all, largest_in_columns, largest_in_rows
+from saekit.zipf import zipf_budgets
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -23,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "feature_choice",
     "gradient_choice",
+    "influence_of",
     "mutual_choice",
     "threshold_choice",
     "token_choice",
@@ -35,6 +40,11 @@ def _matches(pre: Float[Tensor, "n F"], tokens: Int[Tensor, "m"], features: Int[
     values = pre[tokens, features]
     positive = values > 0
     return SparseCode(tokens[positive], features[positive], values[positive], *pre.shape)
+
+
+def _comparable(pre: Float[Tensor, "n F"], token_norms: Float[Tensor, "n"] | None) -> Float[Tensor, "n F"]:
+    """What pairs are compared by."""
+    return pre.detach() if token_norms is None else pre.detach() / token_norms.detach().clamp_min(1e-12)[:, None]
 
 
 def token_choice(pre: Float[Tensor, "n F"], k: int) -> SparseCode:
@@ -55,12 +65,13 @@ def token_choice(pre: Float[Tensor, "n F"], k: int) -> SparseCode:
     return _matches(pre, tokens, features.flatten())
 
 
-def mutual_choice(pre: Float[Tensor, "n F"], total: int) -> SparseCode:
+def mutual_choice(pre: Float[Tensor, "n F"], total: int, token_norms: Float[Tensor, "n"] | None = None) -> SparseCode:
     """The ``total`` largest pre-activations of the whole batch match, whichever tokens and features they belong to.
 
     Args:
         pre: [n, F] pre-activations.
         total: matches in the whole batch (M = k·n for a mean of k a token), 1 to n·F.
+        token_norms: [n], to select by pre / norm.
 
     Raises:
         SaekitError: the total is out of bounds.
@@ -68,16 +79,19 @@ def mutual_choice(pre: Float[Tensor, "n F"], total: int) -> SparseCode:
     n, width = pre.shape
     if not 1 <= total <= n * width:
         raise SaekitError(f"{total} matches are not between 1 and the {n} × {width} pairs of the batch")
-    pairs = largest_in_all(pre.detach().contiguous(), total)
+    pairs = largest_in_all(_comparable(pre, token_norms).contiguous(), total)
     return _matches(pre, pairs.div(width, rounding_mode="floor"), pairs % width)
 
 
-def feature_choice(pre: Float[Tensor, "n F"], budgets: Int[Tensor, "F"]) -> SparseCode:
+def feature_choice(
+    pre: Float[Tensor, "n F"], budgets: Int[Tensor, "F"], token_norms: Float[Tensor, "n"] | None = None
+) -> SparseCode:
     """Each feature j matches the ``budgets[j]`` tokens of its largest pre-activations.
 
     Args:
         pre: [n, F] pre-activations.
         budgets: [F] whole numbers, 0 to n each.
+        token_norms: [n], to select by pre / norm.
 
     Raises:
         SaekitError: the budgets are not F whole numbers between 0 and n.
@@ -91,8 +105,21 @@ def feature_choice(pre: Float[Tensor, "n F"], budgets: Int[Tensor, "F"]) -> Spar
         raise SaekitError(
             f"budgets from {int(budgets.min())} to {int(budgets.max())} are impossible for a batch of {n} tokens"
         )
-    tokens, features = largest_in_columns(pre.detach(), budgets.to(pre.device))
+    tokens, features = largest_in_columns(_comparable(pre, token_norms), budgets.to(pre.device))
     return _matches(pre, tokens, features)
+
+
+def influence_of(gradients: Float[Tensor, "n d"], W_dec: Float[Tensor, "F d"]) -> Float[Tensor, "n F"]:
+    """|g W_decᵀ| / s_g: how strongly each feature's direction moves the loss, without gradients.
+
+    s_g is the root mean square of |g W_decᵀ| over the batch, so that β means the same for every model (our reading).
+
+    Args:
+        gradients: [n, d] of the model's loss at the activations.
+        W_dec: [F, d] decoder.
+    """
+    influence = (gradients.detach() @ W_dec.detach().T).abs_()
+    return influence.div_(influence.square().mean().sqrt().clamp_min(torch.finfo(influence.dtype).tiny))
 
 
 def gradient_choice(pre: Float[Tensor, "n F"], influence: Float[Tensor, "n F"], k: int, beta: float) -> SparseCode:
@@ -103,8 +130,7 @@ def gradient_choice(pre: Float[Tensor, "n F"], influence: Float[Tensor, "n F"], 
 
     Args:
         pre: [n, F] pre-activations.
-        influence: [n, F] not negative, |g W_decᵀ| / s_g with g the gradient of the model's loss at the activation and
-            s_g the root mean square of |g W_decᵀ|.
+        influence: [n, F] not negative, as ``influence_of`` gives it.
         k: matches a token, 1 to F.
         beta: weight of the influence, at least 0.
 
@@ -124,12 +150,15 @@ def gradient_choice(pre: Float[Tensor, "n F"], influence: Float[Tensor, "n F"], 
     return _matches(pre, tokens, features.flatten())
 
 
-def threshold_choice(pre: Float[Tensor, "n F"], threshold: Float[Tensor, "#F"]) -> SparseCode:
+def threshold_choice(
+    pre: Float[Tensor, "n F"], threshold: Float[Tensor, "#F"], token_norms: Float[Tensor, "n"] | None = None
+) -> SparseCode:
     """Every pair whose pre-activation is positive and above its feature's threshold matches (jumprelu inference).
 
     Args:
         pre: [n, F] pre-activations.
         threshold: [F], or [1] for one threshold for all features. The comparison is strict.
+        token_norms: [n], to compare pre / norm with the threshold.
     """
-    chosen = (pre.detach() > threshold.clamp(min=0)).nonzero()
+    chosen = (_comparable(pre, token_norms) > threshold.clamp(min=0)).nonzero()
     return _matches(pre, chosen[:, 0], chosen[:, 1])

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 Architecture = Literal["topk", "jumprelu", "standard"]
+AffinityScale = Literal["none", "token_norm"]
 _CHUNK = 1 << 26  # pre-activations held at a time
 
 
@@ -32,6 +33,8 @@ class SAEConfig:
             a threshold) or ``standard`` (the positive ones).
         k: features a token, for ``topk`` alone.
         apply_b_dec_to_input: whether b_dec is subtracted from the input.
+        affinity_scale: for ``jumprelu`` alone: ``token_norm`` compares thresholds with pre-activations divided by their
+            token's ‖x − b_dec‖ (our reading of a batch rule's inference), ``none`` with pre-activations.
         metadata: where the dictionary comes from (``model_name``, ``hook_name``, ``dataset_path``, ...).
     """
 
@@ -40,6 +43,7 @@ class SAEConfig:
     architecture: Architecture
     k: int | None = None
     apply_b_dec_to_input: bool = True
+    affinity_scale: AffinityScale = "none"
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -49,6 +53,10 @@ class SAEConfig:
             raise SaekitError(f"unknown architecture '{self.architecture}'; choose from topk, jumprelu, standard")
         if self.architecture == "topk" and not (self.k is not None and 1 <= self.k <= self.d_sae):
             raise SaekitError(f"k = {self.k} is not between 1 and the {self.d_sae} features of the dictionary")
+        if self.affinity_scale not in ("none", "token_norm"):
+            raise SaekitError(f"unknown affinity_scale '{self.affinity_scale}'; choose from none, token_norm")
+        if self.affinity_scale != "none" and self.architecture != "jumprelu":
+            raise SaekitError(f"affinity_scale '{self.affinity_scale}' means nothing for '{self.architecture}'")
 
 
 class SparseAutoencoder(nn.Module):
@@ -78,7 +86,8 @@ class SparseAutoencoder(nn.Module):
     def pre_activations(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         """Affinities of tokens and features, before the inference rule and relu."""
         centred = x - self.b_dec if self.cfg.apply_b_dec_to_input else x
-        return centred @ self.W_enc + self.b_enc
+        flat = torch.addmm(self.b_enc, centred.reshape(-1, self.cfg.d_in), self.W_enc)  # no second pass for the bias
+        return flat.reshape(*x.shape[:-1], self.cfg.d_sae)
 
     def encode_sparse(self, x: Float[Tensor, "*batch d_in"]) -> SparseCode:
         """The code of the tokens of x, its leading dimensions flattened to n tokens.
@@ -88,13 +97,20 @@ class SparseAutoencoder(nn.Module):
         """
         x = self._checked(x).reshape(-1, self.cfg.d_in)
         rows = max(1, _CHUNK // self.cfg.d_sae)
-        return SparseCode.concatenate([self._select(self.pre_activations(part)) for part in torch.split(x, rows)])
+        return SparseCode.concatenate([self._select(part) for part in torch.split(x, rows)])
 
-    def _select(self, pre: Float[Tensor, "n d_sae"]) -> SparseCode:
+    def _select(self, x: Float[Tensor, "n d_in"]) -> SparseCode:
         """The inference rule."""
+        pre = self.pre_activations(x)
         if self.cfg.k is not None:
             return token_choice(pre, self.cfg.k)
-        return threshold_choice(pre, pre.new_zeros(1) if self.threshold is None else self.threshold)
+        if self.threshold is None:
+            return threshold_choice(pre, pre.new_zeros(1))
+        return threshold_choice(pre, self.threshold, self.token_norms(x))
+
+    def token_norms(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n"] | None:
+        """‖x − b_dec‖ where affinities are compared in units of it, else None."""
+        return (x - self.b_dec).norm(dim=1) if self.cfg.affinity_scale == "token_norm" else None
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         """Feature activations as a dense tensor, with gradients.

@@ -2,6 +2,7 @@
 
 from saekit.trainers.config import TrainConfig
 from saekit.trainers.trainer import Run, train
-from saekit.trainers.variants import VARIANTS, Variant
+from saekit.trainers.variant import Batch, Variant
+from saekit.trainers.variants import VARIANTS
 
-__all__ = ["VARIANTS", "Run", "TrainConfig", "Variant", "train"]
+__all__ = ["VARIANTS", "Batch", "Run", "TrainConfig", "Variant", "train"]

@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from saekit.errors import SaekitError, did_you_mean
+from saekit.trainers.auxiliary import POOLS
 from saekit.trainers.variants import VARIANTS
 
 
@@ -42,6 +43,23 @@ class TrainConfig(BaseModel):
     width: int | None = Field(None, gt=0, description="number of features (d_sae)")
     expansion: float = Field(16, gt=0, description="width as a multiple of d_in, where no width is given")
     k: int = Field(32, gt=0, description="mean number of active features a token")
+    # what variants and losses take
+    affinity_scale: Literal["none", "token_norm"] = Field(
+        "token_norm", description="what batch rules compare: pre-activations, or those over the token's norm"
+    )
+    feature_choice_fraction: float = Field(
+        0.1, ge=0, le=1, description="feature_choice: share of the steps, at the end, after mutual choice"
+    )
+    budgets: Literal["zipf", "uniform"] = Field("zipf", description="feature_choice: how features share the matches")
+    zipf_exponent: float | None = Field(None, ge=0, description="feature_choice: of the law; fitted if not given")
+    zipf_shift: float | None = Field(None, ge=0, description="feature_choice: of the law; fitted if not given")
+    beta: float = Field(1.0, ge=0, description="gradient_topk: weight of the gradient in the selection; 0 is TopK")
+    aux: str = Field("none", description="auxiliary loss: " + ", ".join(POOLS))
+    aux_alpha: float = Field(1 / 32, ge=0, description="weight of the auxiliary loss")
+    k_aux: int | None = Field(None, gt=0, description="auxiliary features a token; half of d_in if not given")
+    tau: float = Field(
+        0.1, ge=0, description="aux_zipf: below this share of the Zipf curve is underutilised; 0 is aux_k"
+    )
     # the optimisation
     tokens: int = Field(2_000_000, gt=0, description="training tokens")
     batch_size: int = Field(4096, gt=0, description="tokens a step")
@@ -73,6 +91,13 @@ class TrainConfig(BaseModel):
             raise ValueError(f"unknown variant '{value}'{did_you_mean(value, VARIANTS)}")
         return value
 
+    @field_validator("aux")
+    @classmethod
+    def _known_auxiliary_loss(cls, value: str) -> str:
+        if value not in POOLS:
+            raise ValueError(f"unknown auxiliary loss '{value}'{did_you_mean(value, POOLS)}")
+        return value
+
     @field_validator("out", "cache")
     @classmethod
     def _home(cls, value: Path | None) -> Path | None:
@@ -87,13 +112,20 @@ class TrainConfig(BaseModel):
 
     @model_validator(mode="after")
     def _fits(self) -> TrainConfig:
-        if self.width is not None and self.k > self.width:
-            raise ValueError(f"k = {self.k} is larger than the width of {self.width} features")
+        if self.width is not None:
+            self.check_width(self.width)
         if self.tokens < self.batch_size:
             raise ValueError(f"tokens = {self.tokens} are fewer than one batch of batch_size = {self.batch_size}")
         if self.warmup + self.decay > 1:
             raise ValueError(f"warmup = {self.warmup} and decay = {self.decay} overlap: together they are at most 1")
         return self
+
+    def check_width(self, width: int) -> None:
+        """Raise SaekitError where more features a token are asked for than there are."""
+        for name in ("k", "k_aux"):
+            value = getattr(self, name)
+            if value is not None and value > width:
+                raise SaekitError(f"{name} = {value} is larger than the width of {width} features")
 
     @property
     def steps(self) -> int:

@@ -16,6 +16,7 @@ from saekit.activations import ActivationCache, ActivationSource
 from saekit.activations.stream import cache_rows, live_rows
 from saekit.errors import SaekitError
 from saekit.trainers.config import TrainConfig
+from saekit.trainers.variants import VARIANTS
 
 # settings that a cache answers for, and the facts of its passport that they must equal
 _FACTS = {
@@ -35,14 +36,16 @@ class TrainingData:
 
     Attributes:
         passport: facts about their origin, as in a cache's manifest.
-        rows: makes the endless pieces of training rows, the same ones each time.
+        rows: makes the endless pieces [m, d] or, with gradients, [m, 2·d] of training rows, the same ones each time.
         buffer: rows to shuffle together, no more than there are.
+        gradients: whether gradients stand beside the activations, in the second half of each row.
         calibration: makes batches of held-out activations.
     """
 
     passport: dict[str, Any]
-    rows: Callable[[], Iterator[Float[Tensor, "m d"]]]
+    rows: Callable[[], Iterator[Float[Tensor, "m w"]]]
     buffer: int
+    gradients: bool
     calibration: Callable[[], Iterator[Float[Tensor, "m d"]]]
 
 
@@ -53,8 +56,9 @@ def training_data(config: TrainConfig, device: torch.device) -> TrainingData:
         SaekitError: a part is missing or does not fit another, or the text is too short for its three parts.
     """
     buffer = min(config.buffer, config.tokens)
+    gradients = VARIANTS[config.variant].needs_gradients
     if config.cache is not None:
-        return _from_cache(config, ActivationCache.open(config.cache), buffer)
+        return _from_cache(config, ActivationCache.open(config.cache), buffer, gradients)
     source = ActivationSource.open(
         config.model,
         config.hook,
@@ -72,15 +76,18 @@ def training_data(config: TrainConfig, device: torch.device) -> TrainingData:
     def calibration() -> Iterator[Tensor]:
         return (batch.x.float() for batch in source.batches("calibration", config.calibration_tokens))
 
-    return TrainingData(source.passport("train"), partial(live_rows, source), buffer, calibration)
+    passport = source.passport("train", gradients=gradients)
+    return TrainingData(passport, partial(live_rows, source, gradients), buffer, gradients, calibration)
 
 
-def _from_cache(config: TrainConfig, cache: ActivationCache, buffer: int) -> TrainingData:
+def _from_cache(config: TrainConfig, cache: ActivationCache, buffer: int, gradients: bool) -> TrainingData:
     """Part of the end of a cache serves the calibration and is never trained on."""
     for setting, fact in _FACTS.items():
         asked, found = getattr(config, setting), cache.passport.get(fact)
         if setting in config.model_fields_set and None not in (asked, found) and asked != found:
             raise SaekitError(f"the cache '{config.cache}' has {setting} '{found}', not '{asked}' as asked")
+    if gradients:
+        cache.check_gradients()
     train, calibration = cache.rows_of("train"), cache.rows_of("calibration")
     if not calibration or len(train) < config.batch_size:
         raise SaekitError(
@@ -91,12 +98,21 @@ def _from_cache(config: TrainConfig, cache: ActivationCache, buffer: int) -> Tra
         batches = islice(cache.batches("calibration", 1024), -(-config.calibration_tokens // 1024))
         return (batch.x.float() for batch in batches)
 
-    rows = partial(cache_rows, cache, config.seed)
+    rows = partial(cache_rows, cache, config.seed, gradients)
     passport = {**cache.passport, "cache_fingerprint": cache.fingerprint}
-    return TrainingData(passport, rows, min(buffer, len(train)), calibrate)
+    return TrainingData(passport, rows, min(buffer, len(train)), gradients, calibrate)
 
 
-def resolved(config: TrainConfig, passport: dict[str, Any], width: int, dead_after: int) -> TrainConfig:
-    """The config with every default that the data decides filled in."""
+def resolved(config: TrainConfig, passport: dict[str, Any], d_in: int) -> TrainConfig:
+    """The config with every default that the data decides filled in.
+
+    Raises:
+        SaekitError: more features a token are asked for than the width has.
+    """
     facts = {setting: passport[fact] for setting, fact in _FACTS.items() if passport.get(fact) is not None}
-    return config.model_copy(update={**facts, "width": width, "dead_after": dead_after, "lr": config.peak_lr})
+    width = config.width or round(config.expansion * d_in)
+    config.check_width(width)
+    dead_after = config.dead_after or max(config.batch_size, min(10_000_000, config.tokens // 6))
+    k_aux = config.k_aux or max(1, min(d_in // 2, width))
+    derived = {"width": width, "k_aux": k_aux, "dead_after": dead_after, "lr": config.peak_lr}
+    return config.model_copy(update={**facts, **derived})

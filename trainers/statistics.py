@@ -1,40 +1,80 @@
-"""What a run remembers about its features while it trains."""
+"""What a run remembers about its features while it trains, shared by all variants and losses."""
 
 from __future__ import annotations
 
+import math
+
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saekit.code import SparseCode
+from saekit.zipf import fit_zipf, ranks_of
+
+_RATE = 0.01  # of the running means over batches
 
 
 class Statistics:
-    """Counts over the training tokens, exact for any batch size.
+    """Figures of the training tokens; all but ``smallest_kept`` are the same however the tokens are cut into batches.
 
     Attributes:
         tokens: training tokens seen.
-        since_fired: [F] tokens since the end of the last batch in which each feature was active.
-        smallest_kept: running mean of each batch's smallest kept activation (rate 0.01, unbiased from the first batch).
+        window: tokens; a firing's weight in ``density`` falls by e in as many.
+        since_fired: [F] tokens since each feature was last active, all tokens for one that never was.
+        smallest_kept: [F] running mean (rate 0.01, unbiased from the first) of each feature's smallest activation in a
+            batch, over the batches in which it was active; NaN for one that never was.
     """
 
-    def __init__(self, n_features: int, device: torch.device) -> None:
+    def __init__(self, n_features: int, window: int, device: torch.device) -> None:
         self.tokens = 0
+        self.window = window
         self.since_fired = torch.zeros(n_features, dtype=torch.long, device=device)
-        self.smallest_kept = 0.0
-        self._weight = 0.0
+        # MPS has no float64; there, counts of a window are exact enough in float32
+        exact = torch.float32 if device.type == "mps" else torch.float64
+        self._fired = torch.zeros(n_features, dtype=exact, device=device)
+        self._seen = 0.0
+        self._kept = torch.zeros(n_features, device=device)
+        self._kept_weight = torch.zeros(n_features, device=device)
+
+    @property
+    def density(self) -> Float[Tensor, "F"]:
+        """Running mean of each feature's firing rate, recent tokens weighing most."""
+        return self._fired / max(self._seen, 1.0)
+
+    @property
+    def smallest_kept(self) -> Float[Tensor, "F"]:
+        """See the class."""
+        return self._kept / self._kept_weight
 
     def update(self, code: SparseCode) -> None:
         """Count one batch."""
-        self.tokens += code.n_tokens
-        self.since_fired += code.n_tokens
-        self.since_fired[code.features] = 0
-        if code.values.numel():
-            self._weight += 0.01 * (1 - self._weight)
-            self.smallest_kept += 0.01 / self._weight * (float(code.values.min()) - self.smallest_kept)
+        n = code.n_tokens
+        self.tokens += n
+        last = torch.full_like(self.since_fired, -1).scatter_reduce_(0, code.features, code.tokens, "amax")
+        self.since_fired = torch.where(last < 0, self.since_fired + n, n - 1 - last)
+        # each token has a weight of its own by its age, so that batches of any size give the same
+        weights = torch.exp((code.tokens + 1 - n).to(self._fired.dtype) / self.window)
+        fading = math.exp(-n / self.window)
+        self._fired = fading * self._fired
+        self._fired.index_add_(0, code.features, weights)
+        self._seen = fading * self._seen + (1 - fading) / (1 - math.exp(-1 / self.window))
+        smallest = self._kept.new_full(self._kept.shape, math.inf)
+        smallest.scatter_reduce_(0, code.features, code.values.detach().to(smallest.dtype), "amin")
+        active = last >= 0
+        self._kept = torch.where(active, (1 - _RATE) * self._kept + _RATE * smallest, self._kept)
+        self._kept_weight = torch.where(active, (1 - _RATE) * self._kept_weight + _RATE, self._kept_weight)
 
-    def dead_share(self, dead_after: int) -> float:
-        """Share of the features that have not fired for more than ``dead_after`` tokens."""
-        return float((self.since_fired > dead_after).float().mean())
+    def dead(self, dead_after: int) -> Bool[Tensor, "F"]:
+        """Features that have not fired for more than ``dead_after`` tokens."""
+        return self.since_fired > dead_after
+
+    def underutilised(self, tau: float) -> Bool[Tensor, "F"]:
+        """Features whose density lies below ``tau`` times the fitted Zipf curve at their rank."""
+        density = self.density
+        law = fit_zipf(density) if tau > 0 else None
+        if law is None:
+            return torch.zeros_like(density, dtype=torch.bool)
+        return density < tau * law.curve(len(density)).to(density)[ranks_of(density)]
 
     def state_dict(self) -> dict[str, int | float | Tensor]:
         """Everything, for a checkpoint."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
+from safetensors.torch import save_file
 from torch import Tensor
 
 from saekit.activations import ShuffledStream
@@ -19,6 +20,7 @@ from saekit.files import check_free, replace_file, writable_folder
 from saekit.kernels.affinities import affinities
 from saekit.kernels.decode import decode
 from saekit.sae import SAEConfig, SparseAutoencoder
+from saekit.trainers.auxiliary import POOLS, auxiliary_loss
 from saekit.trainers.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from saekit.trainers.config import TrainConfig
 from saekit.trainers.data import TrainingData, resolved, training_data
@@ -28,10 +30,11 @@ from saekit.trainers.losses import reconstruction_loss
 from saekit.trainers.optimizer import DictionaryAdam, learning_rate
 from saekit.trainers.progress import TrainingProgress
 from saekit.trainers.statistics import Statistics
-from saekit.trainers.variants import VARIANTS, Variant
+from saekit.trainers.variant import Batch, Variant
+from saekit.trainers.variants import VARIANTS
 
 CONFIG, METRICS, CHECKPOINTS, DICTIONARY = "config.yaml", "metrics.jsonl", "checkpoints", "sae"
-EVALUATION = "eval.json"
+STATISTICS, EVALUATION = "statistics.safetensors", "eval.json"
 _SAMPLE = 16_384  # rows that the scale and b_dec start from
 
 
@@ -53,7 +56,8 @@ class Run:
 def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False, quiet: bool = False) -> Run:
     """Train a dictionary and save it.
 
-    The run's folder receives ``config.yaml``, ``metrics.jsonl``, ``checkpoints/`` and the dictionary in ``sae/``.
+    The run's folder receives ``config.yaml``, ``metrics.jsonl``, ``checkpoints/``, the dictionary in ``sae/`` and, of
+    each feature, ``density``, ``since_fired`` and ``smallest_kept`` at the end in ``statistics.safetensors``.
 
     Args:
         config: what to train.
@@ -120,7 +124,7 @@ def _config_to_resume(config: TrainConfig) -> TrainConfig:
 def _prepare_folder(config: TrainConfig) -> None:
     """Make the run's folder; what an earlier run left there goes."""
     writable_folder(config.out, overwrite=True)
-    old = [config.out / METRICS, config.out / EVALUATION, *checkpoints(config.out / CHECKPOINTS)]
+    old = [*(config.out / name for name in (METRICS, STATISTICS, EVALUATION)), *checkpoints(config.out / CHECKPOINTS)]
     for path in [*old, *(config.out / DICTIONARY).glob("*")]:
         if path.is_file():
             path.unlink()
@@ -132,13 +136,15 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, data: TrainingData, stream: ShuffledStream, device: torch.device) -> None:
         self.data, self.stream, self.device = data, stream, device
-        self.variant: Variant = VARIANTS[config.variant](config.k)
-        sample, self.batches = _peek(iter(stream), _SAMPLE)
-        self.sae, self.scale = initial_dictionary(config, self.variant, sample.to(device))
+        rows, self.batches = _peek(iter(stream), _SAMPLE)
+        self.d_in = rows.shape[1] // 2 if data.gradients else rows.shape[1]
+        self.config = config = resolved(config, data.passport, self.d_in)
+        assert config.width is not None
+        assert config.dead_after is not None
+        self.variant = VARIANTS[config.variant](config, config.width)
+        self.sae, self.scale = initial_dictionary(config, self.variant, rows[:, : self.d_in].to(device))
         self.optimizer = DictionaryAdam(self.sae, config.peak_lr, config.clip)
-        self.statistics = Statistics(self.sae.cfg.d_sae, device)
-        dead_after = config.dead_after or max(config.batch_size, min(10_000_000, config.tokens // 6))
-        self.config = resolved(config, data.passport, self.sae.cfg.d_sae, dead_after)
+        self.statistics = Statistics(config.width, config.dead_after, device)
         self.step = 0
 
     def restore(self) -> None:
@@ -162,8 +168,10 @@ class Trainer:
         config, folder = self.config, self.config.out / CHECKPOINTS
         self.stream.waited = 0.0
         with TrainingProgress(config, self.step, quiet) as progress, InterruptGuard() as guard:
-            for x in itertools.islice(self.batches, config.steps - self.step):
-                metrics = self.train_step(x.to(self.device) * self.scale)
+            for rows in itertools.islice(self.batches, config.steps - self.step):
+                rows = rows.to(self.device)
+                gradients = rows[:, self.d_in :] if self.data.gradients else None
+                metrics = self.train_step(rows[:, : self.d_in] * self.scale, gradients)
                 self.step += 1
                 last = self.step == config.steps
                 if self.step % config.log_every == 0 or last:
@@ -174,29 +182,50 @@ class Trainer:
                 if guard.received:
                     raise Interrupted(guard.received)
 
-    def train_step(self, x: Float[Tensor, "n d"]) -> dict[str, float]:
-        """One optimiser step on one batch of scaled activations."""
+    def train_step(self, x: Float[Tensor, "n d"], gradients: Float[Tensor, "n d"] | None = None) -> dict[str, float]:
+        """One optimiser step on one batch of scaled activations; gradients of the model's loss may have any scale."""
         sae, config = self.sae, self.config
         with torch.no_grad():
-            code = self.variant.allocate(sae.pre_activations(x))
+            code = self.variant.allocate(
+                Batch(
+                    pre=sae.pre_activations(x),
+                    token_norms=sae.token_norms(x),
+                    gradients=gradients,
+                    W_dec=sae.W_dec.detach(),
+                    statistics=self.statistics,
+                    done=self.step / config.steps,
+                )
+            )
         values = affinities(x, sae.W_enc, sae.b_enc, sae.b_dec, code)
         x_hat = decode(code.with_values(values), sae.W_dec, sae.b_dec)
-        loss = reconstruction_loss(x, x_hat)
-        fvu = loss.item()
-        if not math.isfinite(fvu):
-            raise SaekitError(f"the loss is {fvu} at step {self.step + 1}; a lower --lr may help")
+        fvu = reconstruction_loss(x, x_hat)
+        aux, pool = self._auxiliary(x, x_hat)
+        loss = fvu + config.aux_alpha * aux
+        metrics = {"loss": loss.item(), "fvu": fvu.item(), "l0": code.l0}
+        if not math.isfinite(metrics["loss"]):
+            raise SaekitError(f"the loss is {metrics['loss']} at step {self.step + 1}; a lower --lr may help")
+        if config.aux != "none":
+            metrics |= {"aux": aux.item(), "aux_pool": pool}
         loss.backward()  # type: ignore[no-untyped-call]
         lr = learning_rate(self.step, config.steps, config.peak_lr, config.warmup, config.decay)
         norm = self.optimizer.step(lr)
         self.statistics.update(code)
-        return {"loss": fvu, "fvu": fvu, "l0": code.l0, "grad_norm": norm, "lr": lr}
+        return {**metrics, "grad_norm": norm, "lr": lr}
+
+    def _auxiliary(self, x: Float[Tensor, "n d"], x_hat: Float[Tensor, "n d"]) -> tuple[Tensor, int]:
+        """The auxiliary loss, 0 where its pool is empty, and the size of the pool."""
+        choose = POOLS[self.config.aux]
+        pool = None if choose is None else choose(self.statistics, self.config)
+        if pool is None or not pool.any():
+            return x.new_zeros(()), 0
+        assert self.config.k_aux is not None
+        return auxiliary_loss(self.sae, x, x_hat, pool, self.config.k_aux), int(pool.sum())
 
     def _metrics(self, latest: dict[str, float]) -> dict[str, float]:
         return {
             **latest,
             "tokens": float(self.statistics.tokens),
-            "dead_share": self.statistics.dead_share(self.config.dead_after or 0),
-            "smallest_kept": self.statistics.smallest_kept / self.scale,
+            "dead_share": float(self.statistics.dead(self.config.dead_after or 0).float().mean()),
             "waited_seconds": self.stream.waited,
         }
 
@@ -221,8 +250,15 @@ class Trainer:
                 "activation_scale": self.scale,
                 "cache": str(self.config.cache) if self.config.cache else None,
                 "passport": passport,
+                "aux": self.config.aux,
+                **self.variant.facts(),
             },
         )
+        figures = {
+            name: getattr(self.statistics, name).contiguous() for name in ("density", "since_fired", "smallest_kept")
+        }
+        figures["smallest_kept"] /= self.scale
+        replace_file(self.config.out / STATISTICS, lambda path: save_file(figures, path))
         sae.save(self.config.out / DICTIONARY, overwrite=True)
         return Run(sae, self.config.out, self.config)
 
@@ -232,6 +268,7 @@ class Trainer:
             "sae": self.sae.state_dict(),
             "adam": self.optimizer.adam.state_dict(),
             "statistics": self.statistics.state_dict(),
+            "variant": self.variant.state_dict(),
             "scale": self.scale,
             "passport": self.data.passport,
         }
@@ -241,6 +278,7 @@ class Trainer:
         self.sae.load_state_dict(state["sae"])  # type: ignore[arg-type]
         self.optimizer.adam.load_state_dict(state["adam"])  # type: ignore[arg-type]
         self.statistics.load_state_dict(state["statistics"])  # type: ignore[arg-type]
+        self.variant.load_state_dict(state["variant"])  # type: ignore[arg-type]
         self.scale, self.step = float(state["scale"]), int(state["step"])  # type: ignore[arg-type, call-overload]
 
 
@@ -261,21 +299,25 @@ def initial_dictionary(
     of the scaled sample.
 
     Raises:
-        SaekitError: the activations are all zero, or k is larger than the width.
+        SaekitError: the activations are all zero.
     """
     d_in = sample.shape[1]
     norm = float(sample.norm(dim=1).cpu().double().mean())
     if norm == 0:
         raise SaekitError("the activations are all zero")
     scale = d_in**0.5 / norm
-    d_sae = config.width or round(config.expansion * d_in)
-    k = config.k if variant.architecture == "topk" else None
-    if config.k > d_sae:
-        raise SaekitError(f"k = {config.k} is larger than the width of {d_sae} features")
-    sae = SparseAutoencoder(SAEConfig(d_in, d_sae, variant.architecture, k), device=sample.device)
+    assert config.width is not None
+    cfg = SAEConfig(
+        d_in,
+        config.width,
+        variant.architecture,
+        k=config.k if variant.architecture == "topk" else None,
+        affinity_scale=config.affinity_scale if variant.compares_tokens else "none",
+    )
+    sae = SparseAutoencoder(cfg, device=sample.device)
     generator = torch.Generator().manual_seed(config.seed)
     with torch.no_grad():
-        rows = torch.randn(d_sae, d_in, generator=generator).to(sample.device)
+        rows = torch.randn(cfg.d_sae, d_in, generator=generator).to(sample.device)
         sae.W_dec.copy_(rows / rows.norm(dim=1, keepdim=True))
         sae.W_enc.copy_(sae.W_dec.T)
         sae.b_dec.copy_(geometric_median(sample * scale))
@@ -287,8 +329,9 @@ def unscale(sae: SparseAutoencoder, scale: float) -> None:
     """Fold the activation scale into the dictionary, in place: afterwards it takes and gives raw activations.
 
     With x' = s·x: relu((s·x − b)W + c)/s = relu((x − b/s)W + c/s), so biases and thresholds are divided by s, while
-    both matrices stay and decoder rows keep unit norm.
+    both matrices stay and decoder rows keep unit norm. A threshold in units of the token's norm stays too.
     """
-    for tensor in (sae.b_enc, sae.b_dec, sae.threshold):
-        if tensor is not None:
-            tensor /= scale
+    sae.b_enc.div_(scale)
+    sae.b_dec.div_(scale)
+    if sae.threshold is not None and sae.cfg.affinity_scale == "none":
+        sae.threshold.div_(scale)

@@ -1,34 +1,25 @@
-"""The variants of a sparse autoencoder: an allocation rule for training and the inference rule it is saved with."""
+"""The registry of variants: a new one is a file with its class, and one line here.
+
+Packages outside saekit add theirs by ``VARIANTS["name"] = Class``, or, so that the command line knows them too, by an
+entry point of the group ``saekit.variants``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Protocol
+from importlib.metadata import entry_points
 
-from jaxtyping import Float
-from torch import Tensor
-
-from saekit.code import SparseCode
-from saekit.sae import Architecture, SparseAutoencoder
+from saekit.trainers.feature_choice import FeatureChoice
+from saekit.trainers.gradient_topk import GradientTopK
 from saekit.trainers.mutual_choice import MutualChoice
 from saekit.trainers.topk import TopK
-
-
-class Variant(Protocol):
-    """What a variant has; its constructor takes k, the mean number of matches a token."""
-
-    architecture: Architecture
-
-    def __init__(self, k: int) -> None: ...
-
-    def allocate(self, pre: Float[Tensor, "n F"]) -> SparseCode:
-        """The training code of a batch, from its pre-activations."""
-
-    def calibrate(self, sae: SparseAutoencoder, heldout: Callable[[], Iterable[Float[Tensor, "n d"]]]) -> None:
-        """Set what the inference rule needs, from activations that were not trained on."""
-
+from saekit.trainers.variant import Variant
 
 VARIANTS: dict[str, type[Variant]] = {
     "topk": TopK,
     "mutual_choice": MutualChoice,
+    "batch_topk": MutualChoice,  # the same rule under its other name
+    "feature_choice": FeatureChoice,
+    "gradient_topk": GradientTopK,
 }
+for _point in entry_points(group="saekit.variants"):
+    VARIANTS.setdefault(_point.name, _point.load())

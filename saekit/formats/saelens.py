@@ -1,4 +1,8 @@
-"""The format of SAELens (6.x), which is also ours: ``cfg.json`` and ``sae_weights.safetensors`` in a folder."""
+"""The format of SAELens (6.x), which is also ours: ``cfg.json`` and ``sae_weights.safetensors`` in a folder.
+
+One inference rule SAELens does not have: thresholds in units of each token's norm. Such a dictionary is written under
+an architecture of its own, which SAELens refuses to open instead of giving other features.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +23,7 @@ if TYPE_CHECKING:
     from saekit.sae import SparseAutoencoder
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+_TOKEN_NORM = "saekit_jumprelu_token_norm"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -35,7 +40,7 @@ def write(sae: SparseAutoencoder, folder: Path, *, overwrite: bool = False) -> P
     """
     writable_folder(folder, overwrite=overwrite)
     cfg: dict[str, Any] = {
-        "architecture": sae.cfg.architecture,
+        "architecture": sae.cfg.architecture if sae.cfg.affinity_scale == "none" else _TOKEN_NORM,
         "d_in": sae.cfg.d_in,
         "d_sae": sae.cfg.d_sae,
         "dtype": str(sae.W_dec.dtype).removeprefix("torch."),
@@ -62,10 +67,12 @@ def read(folder: Path, device: str | torch.device = "cpu") -> SparseAutoencoder:
 
     try:
         cfg = json.loads((folder / CONFIG).read_text())
+        scaled = cfg["architecture"] == _TOKEN_NORM
         config = SAEConfig(
             d_in=int(cfg["d_in"]),
             d_sae=int(cfg["d_sae"]),
-            architecture=cfg["architecture"],
+            architecture="jumprelu" if scaled else cfg["architecture"],
+            affinity_scale="token_norm" if scaled else "none",
             k=int(cfg["k"]) if cfg["architecture"] == "topk" else None,
             apply_b_dec_to_input=bool(cfg.get("apply_b_dec_to_input", True)),
             metadata=dict(cfg.get("metadata") or {}),

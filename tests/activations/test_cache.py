@@ -38,8 +38,10 @@ def test_a_harvest_is_what_the_source_gives(tmp_path, source):
     cache = ActivationCache.open(tmp_path / "c")
     assert len(cache) == 3000
     everything = cache.read(0, 3000)
-    for column, parts in zip(everything, zip(*batches, strict=True), strict=True):
-        assert torch.equal(column, torch.cat(parts).to(column.dtype))
+    whole = ActivationBatch.concatenate(batches)
+    for name in ("x", "tokens", "documents", "positions"):
+        assert torch.equal(getattr(everything, name), getattr(whole, name).to(getattr(everything, name).dtype))
+    assert everything.gradients is None
     passport = json.loads((tmp_path / "c/manifest.json").read_text())["passport"]
     assert passport["model"] == "embedded"
     assert passport["hook"] == "blocks.1.hook_resid_post"

@@ -6,7 +6,6 @@ import pytest
 
 from saekit import SaekitError
 from saekit.trainers import TrainConfig
-from saekit.trainers.statistics import Statistics
 
 
 def test_flags_win_over_the_file_and_the_result_reads_back(tmp_path):
@@ -61,19 +60,3 @@ def test_yaml_cannot_construct_objects(tmp_path):
     (tmp_path / "a.yaml").write_text("out: !!python/object/apply:os.mkdir ['pwned']\n")
     with pytest.raises(SaekitError, match="not YAML"):
         TrainConfig.from_yaml(tmp_path / "a.yaml")
-
-
-def test_statistics_are_exact():
-    import torch
-
-    from saekit.allocation import token_choice
-
-    statistics = Statistics(4, torch.device("cpu"))
-    pre = torch.tensor([[9.0, -1, -1, -1], [3.0, 1, -1, -1]])
-    for size in (2, 1):
-        statistics.update(token_choice(pre[:size], 2))
-    assert statistics.tokens == 3
-    assert statistics.since_fired.tolist() == [0, 1, 3, 3]
-    assert statistics.dead_share(2) == 0.5
-    # a running mean of 1 and 9 with equal weights but for the rate of 0.01
-    assert statistics.smallest_kept == pytest.approx((1 * 0.99 + 9) / 1.99)

@@ -1,0 +1,80 @@
+"""Feature choice: each feature matches a budget of tokens (arXiv 2411.02124), after a phase of mutual choice.
+
+The paper's are the rule and budgets by a Zipf law of the features' ranks. Our reading: ranks mean nothing at a cold
+start, so a run begins with mutual choice; at the switch ranks and law are frozen; the saved dictionary has a threshold
+for each feature, at which it fires as often as its budget says.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from saekit.allocation import feature_choice, mutual_choice, zipf_budgets
+from saekit.code import SparseCode
+from saekit.sae import SparseAutoencoder
+from saekit.trainers.calibration import feature_thresholds
+from saekit.trainers.statistics import Statistics
+from saekit.trainers.variant import Batch, Heldout, Variant
+from saekit.zipf import ZipfLaw, fit_zipf, ranks_of
+
+_DEFAULT_LAW = ZipfLaw(exponent=1.0, shift=3.0, scale=1.0, r2=0.0)  # where there is nothing to fit yet
+
+
+class FeatureChoice(Variant):
+    """Budgets from the switch on; saved as ``jumprelu`` with a threshold for each feature."""
+
+    architecture = "jumprelu"
+    compares_tokens = True
+
+    def __init__(self, config: Any, d_sae: int) -> None:
+        super().__init__(config, d_sae)
+        self.budgets: Tensor | None = None  # [F] since the switch
+        self.law: ZipfLaw | None = None
+        self._budgets(exponent=0.0, shift=0.0)  # impossible budgets are refused before any training
+
+    def _budgets(self, exponent: float, shift: float) -> Tensor:
+        """[F] by rank, densest first; they sum to k·n."""
+        n = self.config.batch_size
+        return zipf_budgets(self.k * n, self.d_sae, n, exponent, shift)
+
+    def allocate(self, batch: Batch) -> SparseCode:
+        """Mutual choice before the switch, the budgets' largest of each column after it."""
+        if batch.done < 1 - self.config.feature_choice_fraction:
+            return mutual_choice(batch.pre, self.k * len(batch.pre), batch.token_norms)
+        if self.budgets is None:
+            self._freeze(batch.statistics)
+        assert self.budgets is not None
+        return feature_choice(batch.pre, self.budgets, batch.token_norms)
+
+    def _freeze(self, statistics: Statistics) -> None:
+        """Fix every feature's rank and budget by the densities so far."""
+        density = statistics.density
+        if self.config.budgets == "uniform":
+            by_rank = self._budgets(exponent=0.0, shift=0.0)
+        else:
+            fitted = fit_zipf(density) or _DEFAULT_LAW
+            given = {"exponent": self.config.zipf_exponent, "shift": self.config.zipf_shift}
+            self.law = fitted._replace(**{name: value for name, value in given.items() if value is not None})
+            by_rank = self._budgets(self.law.exponent, self.law.shift)
+        self.budgets = by_rank.to(density.device)[ranks_of(density)]
+
+    def calibrate(self, sae: SparseAutoencoder, heldout: Heldout) -> None:
+        """Set the thresholds at which each feature fires at its budget's rate on held-out activations."""
+        assert sae.threshold is not None
+        assert self.budgets is not None
+        sae.threshold.copy_(feature_thresholds(sae, heldout, self.budgets / self.config.batch_size))
+
+    def facts(self) -> dict[str, Any]:
+        """The law that set the budgets."""
+        return {"budgets": self.config.budgets, "zipf": None if self.law is None else self.law._asdict()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Budgets and law, once they are fixed."""
+        return {"budgets": self.budgets, "law": None if self.law is None else tuple(self.law)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The reverse of ``state_dict``."""
+        self.budgets = state["budgets"]
+        self.law = None if state["law"] is None else ZipfLaw(*state["law"])

@@ -1,0 +1,25 @@
+"""Gradient TopK (g-SAE, arXiv 2411.10397): TopK whose training selection weighs each feature's effect on the loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from saekit.allocation import gradient_choice, influence_of
+from saekit.code import SparseCode
+from saekit.trainers.variant import Batch, Variant
+
+
+class GradientTopK(Variant):
+    """Gradient choice in training; saved as plain ``topk``, since gradients know the next token (our reading)."""
+
+    architecture = "topk"
+    needs_gradients = True
+
+    def facts(self) -> dict[str, Any]:
+        """The weight of the gradient; evaluations of the gradient selection use it."""
+        return {"beta": self.config.beta}
+
+    def allocate(self, batch: Batch) -> SparseCode:
+        """The k of each row with the largest relu(pre) · (1 + β·|g W_decᵀ| / s_g), s_g the batch's root mean square."""
+        assert batch.gradients is not None
+        return gradient_choice(batch.pre, influence_of(batch.gradients, batch.W_dec), self.k, self.config.beta)

@@ -1,0 +1,81 @@
+"""What a variant of a sparse autoencoder is: an allocation rule for training, and the inference rule it is saved by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from saekit.code import SparseCode
+from saekit.sae import Architecture, SparseAutoencoder
+from saekit.trainers.statistics import Statistics
+
+if TYPE_CHECKING:
+    from saekit.trainers.config import TrainConfig
+
+Heldout = Callable[[], Iterable[Float[Tensor, "n d"]]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What an allocation rule may look at; nothing carries gradients.
+
+    Attributes:
+        pre: [n, F] pre-activations.
+        token_norms: [n] ‖x − b_dec‖, or None where affinities are compared as they are (``affinity_scale: none``).
+        gradients: [n, d] of the model's loss at the activations, where the variant asks for them.
+        W_dec: [F, d], rows of unit norm.
+        statistics: of the features, up to the batch before.
+        done: share of the training steps that lie behind.
+    """
+
+    pre: Float[Tensor, "n F"]
+    token_norms: Float[Tensor, "n"] | None
+    gradients: Float[Tensor, "n d"] | None
+    W_dec: Float[Tensor, "F d"]
+    statistics: Statistics
+    done: float
+
+
+class Variant:
+    """Base of all variants; one must name its ``architecture`` and define ``allocate``.
+
+    Attributes:
+        architecture: the inference rule of the saved dictionary: ``topk``, ``jumprelu`` (thresholds, which
+            ``calibrate`` sets) or ``standard``.
+        compares_tokens: whether the rule compares pairs of different tokens, so that ``affinity_scale`` matters.
+        needs_gradients: whether batches must come with gradients.
+    """
+
+    architecture: Architecture = "topk"
+    compares_tokens = False
+    needs_gradients = False
+
+    def __init__(self, config: TrainConfig, d_sae: int) -> None:
+        """Take from the config what the rule needs.
+
+        Raises:
+            SaekitError: the rule cannot be followed with these settings.
+        """
+        self.config, self.k, self.d_sae = config, config.k, d_sae
+
+    def allocate(self, batch: Batch) -> SparseCode:
+        """The training code of a batch."""
+        raise NotImplementedError
+
+    def calibrate(self, sae: SparseAutoencoder, heldout: Heldout) -> None:
+        """Set what the inference rule needs, from activations that were not trained on."""
+
+    def facts(self) -> dict[str, Any]:
+        """What the saved dictionary should tell about its training, as JSON."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the rule has learned so far, for a checkpoint: tensors, numbers and None."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The reverse of ``state_dict``."""
