@@ -119,7 +119,8 @@ def influence_of(gradients: Float[Tensor, "n d"], W_dec: Float[Tensor, "F d"]) -
         W_dec: [F, d] decoder.
     """
     influence = (gradients.detach() @ W_dec.detach().T).abs_()
-    return influence.div_(influence.square().mean().sqrt().clamp_min(torch.finfo(influence.dtype).tiny))
+    rms = influence.norm() / influence.numel() ** 0.5
+    return influence.div_(rms.clamp_min(torch.finfo(influence.dtype).tiny))
 
 
 def gradient_choice(pre: Float[Tensor, "n F"], influence: Float[Tensor, "n F"], k: int, beta: float) -> SparseCode:
@@ -144,7 +145,8 @@ def gradient_choice(pre: Float[Tensor, "n F"], influence: Float[Tensor, "n F"], 
         raise SaekitError(f"beta = {beta} is negative; it is 0 (plain TopK) or more")
     if influence.shape != pre.shape:
         raise SaekitError(f"influence of shape {list(influence.shape)} does not fit {list(pre.shape)} pre-activations")
-    score = torch.relu(pre.detach()) * (1 + beta * influence.detach())
+    score = torch.relu(pre.detach())
+    score.addcmul_(score, influence.detach(), value=beta)
     features = largest_in_rows(score, k)
     tokens = torch.arange(n, device=pre.device).repeat_interleave(k)
     return _matches(pre, tokens, features.flatten())

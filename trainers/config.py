@@ -69,7 +69,11 @@ class TrainConfig(BaseModel):
     warmup: float = Field(0.05, ge=0, le=1, description="share of the steps in which the learning rate rises")
     decay: float = Field(0.3, ge=0, le=1, description="share of the steps, at the end, in which it falls to zero")
     clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
-    dead_after: int | None = Field(None, gt=0, description="tokens without firing that make a feature count as dead")
+    dead_after: int | None = Field(
+        None,
+        gt=0,
+        description="tokens without firing that make a feature count as dead; a tenth of the run, at most 10M",
+    )
     seed: int = Field(0, ge=0, lt=2**31, description="of every random choice")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the language model")

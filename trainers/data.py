@@ -112,7 +112,7 @@ def resolved(config: TrainConfig, passport: dict[str, Any], d_in: int) -> TrainC
     facts = {setting: passport[fact] for setting, fact in _FACTS.items() if passport.get(fact) is not None}
     width = config.width or round(config.expansion * d_in)
     config.check_width(width)
-    dead_after = config.dead_after or max(config.batch_size, min(10_000_000, config.tokens // 6))
+    dead_after = config.dead_after or max(config.batch_size, min(10_000_000, config.tokens // 10))
     k_aux = config.k_aux or max(1, min(d_in // 2, width))
     derived = {"width": width, "k_aux": k_aux, "dead_after": dead_after, "lr": config.peak_lr}
     return config.model_copy(update={**facts, **derived})

@@ -1,0 +1,174 @@
+"""The table and the figure of ``compare_variants``."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+
+Result = dict[str, Any]
+COLOURS = {
+    "topk": "#444444",
+    "mutual_choice": "#0072b2",
+    "mutual_choice raw": "#56b4e9",
+    "feature_choice": "#d55e00",
+    "gradient_topk": "#009e73",
+}
+LOSSES = {"none": "", "aux_k": " + aux_k", "aux_zipf": " + aux_zipf"}
+BEGIN, END = "<!-- written by scripts/compare_variants: begin -->", "<!-- end -->"
+
+
+def write_page(results: list[Result], folder: Path, planned: int) -> None:
+    """Put the table into ``variants.md`` between its marks (what stands around them stays) and draw the figure."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draw(results, folder / "variants.png")
+    page = folder / "variants.md"
+    text = page.read_text() if page.exists() else f"# The variants compared\n\n{BEGIN}\n{END}\n"
+    before, rest = text.split(BEGIN)
+    after = rest.split(END, 1)[1]
+    page.write_text(f"{before}{BEGIN}\n{table(results, planned)}\n{END}{after}")
+
+
+def grouped(results: list[Result]) -> dict[tuple[str, str, int], list[Result]]:
+    """The results by arm, auxiliary loss and k: one for each seed."""
+    groups: dict[tuple[str, str, int], list[Result]] = defaultdict(list)
+    for found in results:
+        job = found["job"]
+        groups[job["arm"], job["aux"], job["k"]].append(found)
+    order = list(COLOURS)
+    return dict(sorted(groups.items(), key=lambda g: (g[0][2], list(LOSSES).index(g[0][1]), order.index(g[0][0]))))
+
+
+def topk_at(results: list[Result], l0: float, group: str, key: str) -> float:
+    """TopK's figure at this L0, between its runs without auxiliary loss, by a straight line in log-log."""
+    points = grouped([r for r in results if r["job"]["arm"] == "topk" and r["job"]["aux"] == "none"]).values()
+    x = [mean(r["sparsity"]["l0"] for r in runs) for runs in points]
+    y = [mean(r[group][key] for r in runs) for runs in points]
+    if not x:
+        return float("nan")
+    if len(x) > 1 and not min(x) <= l0 <= max(x):  # np.interp would go on flat
+        near = slice(0, 2) if l0 < min(x) else slice(-2, None)
+        slope, offset = np.polyfit(np.log(x[near]), np.log(y[near]), 1)
+        return float(np.exp(offset + slope * np.log(l0)))
+    return float(np.exp(np.interp(np.log(l0), np.log(x), np.log(y))))
+
+
+def table(results: list[Result], planned: int) -> str:
+    """One row for each arm, loss and k; several seeds as mean and range."""
+    first = results[0]
+    settings = first["settings"]
+    lines = [
+        f"Embedded model, width {settings['width']:,}, {settings['tokens']:,} training tokens in batches of "
+        f"{settings['batch_size']:,}, learning rate {settings['lr']:.2e}; {len(results)} of {planned} runs. FVU, L0, "
+        f"dead and low on {first['sparsity']['tokens']:,} held-out tokens; cross-entropy (CE, nats a token; "
+        f"{first['downstream']['ce_clean']:.4f} without a dictionary) on {first['downstream']['tokens']:,}.",
+        "",
+        "| k | variant | seeds | L0 | FVU | ÷ TopK's | CE increase | ÷ TopK's | dead | low |",
+        "|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for (arm, aux, k), runs in grouped(results).items():
+        ratios = [
+            [r[group][key] / topk_at(results, r["sparsity"]["l0"], group, key) for r in runs]
+            for group, key in (("reconstruction", "fvu"), ("downstream", "ce_increase"))
+        ]
+        cells = [
+            shown([r["sparsity"]["l0"] for r in runs], ".1f"),
+            shown([r["reconstruction"]["fvu"] for r in runs], ".4f"),
+            shown(ratios[0], ".3f"),
+            shown([r["downstream"]["ce_increase"] for r in runs], ".4f"),
+            shown(ratios[1], ".3f"),
+            shown([r["sparsity"]["dead"] for r in runs], ".0f"),
+            shown([r["sparsity"]["underutilised"] for r in runs], ".0f"),
+        ]
+        lines.append(f"| {k} | {arm}{LOSSES[aux]} | {len(runs)} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "÷ TopK's: over TopK's figure at the same realised L0 (a straight line in log-log between TopK's runs, mean of "
+        "its seeds). dead: never fired. low: density below a tenth of the Zipf curve fitted to that dictionary's "
+        "densities, the dead among them. Several seeds: mean (least to most).",
+        "",
+        "![FVU and cross-entropy increase against L0; dead and underutilised features; density by rank](variants.png)",
+    ]
+    extra = [r for r in results if "gradient_selection" in r and r["job"]["aux"] == "none" and r["job"]["seed"] == 0]
+    if extra:
+        lines += [
+            "",
+            "| gradient_topk, CE increase by selection | k | plain | sampled labels | true labels (leaking) |",
+        ]
+        lines += ["|---|--:|--:|--:|--:|"]
+        for r in sorted(extra, key=lambda r: r["job"]["k"]):
+            found = r["gradient_selection"]
+            figures = (found["ce_increase_sampled"], found["ce_increase_true_labels_leaking"])
+            plain = r["downstream"]["ce_increase"]
+            lines.append(
+                f"| β = {found['beta']:g} | {r['job']['k']} | "
+                + " | ".join(f"{v:.4f}" for v in (plain, *figures))
+                + " |"
+            )
+    return "\n".join(lines)
+
+
+def shown(values: list[float], spec: str) -> str:
+    """One value, or the mean and the range of several."""
+    if len(values) == 1:
+        return format(values[0], spec)
+    return f"{mean(values):{spec}} ({min(values):{spec}} to {max(values):{spec}})"
+
+
+def draw(results: list[Result], path: Path) -> None:
+    """Four panels: two of quality against L0, one of wasted features, one of densities."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import ScalarFormatter
+
+    figure, ((fvu, ce), (waste, density)) = pyplot.subplots(2, 2, figsize=(12, 9), layout="constrained")
+    groups = grouped(results)
+    headline = max(
+        {key[2] for key in groups}, key=lambda k: sum(len(runs) for key, runs in groups.items() if key[2] == k)
+    )
+    for axis, group, key, title in (
+        (fvu, "reconstruction", "fvu", "fraction of variance unexplained (FVU)"),
+        (ce, "downstream", "ce_increase", "cross-entropy increase, nats a token"),
+    ):
+        for arm, colour in COLOURS.items():
+            runs = [rs for (a, aux, _), rs in groups.items() if a == arm and aux == "none"]
+            if runs:
+                points = [[(r["sparsity"]["l0"], r[group][key]) for r in rs] for rs in runs]  # by k, by seed
+                axis.plot(*np.array([np.mean(p, axis=0) for p in points]).T, "-", color=colour, label=arm)
+                axis.plot(*np.concatenate(points).T, "o", color=colour, markersize=4)
+        axis.set(xscale="log", yscale="log", xlabel="realised L0, held-out", title=title)
+        ticks = sorted({k for *_, k in groups})
+        axis.set_xticks(ticks, [str(k) for k in ticks])
+        axis.xaxis.minorticks_off()
+        axis.yaxis.set_minor_formatter(ScalarFormatter())
+        axis.yaxis.set_major_formatter(ScalarFormatter())
+        axis.grid(alpha=0.3)
+        axis.legend()
+    bars = [(key, runs) for key, runs in groups.items() if key[2] == headline]
+    features = results[0]["sparsity"]["features"]
+    for row, ((arm, _, _), runs) in enumerate(bars):
+        for name, alpha in (("underutilised", 0.4), ("dead", 1.0)):
+            share = 100 * mean(r["sparsity"][name] for r in runs) / features
+            waste.barh(row, share, color=COLOURS[arm], alpha=alpha)
+            if name == "underutilised":
+                waste.text(share, row, f" {share:.2f}%", va="center", fontsize=8)
+    waste.set_yticks(range(len(bars)), [f"{arm}{LOSSES[aux]}" for (arm, aux, _), _ in bars])
+    waste.invert_yaxis()
+    waste.set(xlabel="% of the features", title=f"underutilised (pale) and dead (full), k = {headline}")
+    for arm, colour in COLOURS.items():
+        for r in groups.get((arm, "none", headline), [])[:1]:
+            ranks, values = (np.array(r["sparsity"]["density_by_rank"][name]) for name in ("rank", "density"))
+            density.plot(ranks, np.where(values > 0, values, np.nan), color=colour, label=arm)
+            if law := r["sparsity"]["zipf"]:
+                density.plot(ranks, law["scale"] * (ranks + law["shift"]) ** -law["exponent"], ":", color=colour, lw=1)
+    density.set(xscale="log", yscale="log", xlabel="rank of the feature", title=f"density by rank, k = {headline}")
+    density.plot([], [], "k:", lw=1, label="fitted Zipf–Mandelbrot law")
+    density.grid(alpha=0.3)
+    density.legend()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

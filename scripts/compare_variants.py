@@ -1,0 +1,194 @@
+"""Train all variants at equal budget on one cache of the embedded model and compare them on held-out text.
+
+    scripts/compare_variants --out runs/compare --page docs
+
+Every run is a folder of its own below ``--out``; what is there already is not done again, so the comparison can be
+stopped and started. ``--page`` receives ``variants.md`` (the table) and ``variants.png`` (the figure).
+
+All runs have the same tokens, batches, learning rate and initial weights (for a seed). Judged by the inference rule of
+the saved dictionary: cross-entropy on ``--ce-tokens`` held-out tokens; FVU, L0 and who is dead or underutilised on
+``--heldout-tokens``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from compare_page import write_page
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, track
+
+import saekit
+from saekit.activations import ActivationCache, ActivationSource
+from saekit.activations.python_source import Split
+from saekit.errors import SaekitError
+from saekit.evals import Judge, evaluate_activations
+from saekit.files import replace_file
+from saekit.trainers import TrainConfig, train
+
+# name in the table → settings
+ARMS: dict[str, dict[str, Any]] = {
+    "topk": {"variant": "topk"},
+    "mutual_choice": {"variant": "mutual_choice"},
+    "mutual_choice raw": {"variant": "mutual_choice", "affinity_scale": "none"},
+    "feature_choice": {"variant": "feature_choice"},
+    "gradient_topk": {"variant": "gradient_topk"},
+}
+MAIN = tuple(arm for arm in ARMS if not arm.endswith("raw"))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run."""
+
+    arm: str
+    aux: str
+    k: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Its folder."""
+        return f"{self.arm.replace(' ', '_')}-{self.aux}-k{self.k}-seed{self.seed}"
+
+
+def plan(ks: list[int], headline: int, seeds: int) -> list[Job]:
+    """The headline sparsity first with every auxiliary loss, then the others, then further seeds."""
+    jobs = [Job(arm, "none", headline, 0) for arm in ARMS]
+    jobs += [Job(arm, aux, headline, 0) for arm in MAIN for aux in ("aux_k", "aux_zipf")]
+    jobs += [Job(arm, "none", k, 0) for k in ks if k != headline for arm in ARMS]
+    return jobs + [Job(arm, "none", headline, seed) for seed in range(1, seeds) for arm in MAIN]
+
+
+def main() -> None:
+    """Read the command line and compare."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder of the runs")
+    parser.add_argument("--page", type=Path, help="folder that receives variants.md and variants.png")
+    parser.add_argument("--cache", type=Path, help="cache with gradients; harvested below --out if not given")
+    parser.add_argument("--tokens", type=int, default=5_000_000, help="training tokens a run")
+    parser.add_argument("--width", type=int, default=4096)
+    parser.add_argument("--k", type=int, nargs="+", default=[16, 32, 64])
+    parser.add_argument("--headline", type=int, default=32, help="the k that is run with every loss and seed")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of the headline")
+    parser.add_argument("--batch-size", type=int, default=1024)
+    parser.add_argument("--heldout-tokens", type=int, default=1_000_000)
+    parser.add_argument("--ce-tokens", type=int, default=65_536)
+    parser.add_argument("--parallel", type=int, default=2, help="runs side by side; the cores are shared out")
+    parser.add_argument("--only-page", action="store_true", help="train nothing, write the page from what is there")
+    arguments = parser.parse_args()
+    if arguments.headline not in arguments.k:
+        parser.error(f"--headline {arguments.headline} is none of --k {' '.join(map(str, arguments.k))}")
+    try:
+        compare(arguments)
+    except SaekitError as error:
+        print(f"compare_variants: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Do the runs that are missing and write the page from all of them."""
+    jobs = plan(arguments.k, arguments.headline, arguments.seeds)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    if not arguments.only_page:
+        arguments.cache = arguments.cache or arguments.out / "cache"
+        harvest(arguments)
+        run_all(jobs, arguments)
+    results = [json.loads(path.read_text()) for path in (result(arguments.out, job) for job in jobs) if path.exists()]
+    if arguments.page is not None:
+        write_page(results, arguments.page, len(jobs))
+
+
+def result(out: Path, job: Job) -> Path:
+    """Where a finished run's figures are."""
+    return out / job.name / "compare.json"
+
+
+def harvest(arguments: argparse.Namespace) -> None:
+    """The training cache and the held-out one, where they are missing."""
+    wanted: dict[Path, tuple[Split, int, bool]] = {
+        arguments.cache: ("train", arguments.tokens + 2 * 65_536 + 2048, True),  # its end is held out
+        arguments.out / "heldout": ("heldout", arguments.heldout_tokens, False),
+    }
+    missing = {path: part for path, part in wanted.items() if not (path / "manifest.json").exists()}
+    source = ActivationSource.open() if missing else None
+    for path, (part, tokens, gradients) in missing.items():
+        assert source is not None
+        batches = track(
+            source.batches(part, tokens, gradients=gradients),
+            description=f"harvesting {part} activations",
+            total=tokens // (2000 if gradients else 8000),  # text tokens in a batch of contexts, nearly
+        )
+        ActivationCache.write(
+            path, batches, source.passport(part, gradients=gradients), dtype="bfloat16", overwrite=True
+        )
+
+
+def run_all(jobs: list[Job], arguments: argparse.Namespace) -> None:
+    """Train and judge what is missing, several side by side, under one bar over all training tokens."""
+    waiting = [job for job in jobs if not result(arguments.out, job).exists()]
+    bar = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    context = multiprocessing.get_context("spawn")
+    threads = max(1, (os.cpu_count() or 1) // arguments.parallel)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    with ProcessPoolExecutor(arguments.parallel, context) as pool, Progress(*bar) as progress:
+        steps = arguments.tokens // arguments.batch_size
+        task = progress.add_task("", total=steps * len(waiting))
+        running: set[Future[None]] = {pool.submit(run_one, job, arguments) for job in waiting}
+        try:
+            while running:
+                done, running = wait(running, timeout=2, return_when=FIRST_COMPLETED)
+                for future in done:
+                    future.result()
+                finished = f"{len(jobs) - len(running)} of {len(jobs)} runs"
+                progress.update(
+                    task, completed=sum(steps_done(arguments.out, j) for j in waiting), description=finished
+                )
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def steps_done(out: Path, job: Job) -> int:
+    """How far a run has come, by its metrics."""
+    path = out / job.name / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return int(json.loads(lines[-1])["step"]) if lines and lines[-1].endswith("}") else 0
+
+
+def run_one(job: Job, arguments: argparse.Namespace) -> None:
+    """Train one dictionary, or go on with it, and judge it."""
+    config = TrainConfig(
+        **ARMS[job.arm],
+        aux=job.aux,
+        k=job.k,
+        seed=job.seed,
+        width=arguments.width,
+        tokens=arguments.tokens,
+        batch_size=arguments.batch_size,
+        cache=arguments.cache,
+        out=arguments.out / job.name,
+    )
+    train(config, resume=(config.out / "config.yaml").exists(), quiet=True)
+    judge = Judge(model="embedded", tokens=arguments.ce_tokens)
+    groups = judge(config.out).groups
+    heldout = ActivationCache.open(arguments.out / "heldout")
+    rows = (heldout.read(start, min(start + 1024, len(heldout))).x.float() for start in range(0, len(heldout), 1024))
+    groups |= evaluate_activations(saekit.load(config.out), rows).groups
+    last = json.loads((config.out / "metrics.jsonl").read_text().splitlines()[-1])
+    facts = {"tokens": arguments.tokens, "width": arguments.width, "batch_size": arguments.batch_size}
+    facts |= {"lr": config.peak_lr, "torch": torch.__version__, "seconds": last["seconds"]}
+    record = {"job": asdict(job), "settings": facts, **groups}
+    replace_file(result(arguments.out, job), lambda part: part.write_text(json.dumps(record, indent=2) + "\n"))
+
+
+if __name__ == "__main__":
+    main()
