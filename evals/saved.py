@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 import saekit
-from saekit.activations import ActivationCache, ActivationSource, ContextBatch
+from saekit.activations import ActivationBatch, ActivationCache, ActivationSource, ContextBatch
+from saekit.activations.python_source import Split
 from saekit.errors import SaekitError
 from saekit.evals.report import Report
 from saekit.evals.suite import evaluate, evaluate_activations, passes
@@ -63,15 +66,34 @@ class Judge:
             SaekitError: the dictionary, its model or its text is not found, or they do not fit each other.
         """
         sae = saekit.load(path, device=self.device)
-        facts = sae.cfg.metadata
-        own = dict(facts.get("saekit") or {})
-        cache = self.cache or (None if self.model or facts.get("model_name") else own.get("cache"))
-        report = self._by_cache(sae, Path(cache), own) if cache else self._by_text(sae, str(path), own)
+        cache = self._cache_of(sae)
+        report = self._by_cache(sae, cache) if cache else self._by_text(sae, str(path))
         about = {"dictionary": str(path), "architecture": sae.cfg.architecture, "d_in": sae.cfg.d_in}
         return Report(report.groups, {**about, "d_sae": sae.cfg.d_sae, "k": sae.cfg.k, **report.about})
 
-    def _by_cache(self, sae: SparseAutoencoder, path: Path, own: dict[str, Any]) -> Report:
-        cache, facts = ActivationCache.open(path), sae.cfg.metadata
+    def activations(self, sae: SparseAutoencoder, path: str, part: Split) -> Iterator[Float[Tensor, "m d"]]:
+        """About ``tokens`` activations of one part of the data that the dictionary comes from.
+
+        Raises:
+            SaekitError: as for a call.
+        """
+        cache = self._cache_of(sae)
+        if cache:
+            batches: Iterator[ActivationBatch] = islice(
+                self._checked(sae, cache).batches(part, 1024), -(-self.tokens // 1024)
+            )
+        else:
+            batches = self._source_of(sae, path).batches(part, self.tokens)
+        return (batch.x.float().to(self.device) for batch in batches)
+
+    def _cache_of(self, sae: SparseAutoencoder) -> Path | None:
+        """The cache to judge by: the one that is asked for, or the only thing that the dictionary names."""
+        own = _own(sae).get("cache") if not (self.model or sae.cfg.metadata.get("model_name")) else None
+        return self.cache or (Path(own) if own else None)
+
+    def _checked(self, sae: SparseAutoencoder, path: Path) -> ActivationCache:
+        """The cache, once it is sure that it fits and that its end was held out from this dictionary."""
+        cache, facts, own = ActivationCache.open(path), sae.cfg.metadata, _own(sae)
         for fact, name in (("model", "model_name"), ("hook", "hook_name")):
             if None not in (cache.passport.get(fact), facts.get(name)) and cache.passport[fact] != facts[name]:
                 raise SaekitError(
@@ -84,12 +106,15 @@ class Judge:
                 f"the end of the cache '{path}' is held out for dictionaries trained on just these data; this one may "
                 f"have seen it: judge it by a model and text (--model, --hook, --dataset)"
             )
-        rows = (batch.x.float().to(self.device) for batch in cache.batches("heldout", 1024))
-        report = evaluate_activations(sae, islice(rows, -(-self.tokens // 1024)))
+        return cache
+
+    def _by_cache(self, sae: SparseAutoencoder, path: Path) -> Report:
+        report = evaluate_activations(sae, self.activations(sae, str(path), "heldout"))
         return Report(report.groups, {"cache": str(path), "part": "heldout"})
 
-    def _by_text(self, sae: SparseAutoencoder, path: str, own: dict[str, Any]) -> Report:
-        facts, passport = sae.cfg.metadata, own.get("passport") or {}
+    def _source_of(self, sae: SparseAutoencoder, path: str) -> ActivationSource:
+        """Model, hook and text, as asked for or as the dictionary names them."""
+        facts, passport = sae.cfg.metadata, _own(sae).get("passport") or {}
         model, hook = self.model or facts.get("model_name"), self.hook or facts.get("hook_name")
         if not model:
             raise SaekitError(f"'{path}' does not say which model it belongs to; give --model and --hook, or --cache")
@@ -108,13 +133,22 @@ class Judge:
             loaded=self._models.get((model, dtype)),
         )
         self._models[model, dtype] = source.model
-        key = (model, source.text.fingerprint, source.split, source.column, source.context_length)
+        return source
+
+    def _by_text(self, sae: SparseAutoencoder, path: str) -> Report:
+        source = self._source_of(sae, path)
+        key = (source.name, source.text.fingerprint, source.split, source.column, source.context_length)
         if key not in self._contexts:
             self._contexts[key] = heldout_contexts(source, self.tokens)
         contexts = self._contexts[key]
         tell = self.on_contexts(path, passes(sae) * len(contexts.tokens)) if self.on_contexts is not None else None
-        report = evaluate(sae, source.model, contexts, hook=hook, on_batch=tell)
+        report = evaluate(sae, source.model, contexts, hook=source.hook, on_batch=tell)
         return Report(report.groups, {**source.passport("heldout"), **report.about})
+
+
+def _own(sae: SparseAutoencoder) -> dict[str, Any]:
+    """What saekit wrote about the training."""
+    return dict(sae.cfg.metadata.get("saekit") or {})
 
 
 def heldout_contexts(source: ActivationSource, tokens: int) -> ContextBatch:

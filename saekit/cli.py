@@ -1,4 +1,4 @@
-"""The command line: ``saekit train``, ``cache``, ``eval`` and ``info``."""
+"""The command line: ``saekit train``, ``cache``, ``eval``, ``convert`` and ``info``."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from saekit.errors import SaekitError
+from saekit.files import check_free
 
 if TYPE_CHECKING:
     from saekit.evals import Report
+    from saekit.sae import SparseAutoencoder
 
 app = typer.Typer(
     add_completion=True,
@@ -95,6 +97,11 @@ def train(
     if eval_tokens and not (finished and (run.path / "eval.json").is_file()):
         _judge([run.path], quiet, run.path / "eval.json", tokens=eval_tokens, device=settings.device)
     print(f"run: {run.path}    dictionary: {run.path / 'sae'}")
+    if run.sae.cfg.affinity_scale != "none":
+        print(
+            f"its thresholds follow each token's norm, which SAELens cannot read; for the nearest plain ones:\n"
+            f"  saekit convert {run.path} FOLDER --to saelens --lossy"
+        )
 
 
 def cache(
@@ -119,6 +126,7 @@ def cache(
 
     from saekit.activations import ActivationCache, ActivationSource
     from saekit.activations.cache import check_writable
+    from saekit.activations.gradients import check_causal
     from saekit.trainers.trainer import pick_device
 
     check_writable(out, dtype, overwrite)
@@ -133,6 +141,8 @@ def cache(
         device=str(pick_device(device)),
         dtype=model_dtype,
     )
+    if gradients:
+        check_causal(source.model)
     with Progress(disable=quiet) as progress:
         task = progress.add_task(f"{source.hook}", total=tokens)
 
@@ -185,6 +195,49 @@ def evaluate(
     )
 
 
+def convert(
+    source: Path = typer.Argument(help="folder of a dictionary or run"),
+    target: Path = typer.Argument(help="folder to write"),
+    to: str = typer.Option("saelens", help="format: saelens"),
+    lossy: bool = typer.Option(False, help="write the nearest dictionary where the format cannot hold this one"),
+    tokens: int = typer.Option(131_072, min=1024, help="tokens to set thresholds on, and to compare both on"),
+    overwrite: bool = typer.Option(False, help="replace a dictionary in the target folder"),
+    device: str = typer.Option("auto", help="auto, cpu, cuda, mps"),
+) -> None:
+    """Write a dictionary in the format of another package."""
+    import saekit
+
+    check_free(target, overwrite=overwrite, hint="choose another folder, or pass --overwrite")
+    if to != "saelens":
+        raise SaekitError(f"unknown format '{to}'; choose from saelens")
+    sae = saekit.load(source)
+    if sae.cfg.affinity_scale != "none":
+        if not lossy:
+            raise SaekitError(
+                f"the thresholds of '{source}' follow each token's norm, which the format of SAELens cannot hold; "
+                f"--lossy writes the nearest plain ones and compares both"
+            )
+        sae = _plain(sae, source, tokens, device)
+    sae.save(target, overwrite=overwrite)
+    print(f"dictionary: {target}")
+
+
+def _plain(sae: SparseAutoencoder, path: Path, tokens: int, device: str) -> SparseAutoencoder:
+    """The dictionary with plain thresholds; prints what the change costs."""
+    from saekit.evals import Judge, evaluate_activations
+    from saekit.trainers.calibration import with_plain_thresholds
+    from saekit.trainers.trainer import pick_device
+
+    judge = Judge(tokens=tokens, device=str(pick_device(device)))
+    sae = sae.to(judge.device)
+    plain = with_plain_thresholds(sae, lambda: judge.activations(sae, str(path), "calibration"))
+    for name, each in (("thresholds by token norm", sae), ("plain thresholds", plain)):
+        report = evaluate_activations(each, judge.activations(sae, str(path), "heldout"))
+        l0, fvu = report["sparsity"]["l0"], report["reconstruction"]["fvu"]
+        print(f"{name + ':':26} FVU {fvu:.4f} at L0 {l0:.1f} on {report['sparsity']['tokens']:,} held-out tokens")
+    return plain.cpu()
+
+
 def info(path: Path = typer.Argument(help="a dictionary, a run or an activation cache")) -> None:
     """Say what a folder holds."""
     import saekit
@@ -232,6 +285,7 @@ def _judge(paths: list[Path], quiet: bool, out: Path | None, *, device: str, **s
 app.command()(_flags_of_config(train))
 app.command()(cache)
 app.command("eval")(evaluate)
+app.command()(convert)
 app.command()(info)
 
 if __name__ == "__main__":

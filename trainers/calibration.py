@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int
@@ -101,6 +102,29 @@ def feature_thresholds(sae: SparseAutoencoder, batches: Heldout, rates: Float[Te
         bounds = torch.where(missed, 0.0, math.inf).to(bounds)
         theta = torch.where(missed, _thresholds(*_above(sae, batches, bounds), counts, bounds), theta)
     return theta
+
+
+@torch.no_grad()
+def with_plain_thresholds(sae: SparseAutoencoder, batches: Heldout) -> SparseAutoencoder:
+    """The nearest dictionary whose thresholds do not follow the tokens' norms: each feature fires as often as before.
+
+    Args:
+        sae: a ``jumprelu`` dictionary.
+        batches: makes activations that it was not trained on, the same ones each time.
+
+    Raises:
+        SaekitError: there are no activations.
+    """
+    fired, n = torch.zeros(sae.cfg.d_sae, dtype=torch.float64), 0
+    for x in batches():
+        code = sae.encode_sparse(x)
+        fired += code.matches_per_feature().cpu()
+        n += code.n_tokens
+    plain = SparseAutoencoder(replace(sae.cfg, affinity_scale="none"), sae.W_dec.dtype, sae.W_dec.device)
+    plain.load_state_dict(sae.state_dict())
+    assert plain.threshold is not None
+    plain.threshold.copy_(feature_thresholds(plain, batches, (fired / max(n, 1)).to(plain.threshold)))
+    return plain.eval()
 
 
 def _lower_bounds(sae: SparseAutoencoder, x: Float[Tensor, "n d"], rates: Float[Tensor, "F"]) -> Float[Tensor, "F"]:

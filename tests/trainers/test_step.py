@@ -15,22 +15,13 @@ from saekit import SAEConfig, SaekitError, SparseAutoencoder
 from saekit.activations import ActivationCache, ShuffledStream
 from saekit.evals import Judge
 from saekit.trainers import TrainConfig, train
+from saekit.trainers.auxiliary import POOLS
+from saekit.trainers.calibration import global_threshold
 from saekit.trainers.data import training_data
 from saekit.trainers.geometric_median import geometric_median
 from saekit.trainers.interrupt import Interrupted
-from saekit.trainers.mutual_choice import global_threshold
 from saekit.trainers.optimizer import DictionaryAdam, learning_rate
 from saekit.trainers.trainer import Trainer, unscale
-
-
-@pytest.fixture
-def cache(tmp_path):
-    """Activations with structure: sparse sums of 40 directions in 12 dimensions, off centre and of odd scale."""
-    torch.manual_seed(0)
-    directions = torch.nn.functional.normalize(torch.randn(40, 12), dim=1)
-    strengths = torch.relu(torch.randn(6000, 40) - 1.2)
-    ActivationCache.from_tensor(tmp_path / "cache", 7.3 * (strengths @ directions) + torch.linspace(-3, 8, 12))
-    return tmp_path / "cache"
 
 
 def config(source, tmp_path, **changes):
@@ -38,24 +29,68 @@ def config(source, tmp_path, **changes):
     return TrainConfig(**{**base, "buffer": 1024, "lr": 3e-3, "device": "cpu", "log_every": 5, **changes})
 
 
-def dense_training(sae, batches, cfg, rule):
-    """Loss by loss: dense autograd, Adam and projection written out in float64."""
-    W_enc, W_dec = sae.W_enc.detach().double().clone(), sae.W_dec.detach().double().clone()
-    b_enc, b_dec = sae.b_enc.detach().double().clone(), sae.b_dec.detach().double().clone()
+def start(cfg):
+    data = training_data(cfg, torch.device("cpu"))
+    stream = ShuffledStream(data.rows(), cfg.batch_size, data.buffer, cfg.seed)
+    trainer = Trainer(cfg, data, stream, torch.device("cpu"))
+    width = trainer.d_in
+    rows = list(itertools.islice(trainer.batches, cfg.steps))
+    stream.close()
+    return trainer, [(r[:, :width] * trainer.scale, r[:, width:] if data.gradients else None) for r in rows]
+
+
+def chosen_densely(pre, x, b_dec, W_dec, gradients, cfg, budgets):
+    """0/1 matches by definition; budgets are of feature choice, once they are frozen."""
+    score = pre.clone()
+    if cfg.variant == "gradient_topk":
+        influence = (gradients @ W_dec.T).abs()
+        score = torch.relu(pre) * (1 + cfg.beta * influence / influence.pow(2).mean().sqrt())
+    if cfg.variant in ("topk", "gradient_topk"):
+        return torch.zeros_like(pre).scatter(1, score.topk(cfg.k, dim=1).indices, 1)
+    if cfg.affinity_scale == "token_norm":
+        score = score / (x - b_dec).norm(dim=1, keepdim=True)
+    if budgets is None:
+        return (score >= score.flatten().topk(cfg.k * len(x)).values[-1]).double()
+    order = score.argsort(dim=0, descending=True).argsort(dim=0)
+    return (order < budgets).double()
+
+
+def dense_loss(parameters, x, gradients, cfg, budgets, pool):
+    """Reconstruction and auxiliary loss by dense autograd."""
+    W_enc, b_enc, W_dec, b_dec = parameters
+    pre = (x - b_dec) @ W_enc + b_enc
+    with torch.no_grad():
+        chosen = chosen_densely(pre, x, b_dec, W_dec, gradients, cfg, budgets)
+    x_hat = (torch.relu(pre) * chosen) @ W_dec + b_dec
+    loss = (x - x_hat).pow(2).sum() / (x - x.mean(0)).pow(2).sum()
+    if pool is not None and pool.any():
+        error = (x - x_hat).detach()
+        masked = torch.where(pool, pre, -torch.inf)
+        some = masked.topk(min(cfg.k_aux, int(pool.sum())), dim=1).indices
+        part = torch.relu(pre) * torch.zeros_like(pre).scatter(1, some, 1)
+        loss = loss + cfg.aux_alpha * (error - part @ W_dec).pow(2).sum() / (error - error.mean(0)).pow(2).sum()
+    return loss
+
+
+def dense_training(trainer, batches, cfg):
+    """Loss by loss: dense autograd, Adam and projection written out in float64.
+
+    Which features are dead and what budgets are frozen comes from the trainer; its own tests check those.
+    """
+    sae = copy.deepcopy(trainer.sae).double()
+    W_enc, W_dec, b_enc, b_dec = (p.detach().clone() for p in (sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec))
     parameters = [W_enc, b_enc, W_dec, b_dec]
     first = [torch.zeros_like(p) for p in parameters]
     second = [torch.zeros_like(p) for p in parameters]
-    losses = []
-    for step, x in enumerate(batches):
+    found, losses = [], []
+    for step, (x, g) in enumerate(batches):
+        pool = POOLS[cfg.aux](trainer.statistics, cfg) if cfg.aux != "none" else None
+        found.append(trainer.train_step(x, g)["loss"])
+        trainer.step += 1
+        budgets = getattr(trainer.variant, "budgets", None)
         for p in parameters:
             p.requires_grad_(True)
-        pre = (x - b_dec) @ W_enc + b_enc
-        if rule == "topk":
-            chosen = torch.zeros_like(pre).scatter(1, pre.topk(cfg.k, dim=1).indices, 1)
-        else:
-            chosen = (pre >= pre.flatten().topk(cfg.k * len(x)).values[-1]).double()
-        x_hat = (torch.relu(pre) * chosen) @ W_dec + b_dec
-        loss = (x - x_hat).pow(2).sum() / (x - x.mean(0)).pow(2).sum()
+        loss = dense_loss(parameters, x.double(), None if g is None else g.double(), cfg, budgets, pool)
         grads = list(torch.autograd.grad(loss, parameters))
         losses.append(loss.item())
         for p in parameters:
@@ -69,37 +104,65 @@ def dense_training(sae, batches, cfg, rule):
             v.mul_(0.999).add_(0.001 * g * g)
             p -= lr * (m / (1 - 0.9 ** (step + 1))) / ((v / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
         W_dec /= W_dec.norm(dim=1, keepdim=True)
-    return losses
+    return found, losses
 
 
-@pytest.mark.parametrize("variant", ["topk", "mutual_choice"])
-def test_the_sparse_step_learns_what_dense_autograd_learns(cache, tmp_path, variant):
-    cfg = config(cache, tmp_path, variant=variant, clip=0.05)
-    data = training_data(cfg, torch.device("cpu"))
-    stream = ShuffledStream(data.rows(), cfg.batch_size, data.buffer, cfg.seed)
-    trainer = Trainer(cfg, data, stream, torch.device("cpu"))
-    batches = [x * trainer.scale for x in itertools.islice(trainer.batches, 50)]
-    stream.close()
-    expected = dense_training(trainer.sae, [x.double() for x in batches], cfg, variant)
-    found = []
-    for x in batches:
-        found.append(trainer.train_step(x)["loss"])
-        trainer.step += 1
+ARMS = [
+    {"variant": "topk"},
+    {"variant": "topk", "aux": "aux_k", "dead_after": 130, "k_aux": 3},
+    {"variant": "topk", "aux": "aux_zipf", "dead_after": 130, "tau": 0.5},
+    {"variant": "mutual_choice"},
+    {"variant": "mutual_choice", "affinity_scale": "none", "aux": "aux_zipf", "dead_after": 130},
+    {"variant": "feature_choice", "feature_choice_fraction": 0.5, "aux": "aux_k", "dead_after": 130},
+    {"variant": "feature_choice", "feature_choice_fraction": 1.0, "budgets": "uniform", "affinity_scale": "none"},
+    {"variant": "gradient_topk", "beta": 2.0},
+]
+
+
+@pytest.mark.parametrize("arm", ARMS, ids=lambda arm: "-".join(map(str, arm.values())))
+def test_the_sparse_step_learns_what_dense_autograd_learns(cache, tmp_path, arm):
+    trainer, batches = start(config(cache, tmp_path, clip=0.05, **arm))
+    found, expected = dense_training(trainer, batches, trainer.config)
     assert found[-1] < 0.8 * found[0]
     assert found == pytest.approx(expected, rel=2e-3)
     torch.testing.assert_close(trainer.sae.W_dec.norm(dim=1), torch.ones(64))
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("arm", ARMS, ids=lambda arm: "-".join(map(str, arm.values())))
+def test_sparse_gradients_equal_dense_autograd(cache, tmp_path, arm, dtype, bound, monkeypatch):
+    trainer, batches = start(config(cache, tmp_path, tokens=128 * 10, **arm))
+    for x, g in batches[:9]:
+        trainer.train_step(x, g)
+        trainer.step += 1
+    trainer.sae.to(dtype)
+    trainer.statistics.since_fired[::5] = 10_000  # some count as dead, whether they fire or not
+    taken = []
+    monkeypatch.setattr(
+        DictionaryAdam, "step", lambda self, lr: taken.extend(p.grad.clone() for p in self.sae.parameters()) or 0.0
+    )
+    x, g = (None if part is None else part.to(dtype) for part in batches[9])
+    cfg = trainer.config
+    pool = POOLS[cfg.aux](trainer.statistics, cfg) if cfg.aux != "none" else None
+    assert pool is None or pool.any(), "the auxiliary loss has something to do"
+    trainer.train_step(x, g)
+    sae = trainer.sae
+    parameters = [p.detach().double().requires_grad_(True) for p in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)]
+    budgets = getattr(trainer.variant, "budgets", None)
+    loss = dense_loss(parameters, x.double(), None if g is None else g.double(), cfg, budgets, pool)
+    names = [name for name, _ in sae.named_parameters()]
+    for name, expected in zip(("W_enc", "b_enc", "W_dec", "b_dec"), torch.autograd.grad(loss, parameters), strict=True):
+        error = (taken[names.index(name)].double() - expected).abs().max() / expected.abs().max()
+        assert float(error) < bound, name
+
+
 def test_the_start(cache, tmp_path):
     cfg = config(cache, tmp_path)
-    data = training_data(cfg, torch.device("cpu"))
-    stream = ShuffledStream(data.rows(), cfg.batch_size, data.buffer, cfg.seed)
-    trainer = Trainer(cfg, data, stream, torch.device("cpu"))
+    trainer, batches = start(cfg)
     sae = trainer.sae
     assert torch.equal(sae.W_enc, sae.W_dec.T)
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(64))
-    x = torch.cat(list(itertools.islice(trainer.batches, 40))) * trainer.scale
-    stream.close()
+    x = torch.cat([x for x, _ in batches[:40]])
     assert float(x.norm(dim=1).mean()) == pytest.approx(12**0.5, rel=0.02)
     assert torch.equal(sae.b_enc, torch.zeros(64))
 

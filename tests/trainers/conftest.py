@@ -1,0 +1,19 @@
+"""Shared by the tests of training."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from saekit.activations import ActivationCache
+
+
+@pytest.fixture
+def cache(tmp_path):
+    """Activations with structure: sparse sums of 40 directions in 12 dimensions, off centre and of odd scale."""
+    torch.manual_seed(0)
+    directions = torch.nn.functional.normalize(torch.randn(40, 12), dim=1)
+    strengths = torch.relu(torch.randn(6000, 40) - 1.2)
+    x = 7.3 * (strengths @ directions) + torch.linspace(-3, 8, 12)
+    ActivationCache.from_tensor(tmp_path / "cache", x, gradients=torch.randn(6000, 12) * 1e-3)
+    return tmp_path / "cache"

@@ -1,0 +1,96 @@
+"""The auxiliary losses by their definition, and the limit in which one is the other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from saekit import SAEConfig, SaekitError, SparseAutoencoder
+from saekit.trainers import TrainConfig, train
+from saekit.trainers.auxiliary import auxiliary_loss
+
+
+def dictionary(seed, d=6, width=20, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    sae = SparseAutoencoder(SAEConfig(d, width, "topk", k=3), dtype)
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return sae, generator
+
+
+@given(st.integers(0, 1000), st.data())
+def test_the_loss_and_its_gradients_by_definition(seed, data):
+    sae, generator = dictionary(seed)
+    x, x_hat = (torch.randn(8, 6, generator=generator, dtype=torch.float64) for _ in range(2))
+    pool = torch.tensor(data.draw(st.lists(st.booleans(), min_size=20, max_size=20).filter(any)))
+    k_aux = data.draw(st.integers(1, 20))
+    loss = auxiliary_loss(sae, x, x_hat, pool, k_aux)
+    error = x - x_hat
+    estimate = torch.zeros_like(x)
+    for t in range(8):
+        pre = {j: (x[t] - sae.b_dec) @ sae.W_enc[:, j] + sae.b_enc[j] for j in range(20) if pool[j]}
+        for j in sorted(pre, key=lambda j: -pre[j].item())[:k_aux]:
+            estimate[t] = estimate[t] + torch.relu(pre[j]) * sae.W_dec[j]
+    expected = (error - estimate).square().sum() / (error - error.mean(0)).square().sum()
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
+    parameters = list(sae.parameters())
+    found = torch.autograd.grad(loss, parameters)
+    wanted = torch.autograd.grad(expected, parameters)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_a_dead_features_encoder_learns_and_the_others_do_not():
+    sae, generator = dictionary(0)
+    pool = torch.zeros(20, dtype=torch.bool)
+    pool[4] = True
+    x = torch.randn(50, 6, generator=generator, dtype=torch.float64, requires_grad=True)
+    x_hat = x * 0.5
+    auxiliary_loss(sae, x.detach(), x_hat, pool, 3).backward()
+    assert x.grad is None, "the target is detached"
+    assert sae.W_enc.grad[:, 4].abs().min() > 0
+    assert sae.W_dec.grad[4].abs().min() > 0
+    others = torch.arange(20) != 4
+    assert not sae.W_enc.grad[:, others].any()
+    assert not sae.W_dec.grad[others].any()
+
+
+def test_no_error_gives_no_loss_instead_of_nan():
+    sae, _ = dictionary(0)
+    x = torch.zeros(4, 6, dtype=torch.float64)
+    with torch.no_grad():
+        sae.b_dec.zero_()
+        sae.b_enc.fill_(-1)
+    assert auxiliary_loss(sae, x, x, torch.ones(20, dtype=torch.bool), 3) == 0
+
+
+@pytest.mark.parametrize("variant", ["topk", "mutual_choice", "feature_choice", "gradient_topk"])
+def test_aux_zipf_without_tolerance_is_aux_k_bit_for_bit(cache, tmp_path, variant):
+    base = {"cache": cache, "variant": variant, "width": 64, "k": 4, "batch_size": 128, "tokens": 128 * 40}
+    base |= {"dead_after": 40, "feature_choice_fraction": 0.5}
+    runs = {
+        name: train(TrainConfig(**base, **changes, out=tmp_path / name), quiet=True).sae.state_dict()
+        for name, changes in {
+            "aux_k": {"aux": "aux_k"},
+            "limit": {"aux": "aux_zipf", "tau": 0.0},
+            "aux_zipf": {"aux": "aux_zipf", "tau": 0.5},
+            "none": {},
+        }.items()
+    }
+    assert all(torch.equal(value, runs["limit"][name]) for name, value in runs["aux_k"].items())
+    assert not torch.equal(runs["aux_k"]["W_enc"], runs["none"]["W_enc"]), "the loss does something"
+    assert not torch.equal(runs["aux_k"]["W_enc"], runs["aux_zipf"]["W_enc"])
+
+
+def test_impossible_settings(cache, tmp_path):
+    with pytest.raises(SaekitError, match="k_aux = 65 is larger than the width of 64"):
+        TrainConfig(k_aux=65, width=64)
+    with pytest.raises(SaekitError, match="k_aux = 65 is larger than the width of 48"):
+        train(TrainConfig(cache=cache, k_aux=65, expansion=4, k=4, batch_size=128, tokens=1280, out=tmp_path / "r"))
+    with pytest.raises(SaekitError, match="unknown auxiliary loss 'aux_z'; did you mean 'aux_k' or 'aux_zipf'"):
+        TrainConfig(aux="aux_z")
+    with pytest.raises(SaekitError, match="tau = -0.1"):
+        TrainConfig(tau=-0.1)
