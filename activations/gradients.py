@@ -84,5 +84,5 @@ def check_causal(model: TransformerBridge) -> None:
             logits = [model(each, return_type="logits")[:, :-1].float() for each in (tokens, other)]
     except Exception as error:  # encoders and encoder-decoders fail in many ways
         raise SaekitError(f"the model predicts no next tokens, which gradients need: {first_line(error)}") from error
-    if not torch.allclose(logits[0], logits[1], rtol=1e-2, atol=1e-2 * float(logits[0].abs().max())):
+    if not torch.allclose(logits[0], logits[1], rtol=0, atol=1e-5 * float(logits[0].abs().max())):
         raise SaekitError("the model is not causal: its predictions depend on later tokens, so no gradients are taken")

@@ -13,6 +13,7 @@ from saekit import SaekitError
 from saekit.allocation import (
     feature_choice,
     gradient_choice,
+    influence_of,
     mutual_choice,
     threshold_choice,
     token_choice,
@@ -78,6 +79,36 @@ def test_gradient_choice_takes_the_largest_scores(pre, data):
     expected = [(i, j) for i in range(n) for j in by_definition([(score[i, j], j) for j in range(width)], k)]
     assert sorted(pairs(code)) == expected
     assert code.values.tolist() == [pre[i, j] for i, j in pairs(code)], "the emitted values are plain activations"
+
+
+@given(matrices, st.data())
+def test_token_norms_make_tokens_comparable(pre, data):
+    """Powers of two, so that the quotients are exact and ties stay ties."""
+    n, width = pre.shape
+    norms = np.array(data.draw(st.lists(st.sampled_from([0.25, 1.0, 2.0, 8.0]), min_size=n, max_size=n)))
+    total = data.draw(st.integers(1, n * width))
+    budgets = data.draw(st.lists(st.integers(0, n), min_size=width, max_size=width))
+    theta = data.draw(st.sampled_from([0.0, 0.5, 1.0]))
+    tensor, scale = torch.from_numpy(pre), torch.from_numpy(norms)
+    score = pre / norms[:, None]
+    flat = [(score.flat[i], i) for i in range(n * width)]
+    mutual = mutual_choice(tensor, total, scale)
+    assert pairs(mutual) == [divmod(i, width) for i in by_definition(flat, total)]
+    feature = feature_choice(tensor, torch.tensor(budgets), scale)
+    columns = [(i, j) for j in range(width) for i in by_definition([(score[i, j], i) for i in range(n)], budgets[j])]
+    assert sorted(pairs(feature)) == sorted(columns)
+    threshold = threshold_choice(tensor, torch.tensor([theta], dtype=torch.float64), scale)
+    assert pairs(threshold) == [tuple(p) for p in np.argwhere(pre > theta * norms[:, None]).tolist()]
+    for code in (mutual, feature, threshold):
+        assert code.values.tolist() == [pre[i, j] for i, j in pairs(code)], "the values stay plain"
+
+
+def test_influence_has_unit_root_mean_square(generator):
+    gradients, W_dec = torch.randn(7, 5, generator=generator) * 1e-6, torch.randn(9, 5, generator=generator)
+    influence = influence_of(gradients, W_dec)
+    expected = (gradients.double() @ W_dec.double().T).abs()
+    torch.testing.assert_close(influence.double(), expected / expected.square().mean().sqrt(), rtol=1e-5, atol=1e-6)
+    assert not influence_of(torch.zeros(7, 5), W_dec).any(), "no gradient, no influence"
 
 
 @given(st.integers(0, 10), st.integers(1, 64))

@@ -35,6 +35,8 @@ def features_by_hand(sae, x):
         kept = torch.zeros_like(h)
         kept.scatter_(-1, h.topk(sae.cfg.k, dim=-1).indices, 1)
         return f * kept
+    if sae.cfg.affinity_scale == "token_norm":
+        return f * (h > sae.threshold.double() * (x - sae.b_dec).double().norm(dim=-1, keepdim=True))
     if sae.cfg.architecture == "jumprelu":
         return f * (h > sae.threshold.double())
     return f
@@ -103,6 +105,23 @@ def test_files_are_those_of_saelens(tmp_path):
     assert shapes == {"W_enc": (8, 32), "W_dec": (32, 8), "b_enc": (32,), "b_dec": (8,), "threshold": (32,)}
     assert "threshold" not in load_file(tmp_path / "b/sae_weights.safetensors")
     assert json.loads((tmp_path / "b/cfg.json").read_text())["k"] == 4
+
+
+def test_thresholds_by_token_norm_are_saved_under_a_name_that_saelens_refuses(tmp_path):
+    sae = dictionary("jumprelu", affinity_scale="token_norm")
+    with torch.no_grad():
+        sae.threshold /= 3
+    x = torch.randn(50, 8) * torch.logspace(-1, 1, 50)[:, None]
+    expected = features_by_hand(sae, x)
+    torch.testing.assert_close(sae.encode(x).double(), expected, rtol=1e-5, atol=1e-5)
+    again = saekit.load(sae.save(tmp_path / "sae"))
+    assert (again.cfg.architecture, again.cfg.affinity_scale) == ("jumprelu", "token_norm")
+    assert torch.equal(again.encode(x), sae.encode(x))
+    assert json.loads((tmp_path / "sae/cfg.json").read_text())["architecture"] not in ("jumprelu", "topk", "standard")
+    with pytest.raises(SaekitError, match="means nothing for 'topk'"):
+        SAEConfig(8, 32, "topk", 4, affinity_scale="token_norm")
+    with pytest.raises(SaekitError, match="unknown affinity_scale 'norm'"):
+        SAEConfig(8, 32, "jumprelu", affinity_scale="norm")
 
 
 def test_selection_by_decoder_norm_is_read_as_unit_rows(tmp_path):
