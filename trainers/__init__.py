@@ -3,6 +3,8 @@
 from saekit.trainers.config import TrainConfig
 from saekit.trainers.trainer import Run, train
 from saekit.trainers.variant import Batch, Variant
-from saekit.trainers.variants import VARIANTS
+from saekit.trainers.variants import VARIANTS, add_from_packages
 
 __all__ = ["VARIANTS", "Batch", "Run", "TrainConfig", "Variant", "train"]
+
+add_from_packages()  # last: they import from here

@@ -6,6 +6,7 @@ entry point of the group ``saekit.variants``.
 
 from __future__ import annotations
 
+import warnings
 from importlib.metadata import entry_points
 
 from saekit.trainers.feature_choice import FeatureChoice
@@ -21,5 +22,12 @@ VARIANTS: dict[str, type[Variant]] = {
     "feature_choice": FeatureChoice,
     "gradient_topk": GradientTopK,
 }
-for _point in entry_points(group="saekit.variants"):
-    VARIANTS.setdefault(_point.name, _point.load())
+
+
+def add_from_packages() -> None:
+    """Register what installed packages offer; one that cannot be loaded is left out, with a warning."""
+    for point in entry_points(group="saekit.variants"):
+        try:
+            VARIANTS.setdefault(point.name, point.load())
+        except Exception as error:  # whatever a stranger's module raises
+            warnings.warn(f"the variant '{point.name}' ({point.value}) cannot be loaded: {error}", stacklevel=2)

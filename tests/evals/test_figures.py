@@ -81,6 +81,25 @@ def identity(d):
     return sae
 
 
+def test_underutilised_features_lie_far_below_the_fitted_law():
+    generator = torch.Generator().manual_seed(0)
+    density = 0.5 * (1 + torch.arange(200) / 5.0) ** -1
+    density[[3, 150]] = 1e-5  # one busy rank and one quiet rank made all but silent
+    active = (torch.rand(20_000, 200, generator=generator) < density).nonzero()
+    figures = Sparsity(200)
+    figures.update(SparseCode(active[:, 0], active[:, 1], torch.ones(len(active)), 20_000, 200))
+    found = figures.result()
+    assert found["underutilised"] == 2
+    assert found["underutilised_share"] == 0.01
+    assert found["zipf"]["exponent"] == pytest.approx(1, abs=0.1)
+    assert found["zipf"]["r2"] > 0.98
+    ranked = figures.matches.sort(descending=True).values / 20_000
+    by_rank = found["density_by_rank"]
+    assert by_rank["rank"][0] == 1
+    assert by_rank["rank"][-1] == 200
+    assert by_rank["density"] == pytest.approx([float(ranked[r - 1]) for r in by_rank["rank"]])
+
+
 def test_a_perfect_dictionary_costs_nothing(source, contexts):
     batch = ContextBatch(*(column[:4] for column in contexts))
     report = evaluate(identity(256), source.model, batch, hook=source.hook)
