@@ -66,8 +66,8 @@ def table(results: list[Result], planned: int) -> str:
         f"dead and low on {first['sparsity']['tokens']:,} held-out tokens; cross-entropy (CE, nats a token; "
         f"{first['downstream']['ce_clean']:.4f} without a dictionary) on {first['downstream']['tokens']:,}.",
         "",
-        "| k | variant | seeds | L0 | FVU | ÷ TopK's | CE increase | ÷ TopK's | dead | low |",
-        "|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| k | variant | seeds | L0 | FVU | ÷ TopK's | CE increase | ÷ TopK's | KL | dead | low |",
+        "|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for (arm, aux, k), runs in grouped(results).items():
         ratios = [
@@ -80,6 +80,7 @@ def table(results: list[Result], planned: int) -> str:
             shown(ratios[0], ".3f"),
             shown([r["downstream"]["ce_increase"] for r in runs], ".4f"),
             shown(ratios[1], ".3f"),
+            shown([r["downstream"]["kl"] for r in runs], ".4f"),
             shown([r["sparsity"]["dead"] for r in runs], ".0f"),
             shown([r["sparsity"]["underutilised"] for r in runs], ".0f"),
         ]
@@ -87,8 +88,8 @@ def table(results: list[Result], planned: int) -> str:
     lines += [
         "",
         "÷ TopK's: over TopK's figure at the same realised L0 (a straight line in log-log between TopK's runs, mean of "
-        "its seeds). dead: never fired. low: density below a tenth of the Zipf curve fitted to that dictionary's "
-        "densities, the dead among them. Several seeds: mean (least to most).",
+        "its seeds). KL: nats a token from the model's own predictions. dead: never fired. low: density below a tenth of "
+        "the Zipf curve fitted to that dictionary's densities, the dead among them. Several seeds: mean (least to most).",
         "",
         "![FVU and cross-entropy increase against L0; dead and underutilised features; density by rank](variants.png)",
     ]

@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import sys
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,9 @@ def main() -> None:
     except SaekitError as error:
         print(f"compare_variants: {error}", file=sys.stderr)
         sys.exit(2)
+    except (KeyboardInterrupt, BrokenProcessPool):
+        print("\ncompare_variants: stopped; the same command goes on", file=sys.stderr)
+        sys.exit(130)
 
 
 def compare(arguments: argparse.Namespace) -> None:
