@@ -88,8 +88,8 @@ def table(results: list[Result], planned: int) -> str:
     lines += [
         "",
         "÷ TopK's: over TopK's figure at the same realised L0 (a straight line in log-log between TopK's runs, mean of "
-        "its seeds). KL: nats a token from the model's own predictions. dead: never fired. low: density below a tenth of "
-        "the Zipf curve fitted to that dictionary's densities, the dead among them. Several seeds: mean (least to most).",
+        "its seeds). KL: nats a token from the model's own predictions. dead: never fired. low: density below a tenth "
+        "of the Zipf curve fitted to that dictionary's densities, the dead among them. Several seeds: mean (range).",
         "",
         "![FVU and cross-entropy increase against L0; dead and underutilised features; density by rank](variants.png)",
     ]
