@@ -166,10 +166,14 @@ class ActivationCache:
             raise SaekitError(f"the cache '{self.path}' holds no gradients; write one by `saekit cache --gradients`")
 
     def rows_of(self, part: Split) -> range:
-        """The rows of one part: the end of a cache, twice 5% or 65,536 rows, is kept for calibration and evaluation."""
-        tail = min(len(self) // 20, 65_536)
-        bounds = {"train": (0, len(self) - 2 * tail), "calibration": (len(self) - 2 * tail, len(self) - tail)}
-        return range(*bounds.get(part, (len(self) - tail, len(self))))
+        """The rows of one part: the last 5% (at most 65,536) to evaluate, 5% before (at most 262,144) to calibrate on.
+
+        Neighbouring rows come from the same few documents, so thresholds need many of them.
+        """
+        heldout = len(self) - min(len(self) // 20, 65_536)
+        calibration = heldout - min(len(self) // 20, 262_144)
+        bounds = {"train": (0, calibration), "calibration": (calibration, heldout)}
+        return range(*bounds.get(part, (heldout, len(self))))
 
     def batches(self, part: Split, batch: int = 4096, *, gradients: bool = False) -> Iterator[ActivationBatch]:
         """The rows of one part in their order."""

@@ -1,8 +1,9 @@
 """What gradient selection would give at evaluation time, for dictionaries that gradient TopK trained.
 
 The headline of such a dictionary is plain TopK, since gradients of the loss depend on the next token. Beside it stand
-selection by gradients of labels that the model itself samples, which uses nothing but the text so far, and of the true
-labels, which leaks them (our reading of arXiv 2411.10397).
+selection by gradients of labels that the model itself samples, and of the true labels, which leaks them (our reading of
+arXiv 2411.10397). Sampled labels leak less, not nothing: the loss is that of the whole context, whose later tokens are
+still inputs of later predictions.
 """
 
 from __future__ import annotations
@@ -55,12 +56,13 @@ def gradient_selection(
     if sae.cfg.k is None:
         raise SaekitError(f"gradient selection is for topk dictionaries, not for {sae.cfg.architecture}")
     figures = {"beta": beta}
+    device = next(model.parameters()).device
     for labels, suffix in SUFFIX.items():
         reconstruction, nats, tokens = Reconstruction(sae.cfg.d_in), 0.0, 0
         run = with_gradients(model, hook, labels)
         for batch in contexts():
-            kept = batch.kept.to(sae.W_dec.device)
-            x, gradient = (part[kept].to(sae.W_dec.dtype) for part in run(batch.tokens.to(kept.device)))
+            kept = batch.kept.to(device)
+            x, gradient = (part[kept].to(sae.W_dec) for part in run(batch.tokens.to(device)))
             with torch.no_grad():
                 influence = influence_of(gradient, sae.W_dec)
                 x_hat = sae.decode(gradient_choice(sae.pre_activations(x), influence, sae.cfg.k, beta))

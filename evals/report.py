@@ -54,7 +54,8 @@ class Report:
     """Figures of one dictionary.
 
     Attributes:
-        groups: ``sparsity``, ``reconstruction`` and, with a model, ``downstream``; each names its number of tokens.
+        groups: ``sparsity``, ``reconstruction`` and, with a model, ``downstream``; each names its number of tokens. For
+            gradient TopK also ``gradient_selection``.
         about: what was evaluated on what.
     """
 

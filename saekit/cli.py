@@ -200,7 +200,11 @@ def convert(
     target: Path = typer.Argument(help="folder to write"),
     to: str = typer.Option("saelens", help="format: saelens"),
     lossy: bool = typer.Option(False, help="write the nearest dictionary where the format cannot hold this one"),
-    tokens: int = typer.Option(131_072, min=1024, help="tokens to set thresholds on, and to compare both on"),
+    model: str | None = typer.Option(None, help="--lossy: the model [what the dictionary names]"),
+    hook: str | None = typer.Option(None, help="--lossy: the hook point [what the dictionary names]"),
+    dataset: str | None = typer.Option(None, help="--lossy: text to set thresholds on [what the dictionary names]"),
+    cache: Path | None = typer.Option(None, help="--lossy: activation cache to set them on instead"),
+    tokens: int = typer.Option(131_072, min=1024, help="--lossy: tokens to set them on, and to compare both on"),
     overwrite: bool = typer.Option(False, help="replace a dictionary in the target folder"),
     device: str = typer.Option("auto", help="auto, cpu, cuda, mps"),
 ) -> None:
@@ -217,18 +221,19 @@ def convert(
                 f"the thresholds of '{source}' follow each token's norm, which the format of SAELens cannot hold; "
                 f"--lossy writes the nearest plain ones and compares both"
             )
-        sae = _plain(sae, source, tokens, device)
+        facts: dict[str, Any] = {"model": model, "hook": hook, "dataset": dataset, "cache": cache, "tokens": tokens}
+        sae = _plain(sae, source, device, **facts)
     sae.save(target, overwrite=overwrite)
     print(f"dictionary: {target}")
 
 
-def _plain(sae: SparseAutoencoder, path: Path, tokens: int, device: str) -> SparseAutoencoder:
+def _plain(sae: SparseAutoencoder, path: Path, device: str, **facts: Any) -> SparseAutoencoder:
     """The dictionary with plain thresholds; prints what the change costs."""
     from saekit.evals import Judge, evaluate_activations
     from saekit.trainers.calibration import with_plain_thresholds
     from saekit.trainers.trainer import pick_device
 
-    judge = Judge(tokens=tokens, device=str(pick_device(device)))
+    judge = Judge(device=str(pick_device(device)), **facts)
     sae = sae.to(judge.device)
     plain = with_plain_thresholds(sae, lambda: judge.activations(sae, str(path), "calibration"))
     for name, each in (("thresholds by token norm", sae), ("plain thresholds", plain)):

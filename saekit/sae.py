@@ -131,7 +131,8 @@ class SparseAutoencoder(nn.Module):
         return self.decode(self.encode_sparse(x)).reshape(x.shape)
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
-        """Write the dictionary to ``folder`` in the format of SAELens.
+        """Write the dictionary to ``folder`` in the format of SAELens (thresholds by token norm, which it lacks, under
+        an architecture name that SAELens refuses).
 
         Raises:
             SaekitError: the folder holds something and ``overwrite`` is not set.

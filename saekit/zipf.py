@@ -42,7 +42,12 @@ def ranks_of(density: Float[Tensor, "F"]) -> Int[Tensor, "F"]:
     return ranks
 
 
-def fit_zipf(density: Float[Tensor, "F"], low_end: float = 0.2) -> ZipfLaw | None:
+def fit_zipf(
+    density: Float[Tensor, "F"],
+    low_end: float = 0.2,
+    exponent: float | None = None,
+    shift: float | None = None,
+) -> ZipfLaw | None:
     """The Zipf-Mandelbrot law of these firing densities, by least squares in log-log.
 
     That densities follow a Zipf law except at the low end is the paper's (arXiv 2411.02124). The rest is our reading:
@@ -53,11 +58,13 @@ def fit_zipf(density: Float[Tensor, "F"], low_end: float = 0.2) -> ZipfLaw | Non
     Args:
         density: [F] firing rates, in any order.
         low_end: share of the features that fire to leave out.
+        exponent: s, where it is given and only the rest is fitted.
+        shift: q, likewise.
 
     Returns:
         The law, or None where fewer than ten features are left to fit.
     """
-    firing = density[density > 0].double().cpu().sort(descending=True).values
+    firing = density[density > 0].cpu().double().sort(descending=True).values
     kept = int(len(firing) * (1 - low_end))
     if kept < 10:
         return None
@@ -67,10 +74,13 @@ def fit_zipf(density: Float[Tensor, "F"], low_end: float = 0.2) -> ZipfLaw | Non
     shifts = torch.cat(
         [torch.zeros(1, dtype=torch.float64), torch.logspace(-1, math.log10(kept), 64, dtype=torch.float64)]
     )
+    if shift is not None:
+        shifts = torch.tensor([shift], dtype=torch.float64)
     x = (ranks[None] + shifts[:, None]).log()
     x_centred, y_centred = x - x.mean(1, keepdim=True), y - y.mean()
     slope = (x_centred * y_centred).sum(1) / x_centred.square().sum(1)
-    slope = slope.clamp(max=0)  # budgets never rise with rank
+    # budgets never rise with rank
+    slope = slope.clamp(max=0) if exponent is None else torch.full_like(slope, -exponent)
     residual = (y_centred - slope[:, None] * x_centred).square().sum(1)
     best = int(residual.argmin())
     variance = float(y_centred.square().sum())

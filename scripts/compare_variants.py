@@ -43,6 +43,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "feature_choice": {"variant": "feature_choice"},
     "gradient_topk": {"variant": "gradient_topk"},
 }
+SETTINGS = ("tokens", "width", "batch_size")
 MAIN = tuple(arm for arm in ARMS if not arm.endswith("raw"))
 
 
@@ -102,13 +103,43 @@ def compare(arguments: argparse.Namespace) -> None:
     """Do the runs that are missing and write the page from all of them."""
     jobs = plan(arguments.k, arguments.headline, arguments.seeds)
     arguments.out.mkdir(parents=True, exist_ok=True)
+    finished(jobs, arguments)  # refuses what does not belong together before anything is done
     if not arguments.only_page:
-        arguments.cache = arguments.cache or arguments.out / "cache"
-        harvest(arguments)
+        if arguments.cache is None:
+            arguments.cache = arguments.out / "cache"
+            end = min(arguments.tokens // 9, 65_536 + 262_144) + 2048  # what a cache keeps for other purposes
+            harvest(arguments.cache, "train", arguments.tokens + end, gradients=True)
+        check_cache(arguments.cache, arguments.tokens)
+        harvest(arguments.out / "heldout", "heldout", arguments.heldout_tokens, gradients=False)
         run_all(jobs, arguments)
-    results = [json.loads(path.read_text()) for path in (result(arguments.out, job) for job in jobs) if path.exists()]
-    if arguments.page is not None:
+    results = finished(jobs, arguments)
+    if arguments.page is not None and results:
         write_page(results, arguments.page, len(jobs))
+
+
+def finished(jobs: list[Job], arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The results that are there.
+
+    Raises:
+        SaekitError: one was made with other settings.
+    """
+    found = []
+    for path in (result(arguments.out, job) for job in jobs):
+        if path.exists():
+            found.append(json.loads(path.read_text()))
+            for name in SETTINGS:
+                asked, made = getattr(arguments, name), found[-1]["settings"][name]
+                if asked != made:
+                    raise SaekitError(f"{path.parent} was made with {name} = {made}, not {asked}; choose another --out")
+    return found
+
+
+def check_cache(path: Path, tokens: int) -> None:
+    """Raise SaekitError where a cache has no gradients or is too short."""
+    cache = ActivationCache.open(path)
+    cache.check_gradients()
+    if len(cache.rows_of("train")) < tokens:
+        raise SaekitError(f"the cache '{path}' has {len(cache.rows_of('train')):,} training tokens, not {tokens:,}")
 
 
 def result(out: Path, job: Job) -> Path:
@@ -116,24 +147,17 @@ def result(out: Path, job: Job) -> Path:
     return out / job.name / "compare.json"
 
 
-def harvest(arguments: argparse.Namespace) -> None:
-    """The training cache and the held-out one, where they are missing."""
-    wanted: dict[Path, tuple[Split, int, bool]] = {
-        arguments.cache: ("train", arguments.tokens + 2 * 65_536 + 2048, True),  # its end is held out
-        arguments.out / "heldout": ("heldout", arguments.heldout_tokens, False),
-    }
-    missing = {path: part for path, part in wanted.items() if not (path / "manifest.json").exists()}
-    source = ActivationSource.open() if missing else None
-    for path, (part, tokens, gradients) in missing.items():
-        assert source is not None
-        batches = track(
-            source.batches(part, tokens, gradients=gradients),
-            description=f"harvesting {part} activations",
-            total=tokens // (2000 if gradients else 8000),  # text tokens in a batch of contexts, nearly
-        )
-        ActivationCache.write(
-            path, batches, source.passport(part, gradients=gradients), dtype="bfloat16", overwrite=True
-        )
+def harvest(path: Path, part: Split, tokens: int, *, gradients: bool) -> None:
+    """A cache of this many tokens of the text, where it is missing."""
+    if (path / "manifest.json").exists():
+        return
+    source = ActivationSource.open()
+    batches = track(
+        source.batches(part, tokens, gradients=gradients),
+        description=f"harvesting {part} activations",
+        total=tokens // (2000 if gradients else 8000),  # text tokens in a batch of contexts, nearly
+    )
+    ActivationCache.write(path, batches, source.passport(part, gradients=gradients), dtype="bfloat16")
 
 
 def run_all(jobs: list[Job], arguments: argparse.Namespace) -> None:
@@ -188,7 +212,7 @@ def run_one(job: Job, arguments: argparse.Namespace) -> None:
     rows = (heldout.read(start, min(start + 1024, len(heldout))).x.float() for start in range(0, len(heldout), 1024))
     groups |= evaluate_activations(saekit.load(config.out), rows).groups
     last = json.loads((config.out / "metrics.jsonl").read_text().splitlines()[-1])
-    facts = {"tokens": arguments.tokens, "width": arguments.width, "batch_size": arguments.batch_size}
+    facts = {name: getattr(arguments, name) for name in SETTINGS}
     facts |= {"lr": config.peak_lr, "torch": torch.__version__, "seconds": last["seconds"]}
     record = {"job": asdict(job), "settings": facts, **groups}
     replace_file(result(arguments.out, job), lambda part: part.write_text(json.dumps(record, indent=2) + "\n"))

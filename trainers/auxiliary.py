@@ -59,4 +59,6 @@ def auxiliary_loss(
     if k_aux < len(columns):
         f = token_choice(pre, k_aux).to_dense()
     residual = (error - f @ sae.W_dec[columns]).square().sum()
-    return torch.nan_to_num(residual / (error - error.mean(0)).square().sum(), nan=0.0)
+    variance = (error - error.mean(0)).square().sum()
+    # 0 where there is no error to explain, with gradients of 0 and not NaN
+    return torch.where(variance > 0, residual / variance.clamp_min(torch.finfo(variance.dtype).tiny), 0.0)

@@ -94,8 +94,9 @@ def feature_thresholds(sae: SparseAutoencoder, batches: Heldout, rates: Float[Te
         n += len(x)
     if not n:
         raise SaekitError("no held-out activations to calibrate the thresholds on")
-    counts = (rates.double() * n).round().long()
-    bounds = _lower_bounds(sae, torch.cat(sample), rates.double())
+    rates = rates.cpu().double()  # exact, also where the device has no float64
+    counts = (rates * n).round().long().to(sae.W_dec.device)
+    bounds = _lower_bounds(sae, torch.cat(sample), rates)
     theta = _thresholds(*_above(sae, batches, bounds), counts, bounds)
     missed = theta.isnan()
     if missed.any():  # the sample misled about these: look at all that is positive
@@ -130,9 +131,9 @@ def with_plain_thresholds(sae: SparseAutoencoder, batches: Heldout) -> SparseAut
 def _lower_bounds(sae: SparseAutoencoder, x: Float[Tensor, "n d"], rates: Float[Tensor, "F"]) -> Float[Tensor, "F"]:
     """Values, at least 0, that almost surely lie below each feature's threshold, from a sample of the tokens."""
     n = len(x)
-    rank = (rates * n + 6 * (rates * n).sqrt() + 10).ceil().long()
+    rank = (rates * n + 6 * (rates * n).sqrt() + 10).ceil().long().to(sae.W_dec.device)
     bounds = torch.zeros_like(sae.b_enc)
-    for columns in torch.split(torch.arange(len(rates), device=rates.device), max(1, _CHUNK // n)):
+    for columns in torch.split(torch.arange(len(rates), device=rank.device), max(1, _CHUNK // n)):
         largest = _affinities(sae, x, columns).sort(dim=0, descending=True).values
         found = largest.gather(0, rank[columns].clamp(max=n)[None] - 1)[0]
         bounds[columns] = torch.where(rank[columns] < n, found.clamp(min=0), 0.0)

@@ -22,7 +22,7 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    variant: str = Field("mutual_choice", description="allocation rule and loss: " + ", ".join(VARIANTS))
+    variant: str = Field("mutual_choice", description="allocation rule: " + ", ".join(VARIANTS))
     out: Path = Field(
         default_factory=lambda data: Path("runs") / data.get("variant", "run"),
         description="folder of the run; runs/VARIANT if not given",
@@ -48,7 +48,7 @@ class TrainConfig(BaseModel):
         "token_norm", description="what batch rules compare: pre-activations, or those over the token's norm"
     )
     feature_choice_fraction: float = Field(
-        0.1, ge=0, le=1, description="feature_choice: share of the steps, at the end, after mutual choice"
+        0.1, gt=0, le=1, description="feature_choice: share of the steps, at the end, after mutual choice"
     )
     budgets: Literal["zipf", "uniform"] = Field("zipf", description="feature_choice: how features share the matches")
     zipf_exponent: float | None = Field(None, ge=0, description="feature_choice: of the law; fitted if not given")

@@ -14,12 +14,10 @@ from torch import Tensor
 from saekit.allocation import feature_choice, mutual_choice, zipf_budgets
 from saekit.code import SparseCode
 from saekit.sae import SparseAutoencoder
-from saekit.trainers.calibration import feature_thresholds
+from saekit.trainers.calibration import Heldout, feature_thresholds
 from saekit.trainers.statistics import Statistics
-from saekit.trainers.variant import Batch, Heldout, Variant
-from saekit.zipf import ZipfLaw, fit_zipf, ranks_of
-
-_DEFAULT_LAW = ZipfLaw(exponent=1.0, shift=3.0, scale=1.0, r2=0.0)  # where there is nothing to fit yet
+from saekit.trainers.variant import Batch, Variant
+from saekit.zipf import ZipfLaw, ranks_of
 
 
 class FeatureChoice(Variant):
@@ -41,7 +39,8 @@ class FeatureChoice(Variant):
 
     def allocate(self, batch: Batch) -> SparseCode:
         """Mutual choice before the switch, the budgets' largest of each column after it."""
-        if batch.done < 1 - self.config.feature_choice_fraction:
+        last = (self.config.steps - 1) / self.config.steps
+        if batch.done < min(1 - self.config.feature_choice_fraction, last):
             return mutual_choice(batch.pre, self.k * len(batch.pre), batch.token_norms)
         if self.budgets is None:
             self._freeze(batch.statistics)
@@ -54,9 +53,10 @@ class FeatureChoice(Variant):
         if self.config.budgets == "uniform":
             by_rank = self._budgets(exponent=0.0, shift=0.0)
         else:
-            fitted = fit_zipf(density) or _DEFAULT_LAW
-            given = {"exponent": self.config.zipf_exponent, "shift": self.config.zipf_shift}
-            self.law = fitted._replace(**{name: value for name, value in given.items() if value is not None})
+            exponent, shift = self.config.zipf_exponent, self.config.zipf_shift
+            self.law = statistics.law(exponent, shift) or ZipfLaw(
+                1.0 if exponent is None else exponent, 3.0 if shift is None else shift, scale=1.0, r2=0.0
+            )  # where there is nothing to fit yet
             by_rank = self._budgets(self.law.exponent, self.law.shift)
         self.budgets = by_rank.to(density.device)[ranks_of(density)]
 

@@ -43,5 +43,5 @@ class Interrupted(KeyboardInterrupt):
     """A run was stopped by a signal after its state was saved; ``code`` is the exit code that shells expect."""
 
     def __init__(self, number: int) -> None:
-        super().__init__()
+        super().__init__(number)
         self.code = 128 + number

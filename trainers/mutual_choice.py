@@ -5,8 +5,8 @@ from __future__ import annotations
 from saekit.allocation import mutual_choice
 from saekit.code import SparseCode
 from saekit.sae import SparseAutoencoder
-from saekit.trainers.calibration import global_threshold
-from saekit.trainers.variant import Batch, Heldout, Variant
+from saekit.trainers.calibration import Heldout, global_threshold
+from saekit.trainers.variant import Batch, Variant
 
 
 class MutualChoice(Variant):

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saekit.code import SparseCode
-from saekit.zipf import fit_zipf, ranks_of
+from saekit.zipf import ZipfLaw, fit_zipf, ranks_of
 
 _RATE = 0.01  # of the running means over batches
 
@@ -21,8 +21,9 @@ class Statistics:
         tokens: training tokens seen.
         window: tokens; a firing's weight in ``density`` falls by e in as many.
         since_fired: [F] tokens since each feature was last active, all tokens for one that never was.
-        smallest_kept: [F] running mean (rate 0.01, unbiased from the first) of each feature's smallest activation in a
-            batch, over the batches in which it was active; NaN for one that never was.
+        smallest_kept: [F] running mean (rate 0.01, unbiased from the first) of the smallest affinity at which each
+            feature was active in a batch, over the batches in which it was; NaN for one that never was. In units of the
+            token's norm where the rule compares those. By nature it depends on the size of the batches.
     """
 
     def __init__(self, n_features: int, window: int, device: torch.device) -> None:
@@ -46,8 +47,8 @@ class Statistics:
         """See the class."""
         return self._kept / self._kept_weight
 
-    def update(self, code: SparseCode) -> None:
-        """Count one batch."""
+    def update(self, code: SparseCode, token_norms: Float[Tensor, "n"] | None = None) -> None:
+        """Count one batch; ``token_norms`` where affinities are compared in units of them."""
         n = code.n_tokens
         self.tokens += n
         last = torch.full_like(self.since_fired, -1).scatter_reduce_(0, code.features, code.tokens, "amax")
@@ -59,10 +60,19 @@ class Statistics:
         self._fired.index_add_(0, code.features, weights)
         self._seen = fading * self._seen + (1 - fading) / (1 - math.exp(-1 / self.window))
         smallest = self._kept.new_full(self._kept.shape, math.inf)
-        smallest.scatter_reduce_(0, code.features, code.values.detach().to(smallest.dtype), "amin")
+        kept = code.values.detach() if token_norms is None else code.values.detach() / token_norms[code.tokens]
+        smallest.scatter_reduce_(0, code.features, kept.to(smallest.dtype), "amin")
         active = last >= 0
         self._kept = torch.where(active, (1 - _RATE) * self._kept + _RATE * smallest, self._kept)
         self._kept_weight = torch.where(active, (1 - _RATE) * self._kept_weight + _RATE, self._kept_weight)
+
+    def law(self, exponent: float | None = None, shift: float | None = None) -> ZipfLaw | None:
+        """The Zipf-Mandelbrot law of the densities; features silent for a whole window count as silent altogether.
+
+        Their density only fades; taken as it is, it would bend the fit where many are dead. An exponent or shift that
+        is given is kept.
+        """
+        return fit_zipf(self.density.masked_fill(self.dead(self.window), 0.0), exponent=exponent, shift=shift)
 
     def dead(self, dead_after: int) -> Bool[Tensor, "F"]:
         """Features that have not fired for more than ``dead_after`` tokens."""
@@ -71,7 +81,7 @@ class Statistics:
     def underutilised(self, tau: float) -> Bool[Tensor, "F"]:
         """Features whose density lies below ``tau`` times the fitted Zipf curve at their rank."""
         density = self.density
-        law = fit_zipf(density) if tau > 0 else None
+        law = self.law() if tau > 0 else None
         if law is None:
             return torch.zeros_like(density, dtype=torch.bool)
         return density < tau * law.curve(len(density)).to(density)[ranks_of(density)]

@@ -19,7 +19,7 @@ from saekit.errors import SaekitError, first_line
 from saekit.files import check_free, replace_file, writable_folder
 from saekit.kernels.affinities import affinities
 from saekit.kernels.decode import decode
-from saekit.sae import SAEConfig, SparseAutoencoder
+from saekit.sae import AffinityScale, SAEConfig, SparseAutoencoder
 from saekit.trainers.auxiliary import POOLS, auxiliary_loss
 from saekit.trainers.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from saekit.trainers.config import TrainConfig
@@ -32,6 +32,7 @@ from saekit.trainers.progress import TrainingProgress
 from saekit.trainers.statistics import Statistics
 from saekit.trainers.variant import Batch, Variant
 from saekit.trainers.variants import VARIANTS
+from saekit.zipf import ranks_of
 
 CONFIG, METRICS, CHECKPOINTS, DICTIONARY = "config.yaml", "metrics.jsonl", "checkpoints", "sae"
 STATISTICS, EVALUATION = "statistics.safetensors", "eval.json"
@@ -57,7 +58,8 @@ def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False,
     """Train a dictionary and save it.
 
     The run's folder receives ``config.yaml``, ``metrics.jsonl``, ``checkpoints/``, the dictionary in ``sae/`` and, of
-    each feature, ``density``, ``since_fired`` and ``smallest_kept`` at the end in ``statistics.safetensors``.
+    each feature, ``density``, ``rank``, ``since_fired``, ``smallest_kept`` and tensors of the variant (``budgets``) in
+    ``statistics.safetensors``.
 
     Args:
         config: what to train.
@@ -186,10 +188,11 @@ class Trainer:
         """One optimiser step on one batch of scaled activations; gradients of the model's loss may have any scale."""
         sae, config = self.sae, self.config
         with torch.no_grad():
+            norms = (x - sae.b_dec).norm(dim=1) if _scale(config, self.variant) == "token_norm" else None
             code = self.variant.allocate(
                 Batch(
                     pre=sae.pre_activations(x),
-                    token_norms=sae.token_norms(x),
+                    token_norms=norms,
                     gradients=gradients,
                     W_dec=sae.W_dec.detach(),
                     statistics=self.statistics,
@@ -209,7 +212,7 @@ class Trainer:
         loss.backward()  # type: ignore[no-untyped-call]
         lr = learning_rate(self.step, config.steps, config.peak_lr, config.warmup, config.decay)
         norm = self.optimizer.step(lr)
-        self.statistics.update(code)
+        self.statistics.update(code, norms)
         return {**metrics, "grad_norm": norm, "lr": lr}
 
     def _auxiliary(self, x: Float[Tensor, "n d"], x_hat: Float[Tensor, "n d"]) -> tuple[Tensor, int]:
@@ -254,13 +257,22 @@ class Trainer:
                 **self.variant.facts(),
             },
         )
-        figures = {
-            name: getattr(self.statistics, name).contiguous() for name in ("density", "since_fired", "smallest_kept")
-        }
-        figures["smallest_kept"] /= self.scale
+        figures = self._figures()
         replace_file(self.config.out / STATISTICS, lambda path: save_file(figures, path))
         sae.save(self.config.out / DICTIONARY, overwrite=True)
         return Run(sae, self.config.out, self.config)
+
+    def _figures(self) -> dict[str, Tensor]:
+        """What is known of each feature [F] at the end, in units of raw activations, and what the variant learned."""
+        statistics = self.statistics
+        unit = 1.0 if _scale(self.config, self.variant) == "token_norm" else self.scale
+        return {
+            "density": statistics.density,
+            "rank": ranks_of(statistics.density) + 1,
+            "since_fired": statistics.since_fired,
+            "smallest_kept": statistics.smallest_kept / unit,
+            **{name: value for name, value in self.variant.state_dict().items() if isinstance(value, Tensor)},
+        }
 
     def state_dict(self) -> dict[str, object]:
         """Weights, optimiser and statistics; the stream's place follows from the step."""
@@ -280,6 +292,11 @@ class Trainer:
         self.statistics.load_state_dict(state["statistics"])  # type: ignore[arg-type]
         self.variant.load_state_dict(state["variant"])  # type: ignore[arg-type]
         self.scale, self.step = float(state["scale"]), int(state["step"])  # type: ignore[arg-type, call-overload]
+
+
+def _scale(config: TrainConfig, variant: Variant) -> AffinityScale:
+    """By what affinities are divided before they are compared."""
+    return config.affinity_scale if variant.compares_tokens else "none"
 
 
 def _peek(batches: Iterator[Tensor], rows: int) -> tuple[Tensor, Iterator[Tensor]]:
@@ -312,7 +329,7 @@ def initial_dictionary(
         config.width,
         variant.architecture,
         k=config.k if variant.architecture == "topk" else None,
-        affinity_scale=config.affinity_scale if variant.compares_tokens else "none",
+        affinity_scale=_scale(config, variant) if variant.architecture == "jumprelu" else "none",
     )
     sae = SparseAutoencoder(cfg, device=sample.device)
     generator = torch.Generator().manual_seed(config.seed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +10,11 @@ from torch import Tensor
 
 from saekit.code import SparseCode
 from saekit.sae import Architecture, SparseAutoencoder
+from saekit.trainers.calibration import Heldout
 from saekit.trainers.statistics import Statistics
 
 if TYPE_CHECKING:
     from saekit.trainers.config import TrainConfig
-
-Heldout = Callable[[], Iterable[Float[Tensor, "n d"]]]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from saekit import SaekitError
-from saekit.activations import ActivationCache
+from saekit.activations import ActivationBatch, ActivationCache
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -63,8 +63,13 @@ def test_no_error_gives_no_loss_instead_of_nan():
     x = torch.zeros(4, 6, dtype=torch.float64)
     with torch.no_grad():
         sae.b_dec.zero_()
-        sae.b_enc.fill_(-1)
-    assert auxiliary_loss(sae, x, x, torch.ones(20, dtype=torch.bool), 3) == 0
+    for b_enc in (-1, 1):  # nothing of the pool is active, or something
+        with torch.no_grad():
+            sae.b_enc.fill_(b_enc)
+        loss = auxiliary_loss(sae, x, x, torch.ones(20, dtype=torch.bool), 3)
+        assert loss == 0
+        loss.backward()
+        assert all(bool(p.grad.isfinite().all()) for p in sae.parameters() if p.grad is not None)
 
 
 @pytest.mark.parametrize("variant", ["topk", "mutual_choice", "feature_choice", "gradient_topk"])

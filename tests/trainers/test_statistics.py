@@ -87,6 +87,31 @@ def test_a_low_end_that_droops_does_not_bend_the_fit():
     assert law.shift == pytest.approx(10, rel=0.15)
 
 
+def test_a_given_exponent_or_shift_is_kept():
+    ranks = torch.arange(1, 2001, dtype=torch.float64)
+    density = 2 * (ranks + 10) ** -1.2
+    assert fit_zipf(density, exponent=1.2).shift == pytest.approx(10, rel=0.1)
+    assert fit_zipf(density, shift=10.0).exponent == pytest.approx(1.2, rel=1e-6)
+    both = fit_zipf(density, exponent=1.2, shift=10.0)
+    assert (both.exponent, both.shift, both.r2) == (1.2, 10.0, pytest.approx(1))
+    assert both.scale == pytest.approx(2)
+    wrong = fit_zipf(density, exponent=0.5, shift=0.0)
+    assert wrong.r2 < 0.8, "the fit reported is that of the law reported"
+
+
+def test_features_long_dead_do_not_bend_the_fit():
+    statistics = Statistics(4096, 10_000, torch.device("cpu"))
+    density = 2 * (torch.arange(1, 4097, dtype=torch.float64) + 12) ** -1.2
+    dead = torch.arange(4096) >= 2000
+    fading = torch.exp(-torch.linspace(1, 9, 2096, dtype=torch.float64))
+    statistics._fired, statistics._seen = density.clone(), 1.0
+    statistics._fired[dead] *= fading
+    statistics.since_fired[dead] = 20_000
+    law = statistics.law()
+    assert law.exponent == pytest.approx(1.2, rel=0.02)
+    assert law.shift == pytest.approx(12, rel=0.15)
+
+
 def test_too_few_features_give_no_law():
     assert fit_zipf(torch.zeros(100)) is None
     assert fit_zipf(torch.tensor([0.5] * 9 + [0.0] * 90)) is None

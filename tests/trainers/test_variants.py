@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 import signal
 
 import pytest
@@ -192,8 +193,39 @@ def test_what_a_run_remembers_is_saved_with_it(cache, tmp_path):
 
     train(config(cache, tmp_path / "run", variant="topk"), quiet=True)
     found = load_file(tmp_path / "run/statistics.safetensors")
-    assert set(found) == {"density", "since_fired", "smallest_kept"}
+    assert set(found) == {"density", "rank", "since_fired", "smallest_kept"}
     assert float(found["density"].sum()) == pytest.approx(4, rel=0.01)
+    assert sorted(found["rank"].tolist()) == list(range(1, 65))
+    run = train(config(cache, tmp_path / "other", variant="feature_choice", affinity_scale="token_norm"), quiet=True)
+    found = load_file(run.path / "statistics.safetensors")
+    assert int(found["budgets"].sum()) == 4 * 128
+    assert (found["budgets"][found["rank"].argsort()].diff() <= 0).float().mean() > 0.7, "they follow the ranks"
+    # the smallest kept affinity estimates the threshold, in the same units
+    ratio = run.sae.threshold / found["smallest_kept"]
+    assert 0.5 < float(ratio[ratio.isfinite() & (ratio > 0)].median()) < 2
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+def test_even_a_short_run_of_feature_choice_reaches_its_switch(cache, tmp_path, steps):
+    run = train(config(cache, tmp_path / "run", variant="feature_choice", tokens=128 * steps), quiet=True)
+    assert run.sae.cfg.metadata["saekit"]["zipf"]["exponent"] >= 0
+
+
+def test_an_interrupt_can_travel_between_processes():
+    stop = pickle.loads(pickle.dumps(Interrupted(15)))
+    assert (type(stop), stop.code) == (Interrupted, 143)
+
+
+def test_an_outside_rule_may_compare_tokens_and_be_saved_as_topk(cache, tmp_path, monkeypatch):
+    class Mutual(VARIANTS["mutual_choice"]):
+        architecture = "topk"
+
+        def calibrate(self, sae, heldout):
+            pass
+
+    monkeypatch.setitem(VARIANTS, "mutual", Mutual)
+    run = train(config(cache, tmp_path / "run", variant="mutual"), quiet=True)
+    assert (run.sae.cfg.architecture, run.sae.cfg.affinity_scale) == ("topk", "none")
 
 
 @pytest.mark.parametrize(
@@ -202,6 +234,7 @@ def test_what_a_run_remembers_is_saved_with_it(cache, tmp_path):
         ({"variant": "gradient_topk", "cache": "PLAIN"}, "holds no gradients; write one by `saekit cache --gradients`"),
         ({"variant": "gradient_topk", "beta": -1}, "beta = -1"),
         ({"variant": "feature_choice", "batch_size": 8, "width": 64}, "32 matches cannot be shared among 64 features"),
+        ({"feature_choice_fraction": 0.0}, "feature_choice_fraction = 0.0"),
         ({"feature_choice_fraction": 1.5}, "feature_choice_fraction = 1.5"),
         ({"budgets": "zip"}, "budgets = 'zip'"),
         ({"affinity_scale": "norm"}, "affinity_scale = 'norm'"),
