@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 Result = dict[str, Any]
+Groups = dict[tuple[str, str, int], list[Result]]  # by arm, auxiliary loss and k
 COLOURS = {
     "topk": "#444444",
     "mutual_choice": "#0072b2",
@@ -32,9 +33,9 @@ def write_page(results: list[Result], folder: Path, planned: int) -> None:
     page.write_text(f"{before}{BEGIN}\n{table(results, planned)}\n{END}{after}")
 
 
-def grouped(results: list[Result]) -> dict[tuple[str, str, int], list[Result]]:
+def grouped(results: list[Result]) -> Groups:
     """The results by arm, auxiliary loss and k: one for each seed."""
-    groups: dict[tuple[str, str, int], list[Result]] = defaultdict(list)
+    groups: Groups = defaultdict(list)
     for found in results:
         job = found["job"]
         groups[job["arm"], job["aux"], job["k"]].append(found)
@@ -120,56 +121,65 @@ def shown(values: list[float], spec: str) -> str:
 
 
 def draw(results: list[Result], path: Path) -> None:
-    """Four panels: two of quality against L0, one of wasted features, one of densities."""
+    """Quality against L0 and densities by rank above, wasted features for each k below."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from matplotlib.ticker import ScalarFormatter
 
-    figure, ((fvu, ce), (waste, density)) = pyplot.subplots(2, 2, figsize=(12, 9), layout="constrained")
     groups = grouped(results)
-    headline = max(
-        {key[2] for key in groups}, key=lambda k: sum(len(runs) for key, runs in groups.items() if key[2] == k)
-    )
-    for axis, group, key, title in (
-        (fvu, "reconstruction", "fvu", "fraction of variance unexplained (FVU)"),
-        (ce, "downstream", "ce_increase", "cross-entropy increase, nats a token"),
-    ):
-        for arm, colour in COLOURS.items():
-            runs = [rs for (a, aux, _), rs in groups.items() if a == arm and aux == "none"]
-            if runs:
-                points = [[(r["sparsity"]["l0"], r[group][key]) for r in rs] for rs in runs]  # by k, by seed
-                axis.plot(*np.array([np.mean(p, axis=0) for p in points]).T, "-", color=colour, label=arm)
-                axis.plot(*np.concatenate(points).T, "o", color=colour, markersize=4)
-        axis.set(xscale="log", yscale="log", xlabel="realised L0, held-out", title=title)
-        ticks = sorted({k for *_, k in groups})
-        axis.set_xticks(ticks, [str(k) for k in ticks])
-        axis.xaxis.minorticks_off()
-        axis.yaxis.set_minor_formatter(ScalarFormatter())
-        axis.yaxis.set_major_formatter(ScalarFormatter())
-        axis.grid(alpha=0.3)
-        axis.legend()
-    bars = [(key, runs) for key, runs in groups.items() if key[2] == headline]
-    features = results[0]["sparsity"]["features"]
-    for row, ((arm, _, _), runs) in enumerate(bars):
-        for name, alpha in (("underutilised", 0.4), ("dead", 1.0)):
-            share = 100 * mean(r["sparsity"][name] for r in runs) / features
-            waste.barh(row, share, color=COLOURS[arm], alpha=alpha)
-            if name == "underutilised":
-                waste.text(share, row, f" {share:.2f}%", va="center", fontsize=8)
-    waste.set_yticks(range(len(bars)), [f"{arm}{LOSSES[aux]}" for (arm, aux, _), _ in bars])
-    waste.invert_yaxis()
-    waste.set(xlabel="% of the features", title=f"underutilised (pale) and dead (full), k = {headline}")
-    for arm, colour in COLOURS.items():
-        for r in groups.get((arm, "none", headline), [])[:1]:
-            ranks, values = (np.array(r["sparsity"]["density_by_rank"][name]) for name in ("rank", "density"))
-            density.plot(ranks, np.where(values > 0, values, np.nan), color=colour, label=arm)
-            if law := r["sparsity"]["zipf"]:
-                density.plot(ranks, law["scale"] * (ranks + law["shift"]) ** -law["exponent"], ":", color=colour, lw=1)
-    density.set(xscale="log", yscale="log", xlabel="rank of the feature", title=f"density by rank, k = {headline}")
-    density.plot([], [], "k:", lw=1, label="fitted Zipf–Mandelbrot law")
-    density.grid(alpha=0.3)
-    density.legend()
+    ks = sorted({k for *_, k in groups})
+    figure = pyplot.figure(figsize=(15, 9), layout="constrained")
+    top, bottom = figure.subfigures(2, 1)
+    fvu, ce, density = top.subplots(1, 3)
+    _quality(fvu, groups, ks, "reconstruction", "fvu", "fraction of variance unexplained (FVU)")
+    _quality(ce, groups, ks, "downstream", "ce_increase", "cross-entropy increase, nats a token")
+    _densities(density, groups, max(ks, key=lambda k: sum(len(runs) for key, runs in groups.items() if key[2] == k)))
+    for axis, k in zip(np.atleast_1d(bottom.subplots(1, len(ks))), ks, strict=True):
+        _waste(axis, {key: runs for key, runs in groups.items() if key[2] == k}, k)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def _quality(axis: Any, groups: Groups, ks: list[int], group: str, key: str, title: str) -> None:
+    from matplotlib.ticker import ScalarFormatter
+
+    for arm, colour in COLOURS.items():
+        runs = [rs for (a, aux, _), rs in groups.items() if a == arm and aux == "none"]
+        if runs:
+            points = [[(r["sparsity"]["l0"], r[group][key]) for r in rs] for rs in runs]  # by k, by seed
+            axis.plot(*np.array([np.mean(p, axis=0) for p in points]).T, "-", color=colour, label=arm)
+            axis.plot(*np.concatenate(points).T, "o", color=colour, markersize=4)
+    axis.set(xscale="log", yscale="log", xlabel="realised L0, held-out", title=title)
+    axis.set_xticks(ks, [str(k) for k in ks])
+    axis.xaxis.minorticks_off()
+    axis.yaxis.set_minor_formatter(ScalarFormatter())
+    axis.yaxis.set_major_formatter(ScalarFormatter())
+    axis.grid(alpha=0.3)
+    axis.legend()
+
+
+def _densities(axis: Any, groups: Groups, k: int) -> None:
+    for arm, colour in COLOURS.items():
+        for r in groups.get((arm, "none", k), [])[:1]:
+            ranks, values = (np.array(r["sparsity"]["density_by_rank"][name]) for name in ("rank", "density"))
+            axis.plot(ranks, np.where(values > 0, values, np.nan), color=colour, label=arm)
+            if law := r["sparsity"]["zipf"]:
+                axis.plot(ranks, law["scale"] * (ranks + law["shift"]) ** -law["exponent"], ":", color=colour, lw=1)
+    axis.set(xscale="log", yscale="log", xlabel="rank of the feature", title=f"density by rank, k = {k}")
+    axis.plot([], [], "k:", lw=1, label="fitted Zipf–Mandelbrot law")
+    axis.grid(alpha=0.3)
+    axis.legend()
+
+
+def _waste(axis: Any, groups: Groups, k: int) -> None:
+    for row, ((arm, _, _), runs) in enumerate(groups.items()):
+        for name, alpha in (("underutilised", 0.4), ("dead", 1.0)):
+            share = 100 * mean(r["sparsity"][name] / r["sparsity"]["features"] for r in runs)
+            axis.barh(row, share, color=COLOURS[arm], alpha=alpha)
+            if name == "underutilised":
+                axis.text(share, row, f" {share:.2f}%", va="center", fontsize=8)
+    axis.set_yticks(range(len(groups)), [f"{arm}{LOSSES[aux]}" for arm, aux, _ in groups])
+    axis.invert_yaxis()
+    axis.margins(x=0.15)
+    axis.set(xlabel="% of the features", title=f"underutilised (pale) and dead (full), k = {k}")

@@ -63,10 +63,10 @@ class Job:
 
 
 def plan(ks: list[int], headline: int, seeds: int) -> list[Job]:
-    """The headline sparsity first with every auxiliary loss, then the others, then further seeds."""
-    jobs = [Job(arm, "none", headline, 0) for arm in ARMS]
-    jobs += [Job(arm, aux, headline, 0) for arm in MAIN for aux in ("aux_k", "aux_zipf")]
-    jobs += [Job(arm, "none", k, 0) for k in ks if k != headline for arm in ARMS]
+    """The headline sparsity first, then the others, the auxiliary losses, and further seeds of the headline."""
+    ks = sorted(ks, key=lambda k: (k != headline, k))
+    jobs = [Job(arm, "none", k, 0) for k in ks for arm in ARMS]
+    jobs += [Job(arm, aux, k, 0) for k in ks for arm in MAIN for aux in ("aux_k", "aux_zipf")]
     return jobs + [Job(arm, "none", headline, seed) for seed in range(1, seeds) for arm in MAIN]
 
 
@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=5_000_000, help="training tokens a run")
     parser.add_argument("--width", type=int, default=4096)
     parser.add_argument("--k", type=int, nargs="+", default=[16, 32, 64])
-    parser.add_argument("--headline", type=int, default=32, help="the k that is run with every loss and seed")
+    parser.add_argument("--headline", type=int, default=32, help="the k that is run with every seed")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of the headline")
     parser.add_argument("--batch-size", type=int, default=1024)
     parser.add_argument("--heldout-tokens", type=int, default=1_000_000)

@@ -39,7 +39,7 @@ def made_up(job, fvu, l0):
 
 def test_the_plan(scripts):
     jobs = scripts[0].plan([16, 32], headline=32, seeds=3)
-    assert len(set(jobs)) == len(jobs) == 5 + 8 + 5 + 8
+    assert len(set(jobs)) == len(jobs) == 10 + 16 + 8
     assert {job.seed for job in jobs if job.k == 16} == {0}
     assert {job.aux for job in jobs if job.arm == "mutual_choice raw"} == {"none"}
 
