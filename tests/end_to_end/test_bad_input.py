@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
+import saekit
 from saekit import SAEConfig, SparseAutoencoder
 from saekit.activations import ActivationCache
 
+EMBEDDED = Path(saekit.__file__).parent / "embedded"
 MISTAKES = {
     "unknown command": ("trian", "No such command 'trian'. Did you mean 'train'"),
     "unknown flag": ("train --widht 9", "No such option: --widht.*--width"),
@@ -47,6 +51,18 @@ MISTAKES = {
     "damaged text": ("train --dataset BAD.jsonl", "BAD.jsonl"),
     "no folder for the report": ("eval SAE --out nowhere/x.json", "no folder 'nowhere'"),
     "cache and model": ("eval SAE --cache NAN --model embedded", "not by --cache and --model"),
+    "no gradients": ("train --variant gradient_topk --cache NAN --batch-size 64 --tokens 640", "holds no gradients"),
+    "not causal": ("cache --gradients --model BERT --out NEW", "the model is not causal"),
+    "not causal, live": ("train --variant gradient_topk --model BERT --tokens 640 --batch-size 64", "not causal"),
+    "budgets too small": (
+        "train --variant feature_choice --batch-size 16 --tokens 640 --width 64 --k 2",
+        "32 matches cannot be shared among 64 features",
+    ),
+    "negative beta": ("train --variant gradient_topk --beta -1", "beta = -1"),
+    "large pool": ("train --aux aux_k --k-aux 99 --width 64", "k_aux = 99 is larger than the width of 64"),
+    "unknown loss": ("train --aux zipf", "unknown auxiliary loss 'zipf'; did you mean 'aux_zipf'"),
+    "unknown format": ("convert SAE NEW --to sparsfy", "unknown format 'sparsfy'"),
+    "full folder to convert into": ("convert SAE FULL", "holds something"),
     "unknown split": ("train --dataset SAVED --split tset", "no split 'tset'; did you mean 'test'"),
 }
 
@@ -61,6 +77,9 @@ def place(tmp_path):
     (tmp_path / "WRONG.yaml").write_text("widht: 9\n")
     (tmp_path / "DATA.jsonl").write_text(json.dumps({"text": "some text"}) + "\n")
     SparseAutoencoder(SAEConfig(8, 16, "standard")).save(tmp_path / "SAE")
+    bert = BertConfig(vocab_size=4096, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
+    BertForMaskedLM(bert).save_pretrained(tmp_path / "BERT")
+    PreTrainedTokenizerFast.from_pretrained(EMBEDDED).save_pretrained(tmp_path / "BERT")
     good = ActivationCache.from_tensor(tmp_path / "NAN", torch.randn(1000, 8))
     from safetensors.torch import load_file, save_file
 
