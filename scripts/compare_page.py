@@ -64,8 +64,8 @@ def table(results: list[Result], planned: int) -> str:
     lines = [
         f"Embedded model, width {settings['width']:,}, {settings['tokens']:,} training tokens in batches of "
         f"{settings['batch_size']:,}, learning rate {settings['lr']:.2e}; {len(results)} of the {planned} runs "
-        f"planned. FVU, L0, dead and low on {first['sparsity']['tokens']:,} held-out tokens; cross-entropy (CE, nats a token; "
-        f"{first['downstream']['ce_clean']:.4f} without a dictionary) on {first['downstream']['tokens']:,}.",
+        f"planned. FVU, L0, dead and low on {first['sparsity']['tokens']:,} held-out tokens; cross-entropy (CE, nats "
+        f"a token; {first['downstream']['ce_clean']:.4f} without a dictionary) on {first['downstream']['tokens']:,}.",
         "",
         "| k | variant | seeds | L0 | FVU | ÷ TopK's | CE increase | ÷ TopK's | KL | dead | low |",
         "|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
