@@ -43,7 +43,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "feature_choice": {"variant": "feature_choice"},
     "gradient_topk": {"variant": "gradient_topk"},
 }
-SETTINGS = ("tokens", "width", "batch_size")
+SETTINGS = ("tokens", "width", "batch_size", "heldout_tokens", "ce_tokens")
 MAIN = tuple(arm for arm in ARMS if not arm.endswith("raw"))
 
 
@@ -128,7 +128,7 @@ def finished(jobs: list[Job], arguments: argparse.Namespace) -> list[dict[str, A
         if path.exists():
             found.append(json.loads(path.read_text()))
             for name in SETTINGS:
-                asked, made = getattr(arguments, name), found[-1]["settings"][name]
+                asked, made = getattr(arguments, name), found[-1]["settings"].get(name)
                 if asked != made:
                     raise SaekitError(f"{path.parent} was made with {name} = {made}, not {asked}; choose another --out")
     return found

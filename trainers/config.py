@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from saekit.errors import SaekitError, did_you_mean
 from saekit.trainers.auxiliary import POOLS
@@ -88,31 +88,23 @@ class TrainConfig(BaseModel):
         except ValidationError as error:
             raise SaekitError(_one_line(error)) from None
 
-    @field_validator("variant")
+    @field_validator("variant", "aux", "device")
     @classmethod
-    def _known_variant(cls, value: str) -> str:
-        if value not in VARIANTS:
-            raise ValueError(f"unknown variant '{value}'{did_you_mean(value, VARIANTS)}")
-        return value
-
-    @field_validator("aux")
-    @classmethod
-    def _known_auxiliary_loss(cls, value: str) -> str:
-        if value not in POOLS:
-            raise ValueError(f"unknown auxiliary loss '{value}'{did_you_mean(value, POOLS)}")
+    def _known(cls, value: str, info: ValidationInfo) -> str:
+        what, known = {
+            "variant": ("variant", tuple(VARIANTS)),
+            "aux": ("auxiliary loss", tuple(POOLS)),
+            "device": ("device", ("auto", "cpu", "cuda", "mps")),
+        }[info.field_name or ""]
+        name = value.split(":")[0] if what == "device" else value  # cuda:1
+        if name not in known:
+            raise ValueError(f"unknown {what} '{value}'{did_you_mean(value, known)}")
         return value
 
     @field_validator("out", "cache")
     @classmethod
     def _home(cls, value: Path | None) -> Path | None:
         return None if value is None else value.expanduser()
-
-    @field_validator("device")
-    @classmethod
-    def _known_device(cls, value: str) -> str:
-        if value.split(":")[0] not in ("auto", "cpu", "cuda", "mps"):
-            raise ValueError(f"unknown device '{value}'{did_you_mean(value, ('auto', 'cpu', 'cuda', 'mps'))}")
-        return value
 
     @model_validator(mode="after")
     def _fits(self) -> TrainConfig:

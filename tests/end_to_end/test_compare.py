@@ -30,7 +30,7 @@ def made_up(job, fvu, l0):
     sparsity |= {"zipf": {"exponent": 1.0, "shift": 1.0, "scale": 1.0, "r2": 1.0}}
     return {
         "job": {"arm": job.arm, "aux": job.aux, "k": job.k, "seed": job.seed},
-        "settings": {"tokens": 1000, "width": 100, "batch_size": 10, "lr": 1e-3, "seconds": 1.0},
+        "settings": {"tokens": 1000, "width": 100, "batch_size": 10, "lr": 1e-3, "heldout_tokens": 10, "ce_tokens": 5},
         "sparsity": sparsity,
         "reconstruction": {"fvu": fvu},
         "downstream": {"tokens": 5, "ce_clean": 2.0, "ce_increase": fvu / 2, "kl": fvu / 3},
@@ -73,7 +73,7 @@ def test_results_that_do_not_belong_together_are_refused(scripts, tmp_path):
     job = compare.Job("topk", "none", 32, 0)
     (tmp_path / job.name).mkdir()
     compare.result(tmp_path, job).write_text(json.dumps(made_up(job, 0.1, 32.0)))
-    arguments = argparse.Namespace(out=tmp_path, tokens=1000, width=100, batch_size=10)
+    arguments = argparse.Namespace(out=tmp_path, tokens=1000, width=100, batch_size=10, heldout_tokens=10, ce_tokens=5)
     assert len(compare.finished([job], arguments)) == 1
     arguments.tokens = 5000
     with pytest.raises(SaekitError, match="made with tokens = 1000, not 5000"):
