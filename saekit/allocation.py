@@ -35,6 +35,32 @@ __all__ = [
 ]
 
 
+def check_k(k: int, width: int, beta: float = 0.0) -> None:
+    """Raise SaekitError where k features a token, weighed by beta, cannot be chosen of ``width``."""
+    if not 1 <= k <= width:
+        raise SaekitError(f"k = {k} is not between 1 and the {width} features of the dictionary")
+    if not beta >= 0:
+        raise SaekitError(f"beta = {beta} is negative; it is 0 (plain TopK) or more")
+
+
+def check_total(total: int, n: int, width: int) -> None:
+    """Raise SaekitError where a batch of n tokens has no ``total`` pairs."""
+    if not 1 <= total <= n * width:
+        raise SaekitError(f"{total} matches are not between 1 and the {n} × {width} pairs of the batch")
+
+
+def check_budgets(budgets: Int[Tensor, "F"], n: int, width: int) -> None:
+    """Raise SaekitError where the budgets are not ``width`` whole numbers between 0 and n."""
+    if budgets.shape != (width,) or budgets.is_floating_point():
+        raise SaekitError(
+            f"budgets are {width} whole numbers, one a feature, not {list(budgets.shape)} {budgets.dtype}"
+        )
+    if int(budgets.min()) < 0 or int(budgets.max()) > n:
+        raise SaekitError(
+            f"budgets from {int(budgets.min())} to {int(budgets.max())} are impossible for a batch of {n} tokens"
+        )
+
+
 def _matches(pre: Float[Tensor, "n F"], tokens: Int[Tensor, "m"], features: Int[Tensor, "m"]) -> SparseCode:
     """The code of the given pairs, those not positive left out."""
     values = pre[tokens, features]
@@ -58,8 +84,7 @@ def token_choice(pre: Float[Tensor, "n F"], k: int) -> SparseCode:
         SaekitError: k is out of bounds.
     """
     n, width = pre.shape
-    if not 1 <= k <= width:
-        raise SaekitError(f"k = {k} is not between 1 and the {width} features of the dictionary")
+    check_k(k, width)
     features = largest_in_rows(pre.detach(), k)
     tokens = torch.arange(n, device=pre.device).repeat_interleave(k)
     return _matches(pre, tokens, features.flatten())
@@ -77,8 +102,7 @@ def mutual_choice(pre: Float[Tensor, "n F"], total: int, token_norms: Float[Tens
         SaekitError: the total is out of bounds.
     """
     n, width = pre.shape
-    if not 1 <= total <= n * width:
-        raise SaekitError(f"{total} matches are not between 1 and the {n} × {width} pairs of the batch")
+    check_total(total, n, width)
     pairs = largest_in_all(_comparable(pre, token_norms).contiguous(), total)
     return _matches(pre, pairs.div(width, rounding_mode="floor"), pairs % width)
 
@@ -97,14 +121,7 @@ def feature_choice(
         SaekitError: the budgets are not F whole numbers between 0 and n.
     """
     n, width = pre.shape
-    if budgets.shape != (width,) or budgets.is_floating_point():
-        raise SaekitError(
-            f"budgets are {width} whole numbers, one a feature, not {list(budgets.shape)} {budgets.dtype}"
-        )
-    if int(budgets.min()) < 0 or int(budgets.max()) > n:
-        raise SaekitError(
-            f"budgets from {int(budgets.min())} to {int(budgets.max())} are impossible for a batch of {n} tokens"
-        )
+    check_budgets(budgets, n, width)
     tokens, features = largest_in_columns(_comparable(pre, token_norms), budgets.to(pre.device))
     return _matches(pre, tokens, features)
 
@@ -139,10 +156,7 @@ def gradient_choice(pre: Float[Tensor, "n F"], influence: Float[Tensor, "n F"], 
         SaekitError: k or beta is out of bounds, or the shapes differ.
     """
     n, width = pre.shape
-    if not 1 <= k <= width:
-        raise SaekitError(f"k = {k} is not between 1 and the {width} features of the dictionary")
-    if not beta >= 0:
-        raise SaekitError(f"beta = {beta} is negative; it is 0 (plain TopK) or more")
+    check_k(k, width, beta)
     if influence.shape != pre.shape:
         raise SaekitError(f"influence of shape {list(influence.shape)} does not fit {list(pre.shape)} pre-activations")
     score = torch.relu(pre.detach())

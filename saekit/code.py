@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
 
 
 class ByFeature(NamedTuple):
-    """The pairs by feature: ``order`` [m] sorts them, ``offsets`` [F + 1] bounds each feature's."""
+    """The pairs by feature: ``order`` [m] sorts them, ``offsets`` [F + 1] bounds each feature's, ``tokens`` are theirs."""
 
     order: Int[Tensor, "m"]
     offsets: Int[Tensor, "F+1"]
+    tokens: Int[Tensor, "m"]
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class SparseCode:
         """The matches ordered by feature, for sums over tokens."""
         features, order = torch.sort(self.features, stable=True)
         bounds = torch.arange(self.n_features + 1, device=features.device)
-        return ByFeature(order, torch.searchsorted(features, bounds))
+        return ByFeature(order, torch.searchsorted(features, bounds), self.tokens[order])
 
     def matches_per_token(self) -> Int[Tensor, "n"]:
         """L0 of each token."""
@@ -76,6 +77,11 @@ class SparseCode:
         code = replace(self, values=values)
         vars(code).update(offsets=self.offsets, by_feature=self.by_feature)
         return code
+
+    def where(self, keep: Bool[Tensor, "m"]) -> SparseCode:
+        """Some of the matches."""
+        kept = keep.nonzero()[:, 0]
+        return replace(self, tokens=self.tokens[kept], features=self.features[kept], values=self.values[kept])
 
     def to_dense(self) -> Float[Tensor, "n F"]:
         """The code as a matrix, zeros where nothing matched."""

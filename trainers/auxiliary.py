@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from saekit.allocation import token_choice
 from saekit.sae import SparseAutoencoder
+from saekit.trainers.backward import gradient_of
+from saekit.trainers.losses import total_variance
 from saekit.trainers.statistics import Statistics
 
 if TYPE_CHECKING:
@@ -38,27 +39,52 @@ def dead_or_underutilised(statistics: Statistics, config: TrainConfig) -> Bool[T
 POOLS: dict[str, Pool | None] = {"none": None, "aux_k": dead, "aux_zipf": dead_or_underutilised}
 
 
-def auxiliary_loss(
-    sae: SparseAutoencoder, x: Float[Tensor, "n d"], x_hat: Float[Tensor, "n d"], pool: Bool[Tensor, "F"], k_aux: int
+def auxiliary_step(
+    sae: SparseAutoencoder,
+    centred: Float[Tensor, "n d"],
+    error: Float[Tensor, "n d"],
+    pool: Bool[Tensor, "F"],
+    k_aux: int,
+    weight: float = 1.0,
 ) -> Float[Tensor, ""]:
-    """‖e − ê‖² / ‖e − mean(e)‖² with e = x − x̂, detached, and ê what the pool's features make of x, without b_dec.
+    """The loss ‖e − ê‖² / ‖e − mean(e)‖², ê what the pool's features make of x; its gradients are added to ``grad``.
 
-    For each token, the ``k_aux`` largest pre-activations of the pool (relu'd) are decoded. The pool's encoder and
-    decoder receive gradient; the products are dense, but over the pool's columns only.
+    For each token, the ``k_aux`` largest pre-activations of the pool (relu'd) are decoded, without b_dec. The pool's
+    encoder and decoder and b_dec receive gradient; the products are dense, but over the pool's columns only.
 
     Args:
-        sae: the dictionary in training.
-        x, x_hat: [n, d] activations and their reconstructions.
+        sae: the dictionary in training, whose parameters have a ``grad`` already.
+        centred: [n, d] x − b_dec.
+        error: [n, d] what is to be explained, x − x̂; no gradient flows into it.
         pool: [F] the features that take part, at least one.
         k_aux: features a token, where the pool has as many.
+        weight: of the loss in the gradients.
     """
-    error = (x - x_hat).detach()
-    columns = pool.nonzero()[:, 0]
-    pre = (x - sae.b_dec) @ sae.W_enc[:, columns] + sae.b_enc[columns]
+    ids = pool.nonzero()[:, 0]
+    W_enc, b_enc, W_dec = (p.detach()[ids].requires_grad_() for p in (sae.W_enc.T, sae.b_enc, sae.W_dec))
+    pre = torch.addmm(b_enc, centred, W_enc.T)
     f = torch.relu(pre)
-    if k_aux < len(columns):
-        f = token_choice(pre, k_aux).to_dense()
-    residual = (error - f @ sae.W_dec[columns]).square().sum()
-    variance = (error - error.mean(0)).square().sum()
+    if k_aux < len(ids):
+        f = f * _largest(pre.detach(), k_aux)
+    variance = total_variance(error)
+    residual = (error - f @ W_dec).square().sum()
     # 0 where there is no error to explain, with gradients of 0 and not NaN
-    return torch.where(variance > 0, residual / variance.clamp_min(torch.finfo(variance.dtype).tiny), 0.0)
+    loss = torch.where(variance > 1e-12, residual / variance, 0.0)
+    grads = torch.autograd.grad(weight * loss, (W_enc, b_enc, W_dec))
+    with torch.no_grad():
+        gradient_of(sae.W_enc).T.index_add_(0, ids, grads[0])
+        gradient_of(sae.b_enc).index_add_(0, ids, grads[1])
+        gradient_of(sae.W_dec).index_add_(0, ids, grads[2])
+        gradient_of(sae.b_dec).sub_(grads[1] @ W_enc)  # b_dec enters through x − b_dec alone
+    return loss.detach()
+
+
+def _largest(pre: Float[Tensor, "n p"], k: int) -> Bool[Tensor, "n p"]:
+    """Which entries are among the k largest of their row; among equals the first."""
+    smallest = pre.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
+    largest = pre >= smallest
+    tied = ((largest.sum(1) > k) & (smallest[:, 0] > 0)).nonzero()[:, 0]
+    if tied.numel():
+        first = pre[tied].sort(descending=True, stable=True).indices[:, :k]
+        largest[tied] = torch.zeros_like(largest[tied]).scatter_(1, first, True)
+    return largest

@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from saekit.errors import SaekitError, did_you_mean
+from saekit.kernels.scores import has_fast_bfloat16
 from saekit.trainers.auxiliary import POOLS
 from saekit.trainers.variants import VARIANTS
 
@@ -76,6 +77,11 @@ class TrainConfig(BaseModel):
     )
     seed: int = Field(0, ge=0, lt=2**31, description="of every random choice")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
+    precision: Literal["fp32", "bf16_select"] = Field(
+        default_factory=lambda data: "bf16_select" if has_fast_bfloat16(data.get("device", "auto")) else "fp32",
+        description="bf16_select finds candidates by a bfloat16 product and decides in float32: the same matches, "
+        "quicker where the processor has such instructions, which decides if not given",
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the language model")
     # housekeeping
     calibration_tokens: int = Field(262_144, gt=0, description="tokens on which inference thresholds are set")

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from saekit.allocation import feature_choice, mutual_choice, zipf_budgets
+from saekit.allocation import zipf_budgets
 from saekit.code import SparseCode
 from saekit.sae import SparseAutoencoder
 from saekit.trainers.calibration import Heldout, feature_thresholds
@@ -41,11 +41,11 @@ class FeatureChoice(Variant):
         """Mutual choice before the switch, the budgets' largest of each column after it."""
         last = (self.config.steps - 1) / self.config.steps
         if batch.done < min(1 - self.config.feature_choice_fraction, last):
-            return mutual_choice(batch.pre, self.k * len(batch.pre), batch.token_norms)
+            return batch.select.mutual_choice(self.k * batch.n_tokens)
         if self.budgets is None:
             self._freeze(batch.statistics)
         assert self.budgets is not None
-        return feature_choice(batch.pre, self.budgets, batch.token_norms)
+        return batch.select.feature_choice(self.budgets)
 
     def _freeze(self, statistics: Statistics) -> None:
         """Fix every feature's rank and budget by the densities so far."""

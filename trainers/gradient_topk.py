@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from saekit.allocation import gradient_choice, influence_of
 from saekit.code import SparseCode
 from saekit.trainers.variant import Batch, Variant
 
@@ -21,5 +20,4 @@ class GradientTopK(Variant):
 
     def allocate(self, batch: Batch) -> SparseCode:
         """The k of each row with the largest relu(pre) · (1 + β·|g W_decᵀ| / s_g), s_g the batch's root mean square."""
-        assert batch.gradients is not None
-        return gradient_choice(batch.pre, influence_of(batch.gradients, batch.W_dec), self.k, self.config.beta)
+        return batch.select.gradient_choice(self.k, self.config.beta)

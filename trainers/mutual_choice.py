@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from saekit.allocation import mutual_choice
 from saekit.code import SparseCode
 from saekit.sae import SparseAutoencoder
 from saekit.trainers.calibration import Heldout, global_threshold
@@ -17,7 +16,7 @@ class MutualChoice(Variant):
 
     def allocate(self, batch: Batch) -> SparseCode:
         """The k·n largest of the whole batch."""
-        return mutual_choice(batch.pre, self.k * len(batch.pre), batch.token_norms)
+        return batch.select.mutual_choice(self.k * batch.n_tokens)
 
     def calibrate(self, sae: SparseAutoencoder, heldout: Heldout) -> None:
         """Set the threshold that gives a mean of k matches a token on held-out activations."""

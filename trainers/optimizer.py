@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
+from torch import Tensor
+from torch.optim.adam import adam
 
 from saekit.sae import SparseAutoencoder
+
+_BLOCK = 1 << 19  # numbers of one tensor that are updated at a time, so that they stay in the processor's cache
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float, decay: float) -> float:
@@ -15,22 +22,84 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float, decay: floa
 
 
 class DictionaryAdam:
-    """Adam on all parameters; the decoder's gradient is projected and its rows are renormalised after each step."""
+    """Adam on all parameters; the decoder's gradient is projected and its rows are renormalised after each step.
 
-    def __init__(self, sae: SparseAutoencoder, lr: float, clip: float) -> None:
+    The arithmetic is torch's own. Matrices are updated in blocks of rows, so that what is read again is still in the
+    cache: as fast as compiled code, without a compiler.
+
+    Attributes:
+        steps: taken so far.
+        moments: first and second moment of every parameter, by its name.
+    """
+
+    def __init__(self, sae: SparseAutoencoder, clip: float) -> None:
         self.sae, self.clip = sae, clip
-        self.adam = torch.optim.Adam(sae.parameters(), lr=lr, fused=sae.W_dec.device.type in ("cpu", "cuda"))
+        self.steps = 0
+        self.moments = {name: [torch.zeros_like(p), torch.zeros_like(p)] for name, p in sae.named_parameters()}
 
     @torch.no_grad()
     def step(self, lr: float) -> float:
-        """One update; returns the gradient's norm after projection and before clipping."""
-        W, grad = self.sae.W_dec, self.sae.W_dec.grad
-        assert grad is not None
-        grad.sub_((grad * W).sum(1, keepdim=True) * W)  # along a row there is nothing to learn: its norm is fixed
-        norm = torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.clip)
-        for group in self.adam.param_groups:
-            group["lr"] = lr
-        self.adam.step()
-        W.div_(W.norm(dim=1, keepdim=True))
-        self.adam.zero_grad(set_to_none=True)
-        return float(norm)
+        """One update from every parameter's ``grad``; returns the norm after projection and before clipping.
+
+        A norm that is not finite is returned without an update.
+        """
+        norm = float(self._project())
+        if not norm < float("inf"):
+            return norm
+        scale = torch.tensor(norm / self.clip, device=self.sae.W_dec.device) if norm > self.clip else None
+        for name, parameter in self.sae.named_parameters():
+            assert parameter.grad is not None
+            for W, *rest in _blocks(parameter, parameter.grad, *self.moments[name]):
+                self._adam(W, *rest, lr=lr, scale=scale)
+                if name == "W_dec":
+                    W.div_(torch.linalg.vector_norm(W, dim=1, keepdim=True))
+        self.steps += 1
+        return norm
+
+    def _project(self) -> Tensor:
+        """Take from the decoder's gradient what lies along its rows, whose norm is fixed; returns the norm of all."""
+        squares = torch.zeros((), dtype=self.sae.W_dec.dtype, device=self.sae.W_dec.device)
+        for name, parameter in self.sae.named_parameters():
+            for W, grad in _blocks(parameter, parameter.grad):
+                if name == "W_dec":
+                    grad.addcmul_((grad * W).sum(1, keepdim=True), W, value=-1)
+                squares += grad.flatten().dot(grad.flatten())
+        return squares.sqrt()
+
+    def _adam(self, W: Tensor, grad: Tensor, first: Tensor, second: Tensor, lr: float, scale: Tensor | None) -> None:
+        settings: dict[str, Any] = {"amsgrad": False, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
+        adam(
+            [W],
+            [grad],
+            [first],
+            [second],
+            [],
+            [torch.tensor(float(self.steps), device=W.device)],  # torch counts this step in it
+            fused=W.device.type in ("cpu", "cuda"),
+            grad_scale=scale,
+            found_inf=None,
+            lr=lr,
+            maximize=False,
+            **settings,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Steps and moments, for a checkpoint."""
+        return {"steps": self.steps, "moments": self.moments}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The reverse of ``state_dict``."""
+        self.steps = int(state["steps"])
+        for name, moments in state["moments"].items():
+            for mine, other in zip(self.moments[name], moments, strict=True):
+                mine.copy_(other)
+
+
+def _blocks(*tensors: Tensor | None) -> Iterator[list[Tensor]]:
+    """Tensors of one shape in the same blocks of rows; a matrix that is stored transposed is taken by its columns."""
+    rows = [t if t is None or t.is_contiguous() else t.T for t in tensors]
+    first = rows[0]
+    assert first is not None
+    step = max(1, _BLOCK // first[0].numel()) if first.device.type == "cpu" and first.ndim > 1 else len(first)
+    for start in range(0, len(first), step):
+        yield [t[start : start + step] for t in rows if t is not None]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from saekit.allocation import token_choice
 from saekit.code import SparseCode
 from saekit.trainers.variant import Batch, Variant
 
@@ -14,4 +13,4 @@ class TopK(Variant):
 
     def allocate(self, batch: Batch) -> SparseCode:
         """The k largest of each row."""
-        return token_choice(batch.pre, self.k)
+        return batch.select.token_choice(self.k)

@@ -17,16 +17,16 @@ from torch import Tensor
 from saekit.activations import ShuffledStream
 from saekit.errors import SaekitError, first_line
 from saekit.files import check_free, replace_file, writable_folder
-from saekit.kernels.affinities import affinities
-from saekit.kernels.decode import decode
+from saekit.kernels.workspace import Workspace
 from saekit.sae import AffinityScale, SAEConfig, SparseAutoencoder
-from saekit.trainers.auxiliary import POOLS, auxiliary_loss
+from saekit.selection import Selection
+from saekit.trainers.auxiliary import POOLS, auxiliary_step
+from saekit.trainers.backward import reconstruction_step
 from saekit.trainers.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from saekit.trainers.config import TrainConfig
 from saekit.trainers.data import TrainingData, resolved, training_data
 from saekit.trainers.geometric_median import geometric_median
 from saekit.trainers.interrupt import Interrupted, InterruptGuard
-from saekit.trainers.losses import reconstruction_loss
 from saekit.trainers.optimizer import DictionaryAdam, learning_rate
 from saekit.trainers.progress import TrainingProgress
 from saekit.trainers.statistics import Statistics
@@ -145,7 +145,8 @@ class Trainer:
         assert config.dead_after is not None
         self.variant = VARIANTS[config.variant](config, config.width)
         self.sae, self.scale = initial_dictionary(config, self.variant, rows[:, : self.d_in].to(device))
-        self.optimizer = DictionaryAdam(self.sae, config.peak_lr, config.clip)
+        self.optimizer = DictionaryAdam(self.sae, config.clip)
+        self.workspace = Workspace()
         self.statistics = Statistics(config.width, config.dead_after, device)
         self.step = 0
 
@@ -187,42 +188,42 @@ class Trainer:
     def train_step(self, x: Float[Tensor, "n d"], gradients: Float[Tensor, "n d"] | None = None) -> dict[str, float]:
         """One optimiser step on one batch of scaled activations; gradients of the model's loss may have any scale."""
         sae, config = self.sae, self.config
-        with torch.no_grad():
-            norms = (x - sae.b_dec).norm(dim=1) if _scale(config, self.variant) == "token_norm" else None
-            code = self.variant.allocate(
-                Batch(
-                    pre=sae.pre_activations(x),
-                    token_norms=norms,
-                    gradients=gradients,
-                    W_dec=sae.W_dec.detach(),
-                    statistics=self.statistics,
-                    done=self.step / config.steps,
-                )
-            )
-        values = affinities(x, sae.W_enc, sae.b_enc, sae.b_dec, code)
-        x_hat = decode(code.with_values(values), sae.W_dec, sae.b_dec)
-        fvu = reconstruction_loss(x, x_hat)
-        aux, pool = self._auxiliary(x, x_hat)
-        loss = fvu + config.aux_alpha * aux
-        metrics = {"loss": loss.item(), "fvu": fvu.item(), "l0": code.l0}
+        centred = x - sae.b_dec.detach()
+        norms = centred.norm(dim=1) if _scale(config, self.variant) == "token_norm" else None
+        select = Selection(
+            centred,
+            sae.W_enc.detach(),
+            sae.b_enc.detach(),
+            token_norms=norms,
+            gradients=gradients,
+            W_dec=sae.W_dec.detach(),
+            rough=config.precision == "bf16_select",
+            workspace=self.workspace,
+        )
+        code = self.variant.allocate(Batch(select, len(x), self.statistics, self.step / config.steps))
+        fvu, error = reconstruction_step(sae, x, centred, code)
+        aux, pool = self._auxiliary(centred, error)
+        metrics = {"loss": float(fvu + config.aux_alpha * aux), "fvu": float(fvu), "l0": code.l0}
         if not math.isfinite(metrics["loss"]):
             raise SaekitError(f"the loss is {metrics['loss']} at step {self.step + 1}; a lower --lr may help")
         if config.aux != "none":
-            metrics |= {"aux": aux.item(), "aux_pool": pool}
-        loss.backward()  # type: ignore[no-untyped-call]
+            metrics |= {"aux": float(aux), "aux_pool": pool}
         lr = learning_rate(self.step, config.steps, config.peak_lr, config.warmup, config.decay)
         norm = self.optimizer.step(lr)
+        if not math.isfinite(norm):
+            raise SaekitError(f"the gradient's norm is {norm} at step {self.step + 1}; a lower --lr may help")
         self.statistics.update(code, norms)
-        return {**metrics, "grad_norm": norm, "lr": lr}
+        return {**metrics, "grad_norm": norm, "lr": lr, "redone": select.redone}
 
-    def _auxiliary(self, x: Float[Tensor, "n d"], x_hat: Float[Tensor, "n d"]) -> tuple[Tensor, int]:
-        """The auxiliary loss, 0 where its pool is empty, and the size of the pool."""
+    def _auxiliary(self, centred: Float[Tensor, "n d"], error: Float[Tensor, "n d"]) -> tuple[Tensor, int]:
+        """Add the gradients of the auxiliary loss; returns it, 0 where its pool is empty, and the size of the pool."""
         choose = POOLS[self.config.aux]
         pool = None if choose is None else choose(self.statistics, self.config)
         if pool is None or not pool.any():
-            return x.new_zeros(()), 0
+            return error.new_zeros(()), 0
         assert self.config.k_aux is not None
-        return auxiliary_loss(self.sae, x, x_hat, pool, self.config.k_aux), int(pool.sum())
+        loss = auxiliary_step(self.sae, centred, error, pool, self.config.k_aux, self.config.aux_alpha)
+        return loss, int(pool.sum())
 
     def _metrics(self, latest: dict[str, float]) -> dict[str, float]:
         return {
@@ -236,6 +237,7 @@ class Trainer:
     def finish(self) -> Run:
         """Calibrate, fold the scale in and save the dictionary."""
         sae = self.sae.eval()
+        sae.zero_grad(set_to_none=True)
         self.variant.calibrate(sae, lambda: (x.to(self.device) * self.scale for x in self.data.calibration()))
         unscale(sae, self.scale)
         passport = self.data.passport
@@ -278,7 +280,7 @@ class Trainer:
         """Weights, optimiser and statistics; the stream's place follows from the step."""
         return {
             "sae": self.sae.state_dict(),
-            "adam": self.optimizer.adam.state_dict(),
+            "adam": self.optimizer.state_dict(),
             "statistics": self.statistics.state_dict(),
             "variant": self.variant.state_dict(),
             "scale": self.scale,
@@ -288,7 +290,7 @@ class Trainer:
     def load_state_dict(self, state: dict[str, object]) -> None:
         """Go back to a checkpoint."""
         self.sae.load_state_dict(state["sae"])  # type: ignore[arg-type]
-        self.optimizer.adam.load_state_dict(state["adam"])  # type: ignore[arg-type]
+        self.optimizer.load_state_dict(state["adam"])  # type: ignore[arg-type]
         self.statistics.load_state_dict(state["statistics"])  # type: ignore[arg-type]
         self.variant.load_state_dict(state["variant"])  # type: ignore[arg-type]
         self.scale, self.step = float(state["scale"]), int(state["step"])  # type: ignore[arg-type, call-overload]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from saekit.code import SparseCode
 from saekit.sae import Architecture, SparseAutoencoder
+from saekit.selection import DenseSelection, Selection
 from saekit.trainers.calibration import Heldout
 from saekit.trainers.statistics import Statistics
 
@@ -22,20 +23,26 @@ class Batch:
     """What an allocation rule may look at; nothing carries gradients.
 
     Attributes:
-        pre: [n, F] pre-activations.
-        token_norms: [n] ‖x − b_dec‖, or None where affinities are compared as they are (``affinity_scale: none``).
-        gradients: [n, d] of the model's loss at the activations, where the variant asks for them.
-        W_dec: [F, d], rows of unit norm.
+        select: the allocation rules on this batch; quicker than on dense pre-activations, and with the same result.
+        n_tokens: n.
         statistics: of the features, up to the batch before.
         done: share of the training steps that lie behind.
     """
 
-    pre: Float[Tensor, "n F"]
-    token_norms: Float[Tensor, "n"] | None
-    gradients: Float[Tensor, "n d"] | None
-    W_dec: Float[Tensor, "F d"]
+    select: Selection | DenseSelection
+    n_tokens: int
     statistics: Statistics
     done: float
+
+    @property
+    def pre(self) -> Float[Tensor, "n F"]:
+        """The dense pre-activations, for rules of one's own: made when they are asked for."""
+        return self.select.pre
+
+    @property
+    def token_norms(self) -> Float[Tensor, "n"] | None:
+        """‖x − b_dec‖ [n], or None where affinities are compared as they are (``affinity_scale: none``)."""
+        return self.select.token_norms
 
 
 class Variant:

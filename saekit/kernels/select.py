@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
 
 _GROUP = 8
 _SAMPLE = 1 << 16
@@ -95,14 +95,18 @@ def largest_in_all(matrix: Float[Tensor, "n F"], total: int) -> Int[Tensor, "m"]
     survivors = (flat > _lower_bound(flat, total)).nonzero().flatten()
     if survivors.numel() < total:  # the sample misled, or fewer are positive
         survivors = (flat > 0).nonzero().flatten()
-    if survivors.numel() <= total:
-        return survivors
-    values = flat[survivors]
+    return survivors[largest_among(flat[survivors], total)]
+
+
+def largest_among(values: Float[Tensor, "m"], total: int) -> Bool[Tensor, "m"]:
+    """Which values are among the ``total`` largest positive ones; among equals the first."""
+    if int((values > 0).sum()) <= total:
+        return values > 0
     smallest = values.topk(total, sorted=False).values.min()
     keep = values > smallest
-    ties = (values == smallest).nonzero().flatten()
+    ties = (values == smallest).nonzero()[:, 0]
     keep[ties[: total - int(keep.sum())]] = True
-    return survivors[keep]
+    return keep
 
 
 def _lower_bound(flat: Float[Tensor, "m"], total: int) -> float:

@@ -1,0 +1,200 @@
+"""The allocation rules on a batch of activations, without its dense pre-activations.
+
+``Selection`` finds the same matches as the rules of ``saekit.allocation`` on the dense matrix, which is never held.
+With ``rough`` scores, candidates come from a bfloat16 product whose error is bounded; all pairs that the bound cannot
+rule out are scored again in full precision, and the rule decides on those. Rows in which too many are left are scored
+again as a whole. So the matches are those of exact scores, up to the order in which float32 sums are added.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from saekit.allocation import (
+    check_budgets,
+    check_k,
+    check_total,
+    feature_choice,
+    gradient_choice,
+    mutual_choice,
+    token_choice,
+)
+from saekit.code import SparseCode
+from saekit.errors import SaekitError
+from saekit.kernels.scan import above, above_largest, largest_of_rows
+from saekit.kernels.influenced import InfluencedScores
+from saekit.kernels.scores import RoughScores, Scores
+from saekit.kernels.select import largest_among, largest_in_rows
+from saekit.kernels.workspace import Workspace
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+_SAMPLE = 64  # tokens of which mutual choice sees everything before it begins
+
+
+class DenseSelection:
+    """The rules on dense pre-activations: the plain twin of ``Selection``.
+
+    Attributes:
+        pre: [n, F] pre-activations.
+        token_norms: [n] in units of which pairs of different tokens are compared, or None.
+        influence: [n, F] of the gradients, for gradient choice.
+    """
+
+    redone = 0.0
+
+    def __init__(
+        self,
+        pre: Float[Tensor, "n F"],
+        token_norms: Float[Tensor, "n"] | None = None,
+        influence: Float[Tensor, "n F"] | None = None,
+    ) -> None:
+        self.pre, self.token_norms, self.influence = pre, token_norms, influence
+
+    def token_choice(self, k: int) -> SparseCode:
+        """Each token's k best features."""
+        return token_choice(self.pre, k)
+
+    def mutual_choice(self, total: int) -> SparseCode:
+        """The batch's ``total`` best pairs."""
+        return mutual_choice(self.pre, total, self.token_norms)
+
+    def feature_choice(self, budgets: Int[Tensor, "F"]) -> SparseCode:
+        """Each feature's ``budgets[j]`` best tokens."""
+        return feature_choice(self.pre, budgets, self.token_norms)
+
+    def gradient_choice(self, k: int, beta: float) -> SparseCode:
+        """Each token's k best features, weighed by their effect on the loss."""
+        if self.influence is None:
+            raise SaekitError("gradient choice needs gradients beside the activations")
+        return gradient_choice(self.pre, self.influence, k, beta)
+
+
+class Selection:
+    """The rules on activations and an encoder; call one of them.
+
+    Attributes:
+        redone: share of the rows (tokens, or features in feature choice) that were scored again in full precision.
+    """
+
+    def __init__(
+        self,
+        x: Float[Tensor, "n d"],
+        W_enc: Float[Tensor, "d F"],
+        b_enc: Float[Tensor, "F"],
+        *,
+        token_norms: Float[Tensor, "n"] | None = None,
+        gradients: Float[Tensor, "n d"] | None = None,
+        W_dec: Float[Tensor, "F d"] | None = None,
+        rough: bool = False,
+        workspace: Workspace | None = None,
+    ) -> None:
+        """Take a batch, without gradients.
+
+        Args:
+            x: [n, d] activations less b_dec.
+            W_enc, b_enc: the encoder; quickest where a feature's column is contiguous.
+            token_norms: [n] in units of which pairs of different tokens are compared; None compares them as they are.
+            gradients, W_dec: [n, d] of the model's loss and the decoder, for gradient choice.
+            rough: whether candidates come from a bfloat16 product.
+            workspace: buffers of earlier batches, to use again.
+        """
+        self.x, self.W, self.b_enc = x, W_enc.T, b_enc
+        self.token_norms = None if token_norms is None else token_norms.clamp_min(1e-12)
+        self.gradients, self.W_dec = gradients, W_dec
+        self.workspace = Workspace() if workspace is None else workspace
+        self._kind = RoughScores if rough else Scores
+        self.redone = 0.0
+
+    @cached_property
+    def pre(self) -> Float[Tensor, "n F"]:
+        """The dense pre-activations, for rules that need them."""
+        return torch.addmm(self.b_enc, self.x, self.W.T)
+
+    def token_choice(self, k: int) -> SparseCode:
+        """Each token's k best features, as ``saekit.allocation.token_choice``."""
+        check_k(k, len(self.W))
+        scores = self._kind(self.x, self.W, None, self.b_enc, self.workspace)
+        return self._largest_of_rows(scores, self._counts(k))
+
+    def gradient_choice(self, k: int, beta: float) -> SparseCode:
+        """Each token's k best features, weighed by their effect on the loss, as ``saekit.allocation.gradient_choice``.
+
+        Its scores are exact always: the bound on rough ones would have to hold for a product of two.
+        """
+        check_k(k, len(self.W), beta)
+        if self.gradients is None or self.W_dec is None:
+            raise SaekitError("gradient choice needs gradients beside the activations")
+        scores = InfluencedScores(
+            self.x, self.W, None, self.b_enc, self.workspace, gradients=self.gradients, W_dec=self.W_dec, beta=beta
+        )
+        code = self._largest_of_rows(scores, self._counts(k))
+        code = code.with_values(scores.at(code))  # the scores are not what is decoded
+        return code.where(code.values > 0)
+
+    def mutual_choice(self, total: int) -> SparseCode:
+        """The batch's ``total`` best pairs, as ``saekit.allocation.mutual_choice``."""
+        check_total(total, len(self.x), len(self.W))
+        norms = self.x.new_ones(len(self.x)) if self.token_norms is None else self.token_norms
+        least = self._lower_bound(total, norms)
+        if least > 0:
+            scores = self._kind(self.x, self.W, None, self.b_enc, self.workspace)
+            bounds = least * (1 - 1e-5) * norms
+            code = above(scores, lambda piece, maxima, part: bounds[part]).pairs
+            strengths = code.values / norms[code.tokens]
+            if int((strengths >= least).sum()) >= total:  # so the total largest are among them
+                return code.where(largest_among(strengths, total))
+            self.redone = 1.0  # the sample misled
+        scores = Scores(self.x, self.W, None, self.b_enc, self.workspace)
+        code = above(scores, lambda piece, maxima, part: torch.zeros_like(norms[part])).pairs
+        return code.where(largest_among(code.values / norms[code.tokens], total))
+
+    def _lower_bound(self, total: int, norms: Float[Tensor, "n"]) -> float:
+        """A value, at least 0, that almost surely lies below the ``total`` best pairs, from a sample of the tokens."""
+        ids = torch.arange(0, len(self.x), max(1, len(self.x) // _SAMPLE), device=self.x.device)
+        scores = Scores(self.x, self.W, None, self.b_enc, self.workspace).exact_rows(ids) / norms[ids, None]
+        expected = total / len(self.x) * len(ids)
+        rank = int(1.2 * expected + 6 * expected**0.5 + 10)
+        if scores.shape[1] % 8 == 0 and scores.numel() >= 16 * rank:
+            scores = scores.view(len(ids), 8, -1).amax(1)  # fewer to sort: group maxima bound their like from below
+        return max(0.0, float(scores.flatten().topk(rank, sorted=False).values.min())) if rank < scores.numel() else 0.0
+
+    def feature_choice(self, budgets: Int[Tensor, "F"]) -> SparseCode:
+        """Each feature's ``budgets[j]`` best tokens, as ``saekit.allocation.feature_choice``."""
+        check_budgets(budgets, len(self.x), len(self.W))
+        x, unit = self.x, None
+        if self.token_norms is not None:
+            unit = 1 / self.token_norms
+            x = torch.mul(x, unit[:, None], out=self.workspace("unit", tuple(x.shape), x.dtype, x.device))
+        by_feature = self._largest_of_rows(self._kind(self.W, x, self.b_enc, unit, self.workspace), budgets)
+        tokens, order = by_feature.features.sort(stable=True)
+        values = by_feature.values[order]
+        values = values if self.token_norms is None else values * self.token_norms[tokens]
+        return SparseCode(tokens, by_feature.tokens[order], values, len(self.x), len(self.W))
+
+    def _counts(self, k: int) -> Int[Tensor, "n"]:
+        return torch.full((len(self.x),), k, device=self.x.device)
+
+    def _largest_of_rows(self, scores: Scores, counts: Int[Tensor, "r"]) -> SparseCode:
+        """The ``counts[i]`` largest positive scores of each row i."""
+        pairs, crowded = above_largest(scores, counts)
+        pairs = pairs.where(largest_of_rows(pairs, counts))
+        if not crowded.numel():
+            return pairs
+        self.redone = crowded.numel() / len(counts)
+        rows, columns, values = [pairs.tokens], [pairs.features], [pairs.values]
+        for count in counts[crowded].unique().tolist():
+            for ids in crowded[counts[crowded] == count].split(scores.rows_at_once):
+                exact = scores.exact_rows(ids)
+                best = largest_in_rows(exact, count)
+                rows.append(ids[:, None].expand_as(best).flatten())
+                columns.append(best.flatten())
+                values.append(exact.gather(1, best).flatten())
+        row, order = torch.cat(rows).sort(stable=True)
+        code = SparseCode(row, torch.cat(columns)[order], torch.cat(values)[order], *scores.shape)
+        return code.where(code.values > 0)

@@ -1,0 +1,56 @@
+"""The reconstruction loss and its gradients, by hand: every sum touches the matches of the batch alone.
+
+With z = relu((x − b_dec) W_enc + b_enc) at the matches, x̂ = z W_dec + b_dec, loss = ‖x − x̂‖² / V, V the batch's total
+variance, and G = ∂loss/∂x̂ = −2 (x − x̂) / V:
+
+    ∂z = ⟨G, W_dec⟩ at each match     ∂W_dec = Σ z G     ∂W_enc = Σ ∂z (x − b_dec)     ∂b_enc = Σ ∂z
+    ∂b_dec = Σ G − W_enc ∂b_enc, since b_dec enters every match through x − b_dec
+
+The sums of the first line go over each feature's matches. The slope of relu is 1 there: every match is positive.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saekit.code import SparseCode
+from saekit.kernels.pairs import pair_products, sum_by_feature, sum_by_token
+from saekit.sae import SparseAutoencoder
+from saekit.trainers.losses import total_variance
+
+
+@torch.no_grad()
+def reconstruction_step(
+    sae: SparseAutoencoder, x: Float[Tensor, "n d"], centred: Float[Tensor, "n d"], code: SparseCode
+) -> tuple[Float[Tensor, ""], Float[Tensor, "n d"]]:
+    """Write the loss's gradients into every parameter's ``grad``, a buffer that is made once.
+
+    Args:
+        sae: the dictionary.
+        x: [n, d] activations.
+        centred: [n, d] x − b_dec.
+        code: the matches of the batch, with their values.
+
+    Returns:
+        The loss, which is the batch's FVU, and the error x − x̂ [n, d].
+    """
+    W_enc, b_enc, W_dec, b_dec = (gradient_of(p) for p in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec))
+    error = centred - sum_by_token(sae.W_dec, code.values, code)
+    variance = total_variance(x)
+    loss = error.square().sum() / variance
+    at_x_hat = error * (-2 / variance)
+    at_values = pair_products(at_x_hat, sae.W_dec, code)
+    sum_by_feature(at_x_hat, code.values, code, out=W_dec)
+    sum_by_feature(centred, at_values, code, out=W_enc.T)
+    b_enc.zero_().index_add_(0, code.features, at_values)
+    torch.sub(at_x_hat.sum(0), sae.W_enc @ b_enc, out=b_dec)
+    return loss, error
+
+
+def gradient_of(parameter: Tensor) -> Tensor:
+    """The buffer of a parameter's gradient."""
+    if parameter.grad is None:
+        parameter.grad = torch.empty_like(parameter)
+    return parameter.grad
