@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class ByFeature(NamedTuple):
-    """The pairs by feature: ``order`` [m] sorts them, ``offsets`` [F + 1] bounds each feature's, ``tokens`` are theirs."""
+    """The pairs by feature: ``order`` [m] sorts them, ``offsets`` [F + 1] bounds each feature's ``tokens`` [m]."""
 
     order: Int[Tensor, "m"]
     offsets: Int[Tensor, "F+1"]

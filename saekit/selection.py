@@ -25,8 +25,8 @@ from saekit.allocation import (
 )
 from saekit.code import SparseCode
 from saekit.errors import SaekitError
-from saekit.kernels.scan import above, above_largest, largest_of_rows
 from saekit.kernels.influenced import InfluencedScores
+from saekit.kernels.scan import above, above_largest, largest_of_rows
 from saekit.kernels.scores import RoughScores, Scores
 from saekit.kernels.select import largest_among, largest_in_rows
 from saekit.kernels.workspace import Workspace
@@ -188,8 +188,8 @@ class Selection:
             return pairs
         self.redone = crowded.numel() / len(counts)
         rows, columns, values = [pairs.tokens], [pairs.features], [pairs.values]
-        for count in counts[crowded].unique().tolist():
-            for ids in crowded[counts[crowded] == count].split(scores.rows_at_once):
+        for count in torch.unique(counts[crowded]).tolist():
+            for ids in torch.split(crowded[counts[crowded] == count], scores.rows_at_once):
                 exact = scores.exact_rows(ids)
                 best = largest_in_rows(exact, count)
                 rows.append(ids[:, None].expand_as(best).flatten())

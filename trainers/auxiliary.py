@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from saekit.kernels.workspace import Workspace
 from saekit.sae import SparseAutoencoder
 from saekit.trainers.backward import gradient_of
 from saekit.trainers.losses import total_variance
@@ -21,6 +22,8 @@ from saekit.trainers.statistics import Statistics
 
 if TYPE_CHECKING:
     from saekit.trainers.config import TrainConfig
+
+_ENTRIES = 1 << 22  # pre-activations of the pool held at a time
 
 Pool = Callable[[Statistics, "TrainConfig"], Bool[Tensor, "F"]]
 
@@ -39,18 +42,21 @@ def dead_or_underutilised(statistics: Statistics, config: TrainConfig) -> Bool[T
 POOLS: dict[str, Pool | None] = {"none": None, "aux_k": dead, "aux_zipf": dead_or_underutilised}
 
 
+@torch.no_grad()
 def auxiliary_step(
     sae: SparseAutoencoder,
     centred: Float[Tensor, "n d"],
     error: Float[Tensor, "n d"],
     pool: Bool[Tensor, "F"],
     k_aux: int,
-    weight: float = 1.0,
+    weight: float,
+    workspace: Workspace,
 ) -> Float[Tensor, ""]:
     """The loss ‖e − ê‖² / ‖e − mean(e)‖², ê what the pool's features make of x; its gradients are added to ``grad``.
 
     For each token, the ``k_aux`` largest pre-activations of the pool (relu'd) are decoded, without b_dec. The pool's
-    encoder and decoder and b_dec receive gradient; the products are dense, but over the pool's columns only.
+    encoder and decoder and b_dec receive gradient; the products are dense, but over the pool's columns only, and a few
+    tokens at a time. The loss and its gradients are 0 where there is no error to explain.
 
     Args:
         sae: the dictionary in training, whose parameters have a ``grad`` already.
@@ -59,24 +65,35 @@ def auxiliary_step(
         pool: [F] the features that take part, at least one.
         k_aux: features a token, where the pool has as many.
         weight: of the loss in the gradients.
+        workspace: for buffers.
     """
     ids = pool.nonzero()[:, 0]
-    W_enc, b_enc, W_dec = (p.detach()[ids].requires_grad_() for p in (sae.W_enc.T, sae.b_enc, sae.W_dec))
-    pre = torch.addmm(b_enc, centred, W_enc.T)
-    f = torch.relu(pre)
-    if k_aux < len(ids):
-        f = f * _largest(pre.detach(), k_aux)
+    W_enc, b_enc, W_dec = sae.W_enc.T[ids], sae.b_enc[ids], sae.W_dec[ids]
+    to_W_enc, to_b_enc, to_W_dec = (torch.zeros_like(W) for W in (W_enc, b_enc, W_dec))
     variance = total_variance(error)
-    residual = (error - f @ W_dec).square().sum()
-    # 0 where there is no error to explain, with gradients of 0 and not NaN
-    loss = torch.where(variance > 1e-12, residual / variance, 0.0)
-    grads = torch.autograd.grad(weight * loss, (W_enc, b_enc, W_dec))
-    with torch.no_grad():
-        gradient_of(sae.W_enc).T.index_add_(0, ids, grads[0])
-        gradient_of(sae.b_enc).index_add_(0, ids, grads[1])
-        gradient_of(sae.W_dec).index_add_(0, ids, grads[2])
-        gradient_of(sae.b_dec).sub_(grads[1] @ W_enc)  # b_dec enters through x − b_dec alone
-    return loss.detach()
+    if variance <= 1e-12:
+        return variance.new_zeros(())
+    residual = variance.new_zeros(())
+    rows = 1 << max(0, (_ENTRIES // len(ids)).bit_length() - 1)
+    for x, e in zip(torch.split(centred, rows), torch.split(error, rows), strict=True):
+        shape = (len(x), len(ids))
+        f, at_f = (workspace(name, shape, x.dtype, x.device) for name in ("auxiliary", "at auxiliary"))
+        torch.addmm(b_enc, x, W_enc.T, out=f)
+        if k_aux < len(ids):
+            f.mul_(_largest(f, k_aux))
+        f.relu_()
+        rest = torch.addmm(e, f, W_dec, alpha=-1)
+        residual += rest.square().sum()
+        rest.mul_(-2 * weight / variance)  # the gradient at ê
+        to_W_dec.addmm_(f.T, rest)
+        torch.mm(rest, W_dec.T, out=at_f).mul_(f > 0)
+        to_W_enc.addmm_(at_f.T, x)
+        to_b_enc += at_f.sum(0)
+    gradient_of(sae.W_enc).T.index_add_(0, ids, to_W_enc)
+    gradient_of(sae.b_enc).index_add_(0, ids, to_b_enc)
+    gradient_of(sae.W_dec).index_add_(0, ids, to_W_dec)
+    gradient_of(sae.b_dec).sub_(to_b_enc @ W_enc)  # b_dec enters through x − b_dec alone
+    return residual / variance
 
 
 def _largest(pre: Float[Tensor, "n p"], k: int) -> Bool[Tensor, "n p"]:

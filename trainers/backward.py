@@ -1,7 +1,7 @@
 """The reconstruction loss and its gradients, by hand: every sum touches the matches of the batch alone.
 
 With z = relu((x − b_dec) W_enc + b_enc) at the matches, x̂ = z W_dec + b_dec, loss = ‖x − x̂‖² / V, V the batch's total
-variance, and G = ∂loss/∂x̂ = −2 (x − x̂) / V:
+variance, and G = ∂loss/∂x̂ = c (x − x̂) with c = −2 / V:
 
     ∂z = ⟨G, W_dec⟩ at each match     ∂W_dec = Σ z G     ∂W_enc = Σ ∂z (x − b_dec)     ∂b_enc = Σ ∂z
     ∂b_dec = Σ G − W_enc ∂b_enc, since b_dec enters every match through x − b_dec
@@ -39,14 +39,13 @@ def reconstruction_step(
     W_enc, b_enc, W_dec, b_dec = (gradient_of(p) for p in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec))
     error = centred - sum_by_token(sae.W_dec, code.values, code)
     variance = total_variance(x)
-    loss = error.square().sum() / variance
-    at_x_hat = error * (-2 / variance)
-    at_values = pair_products(at_x_hat, sae.W_dec, code)
-    sum_by_feature(at_x_hat, code.values, code, out=W_dec)
+    c = -2 / variance
+    at_values = c * pair_products(error, sae.W_dec, code)
+    sum_by_feature(error, c * code.values, code, out=W_dec)
     sum_by_feature(centred, at_values, code, out=W_enc.T)
     b_enc.zero_().index_add_(0, code.features, at_values)
-    torch.sub(at_x_hat.sum(0), sae.W_enc @ b_enc, out=b_dec)
-    return loss, error
+    torch.sub(c * error.sum(0), sae.W_enc @ b_enc, out=b_dec)
+    return error.square().sum() / variance, error
 
 
 def gradient_of(parameter: Tensor) -> Tensor:

@@ -49,8 +49,8 @@ class DictionaryAdam:
         scale = torch.tensor(norm / self.clip, device=self.sae.W_dec.device) if norm > self.clip else None
         for name, parameter in self.sae.named_parameters():
             assert parameter.grad is not None
-            for W, *rest in _blocks(parameter, parameter.grad, *self.moments[name]):
-                self._adam(W, *rest, lr=lr, scale=scale)
+            for W, grad, first, second in _blocks(parameter, parameter.grad, *self.moments[name]):
+                self._adam(W, grad, first, second, lr, scale)
                 if name == "W_dec":
                     W.div_(torch.linalg.vector_norm(W, dim=1, keepdim=True))
         self.steps += 1

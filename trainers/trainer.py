@@ -222,7 +222,7 @@ class Trainer:
         if pool is None or not pool.any():
             return error.new_zeros(()), 0
         assert self.config.k_aux is not None
-        loss = auxiliary_step(self.sae, centred, error, pool, self.config.k_aux, self.config.aux_alpha)
+        loss = auxiliary_step(self.sae, centred, error, pool, self.config.k_aux, self.config.aux_alpha, self.workspace)
         return loss, int(pool.sum())
 
     def _metrics(self, latest: dict[str, float]) -> dict[str, float]:

@@ -33,7 +33,7 @@ class InfluencedScores(Scores):
 
     @cached_property
     def _weight(self) -> Tensor:
-        """β / s_g. The sum of squares of a product of two matrices is that of their Gram matrices' entrywise product."""
+        """β / s_g: the squares of a product of two matrices sum up to the entrywise product of their Gram matrices."""
         squares = ((self.gradients.T @ self.gradients) * (self.W_dec.T @ self.W_dec)).sum()
         rms = (squares.clamp_min(0) / (len(self.gradients) * len(self.W_dec))).sqrt()
         return self.beta / rms.clamp_min(torch.finfo(rms.dtype).tiny)

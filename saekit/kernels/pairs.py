@@ -31,7 +31,7 @@ def sum_by_feature(
     """For each feature, the sum of ``weights · table[token]`` over its matches, into ``out`` where it is given."""
     order, offsets, tokens = code.by_feature
     weights = weights[order]
-    if out is not None and table.device.type == "cpu" and torch.backends.mkl.is_available():
+    if out is not None and table.device.type == "cpu" and torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
         # straight into the buffer: a fresh result costs three times as much, in page faults
         pattern = torch.sparse_csr_tensor(offsets, tokens, weights, code.shape[::-1], check_invariants=False)
         return torch.addmm(out, pattern, table, beta=0.0, out=out)

@@ -1,7 +1,7 @@
 """The few large entries among many scores: bounds from group maxima, then a scan of the groups that reach them.
 
-The entries of a row fall into strided groups of 8. A group whose maximum is below a bound holds nothing above it, so
-only an eighth of the scores is looked at twice, and no long row is ever sorted.
+The entries of a row fall into strided groups of 16. A group whose maximum is below a bound holds nothing above it, so
+few scores are looked at twice, and no long row is ever sorted.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from saekit.kernels.scores import Scores
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
-_GROUP = 8
+_GROUP = 16
 
-# from some rows' scores [m, p], their group maxima [m, p / 8] and their slice to a lower bound [m] for each row
+# from some rows' scores [m, p], their group maxima [m, p / 16] and their slice to a lower bound [m] for each row
 Lower = Callable[[Tensor, Tensor, slice], Tensor]
 
 
@@ -74,8 +74,9 @@ def above(scores: Scores, lower: Lower, most: Int[Tensor, "r"] | None = None) ->
 
 
 def above_largest(scores: Scores, counts: Int[Tensor, "r"]) -> Found:
-    """Pairs among which are the ``counts[i]`` largest positive scores of each row i; rows with ten times as many left out.
+    """Pairs among which are the ``counts[i]`` largest positive scores of each row i.
 
+    A row with more than ten times as many groups that may hold one is left out, as crowded.
     The counts[i]-th largest group maximum of a row bounds its counts[i]-th largest score from below.
 
     Args:
@@ -88,7 +89,7 @@ def above_largest(scores: Scores, counts: Int[Tensor, "r"]) -> Found:
     def lower(piece: Tensor, maxima: Tensor, part: slice) -> Tensor:
         count, kind = counts[part].clamp_min(1), bins[part]
         bounds = piece.new_empty(len(piece))
-        kinds = kind.unique().tolist()
+        kinds = torch.unique(kind).tolist()
         for number in kinds:  # rows of like counts together, so that few large ones do not make all of them large
             chosen = slice(None) if len(kinds) == 1 else (kind == number).nonzero()[:, 0]
             k = int(count[chosen].max())

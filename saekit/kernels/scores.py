@@ -22,7 +22,7 @@ from saekit.kernels.workspace import Workspace
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-_ENTRIES = 1 << 24  # scores held at a time
+_ENTRIES = 1 << 25  # scores held at a time
 _BLOCK = 1 << 19  # numbers converted at a time, so that they stay in the processor's cache
 MULTIPLE = 64  # columns are filled up to one with -inf, so that they fall into groups
 

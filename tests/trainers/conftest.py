@@ -17,3 +17,11 @@ def cache(tmp_path):
     x = 7.3 * (strengths @ directions) + torch.linspace(-3, 8, 12)
     ActivationCache.from_tensor(tmp_path / "cache", x, gradients=torch.randn(6000, 12) * 1e-3)
     return tmp_path / "cache"
+
+
+@pytest.fixture(scope="session")
+def lm_activations(source, tmp_path_factory):
+    """A cache of 60,000 tokens of the embedded model."""
+    path = tmp_path_factory.mktemp("lm") / "cache"
+    ActivationCache.write(path, source.batches("train", 60_000), source.passport("train"))
+    return path

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saekit import SAEConfig, SaekitError, SparseAutoencoder
-from saekit.trainers import TrainConfig, train
-from saekit.trainers.auxiliary import auxiliary_loss
+from saekit.kernels.workspace import Workspace
+from saekit.trainers import TrainConfig, auxiliary, train
+from saekit.trainers.auxiliary import auxiliary_step
 
 
 def dictionary(seed, d=6, width=20, dtype=torch.float64):
@@ -21,13 +22,21 @@ def dictionary(seed, d=6, width=20, dtype=torch.float64):
     return sae, generator
 
 
+def loss_of(sae, x, x_hat, pool, k_aux, weight=1.0):
+    """The loss, with its gradients in ``grad``."""
+    for parameter in sae.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    with torch.no_grad():
+        return auxiliary_step(sae, x - sae.b_dec, x - x_hat, pool, k_aux, weight, Workspace())
+
+
 @given(st.integers(0, 1000), st.data())
 def test_the_loss_and_its_gradients_by_definition(seed, data):
     sae, generator = dictionary(seed)
     x, x_hat = (torch.randn(8, 6, generator=generator, dtype=torch.float64) for _ in range(2))
     pool = torch.tensor(data.draw(st.lists(st.booleans(), min_size=20, max_size=20).filter(any)))
     k_aux = data.draw(st.integers(1, 20))
-    loss = auxiliary_loss(sae, x, x_hat, pool, k_aux)
+    loss = loss_of(sae, x, x_hat, pool, k_aux, weight=0.7)
     error = x - x_hat
     estimate = torch.zeros_like(x)
     for t in range(8):
@@ -36,21 +45,34 @@ def test_the_loss_and_its_gradients_by_definition(seed, data):
             estimate[t] = estimate[t] + torch.relu(pre[j]) * sae.W_dec[j]
     expected = (error - estimate).square().sum() / (error - error.mean(0)).square().sum()
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
-    parameters = list(sae.parameters())
-    found = torch.autograd.grad(loss, parameters)
-    wanted = torch.autograd.grad(expected, parameters)
-    for one, other in zip(found, wanted, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+    wanted = torch.autograd.grad(0.7 * expected, list(sae.parameters()))
+    for parameter, gradient in zip(sae.parameters(), wanted, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-10, atol=1e-12)
+
+
+def test_a_few_tokens_at_a_time_give_the_same(monkeypatch):
+    sae, generator = dictionary(0)
+    x, x_hat = (torch.randn(50, 6, generator=generator, dtype=torch.float64) for _ in range(2))
+    pool = torch.arange(20) % 3 > 0
+    whole = loss_of(sae, x, x_hat, pool, 4)
+    gradients = [p.grad for p in sae.parameters()]
+    monkeypatch.setattr(auxiliary, "_ENTRIES", 60)  # 4 tokens
+    torch.testing.assert_close(loss_of(sae, x, x_hat, pool, 4), whole)
+    for parameter, gradient in zip(sae.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+
+
+def test_among_equal_pre_activations_the_first_count():
+    pre = torch.tensor([[3.0, 1.0, 1.0, 1.0], [1.0, 2.0, 3.0, 4.0], [-1.0, -1.0, 0.0, 0.0]])
+    assert auxiliary._largest(pre, 2).tolist()[:2] == [[True, True, False, False], [False, False, True, True]]
 
 
 def test_a_dead_features_encoder_learns_and_the_others_do_not():
     sae, generator = dictionary(0)
     pool = torch.zeros(20, dtype=torch.bool)
     pool[4] = True
-    x = torch.randn(50, 6, generator=generator, dtype=torch.float64, requires_grad=True)
-    x_hat = x * 0.5
-    auxiliary_loss(sae, x.detach(), x_hat, pool, 3).backward()
-    assert x.grad is None, "the target is detached"
+    x = torch.randn(50, 6, generator=generator, dtype=torch.float64)
+    loss_of(sae, x, x * 0.5, pool, 3)
     assert sae.W_enc.grad[:, 4].abs().min() > 0
     assert sae.W_dec.grad[4].abs().min() > 0
     others = torch.arange(20) != 4
@@ -66,10 +88,8 @@ def test_no_error_gives_no_loss_instead_of_nan():
     for b_enc in (-1, 1):  # nothing of the pool is active, or something
         with torch.no_grad():
             sae.b_enc.fill_(b_enc)
-        loss = auxiliary_loss(sae, x, x, torch.ones(20, dtype=torch.bool), 3)
-        assert loss == 0
-        loss.backward()
-        assert all(bool(p.grad.isfinite().all()) for p in sae.parameters() if p.grad is not None)
+        assert loss_of(sae, x, x, torch.ones(20, dtype=torch.bool), 3) == 0
+        assert not any(bool(p.grad.any()) for p in sae.parameters())
 
 
 @pytest.mark.parametrize("variant", ["topk", "mutual_choice", "feature_choice", "gradient_topk"])

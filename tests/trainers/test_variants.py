@@ -13,6 +13,7 @@ import saekit
 from saekit import SAEConfig, SaekitError, SparseAutoencoder
 from saekit.activations import ActivationCache
 from saekit.allocation import mutual_choice, token_choice
+from saekit.selection import DenseSelection
 from saekit.trainers import VARIANTS, TrainConfig, Variant, train
 from saekit.trainers.calibration import feature_thresholds, with_plain_thresholds
 from saekit.trainers.checkpoint import load_checkpoint
@@ -35,7 +36,7 @@ def rows(cache, part):
 
 def batch(pre, done, statistics=None):
     statistics = statistics or Statistics(pre.shape[1], 1000, torch.device("cpu"))
-    return Batch(pre, None, None, torch.zeros(pre.shape[1], 3), statistics, done)
+    return Batch(DenseSelection(pre), len(pre), statistics, done)
 
 
 def test_feature_choice_begins_with_mutual_choice_and_then_freezes_its_budgets(generator):

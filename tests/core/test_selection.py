@@ -1,0 +1,207 @@
+"""The rules without dense pre-activations find what the same rules find in the dense matrix, in either precision."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from saekit import SaekitError
+from saekit.allocation import influence_of
+from saekit.kernels import scores as scores_module
+from saekit.kernels.scan import above_largest
+from saekit.kernels.scores import RoughScores, Scores
+from saekit.kernels.workspace import Workspace
+from saekit.selection import DenseSelection, Selection
+
+RULES = ["token_choice", "mutual_choice", "feature_choice", "gradient_choice"]
+
+
+def problem(seed, n, d, width, large=500):
+    """Tokens of different norms, encoder, bias, gradients, decoder.
+
+    All are multiples of powers of two which float32 adds exactly in any order, while bfloat16 holds only up to 256.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randint(-large, large + 1, shape, generator=generator).float()
+
+    columns = torch.randint(0, 9, (width,), generator=generator).float().exp2()
+    rows = torch.randint(0, 3, (n, 1), generator=generator).float().exp2()
+    return draw(n, d) * rows, draw(d, width) * columns, draw(width) * columns, draw(n, d), draw(width, d)
+
+
+def arguments(rule, n, width, k, seed):
+    if rule == "token_choice":
+        return (k,)
+    if rule == "gradient_choice":
+        return (k, 1.5)
+    if rule == "mutual_choice":
+        return (k * n,)
+    generator = torch.Generator().manual_seed(seed)
+    return ((torch.rand(width, generator=generator).pow(3) * (n + 1)).long().clamp(max=n),)  # some 0, some n
+
+
+def both(rule, parts, k, rough, norms, seed=0):
+    x, W, b, gradients, W_dec = parts
+    n, width = len(x), W.shape[1]
+    token_norms = (x.norm(dim=1) + 1).log2().round().exp2() if norms else None  # dividing by them is exact
+    fast = Selection(x, W, b, token_norms=token_norms, gradients=gradients, W_dec=W_dec, rough=rough)
+    dense = DenseSelection(torch.addmm(b, x, W), token_norms, influence_of(gradients, W_dec))
+    given_to_both = arguments(rule, n, width, k, seed)
+    return fast, getattr(fast, rule)(*given_to_both), getattr(dense, rule)(*given_to_both)
+
+
+@pytest.mark.parametrize("rough", [False, True], ids=["fp32", "bf16_select"])
+@pytest.mark.parametrize("rule", RULES)
+@settings(max_examples=40)
+@given(data=st.data())
+def test_the_same_matches_as_in_the_dense_matrix(rule, rough, data):
+    seed = data.draw(st.integers(0, 10_000))
+    n, width = data.draw(st.integers(1, 150)), data.draw(st.sampled_from([5, 64, 100, 256, 640]))
+    k = data.draw(st.sampled_from([1, 2, 5]))
+    code, expected = both(rule, problem(seed, n, 8, width), k, rough, data.draw(st.booleans()), seed)[1:]
+    assert code.shape == expected.shape
+    assert bool((code.tokens.diff() >= 0).all())
+    assert torch.equal(code.to_dense(), expected.to_dense())
+
+
+@pytest.mark.parametrize("rough", [False, True], ids=["fp32", "bf16_select"])
+@pytest.mark.parametrize("rule", ["token_choice", "mutual_choice", "feature_choice"])
+@settings(max_examples=30)
+@given(data=st.data())
+def test_ties_fall_as_in_the_dense_matrix(rule, rough, data):
+    seed = data.draw(st.integers(0, 10_000))
+    n, width = data.draw(st.integers(1, 150)), data.draw(st.sampled_from([5, 100, 512]))
+    parts = problem(seed, n, 6, width, large=2)
+    code, expected = both(rule, parts, data.draw(st.sampled_from([1, 4])), rough, norms=False, seed=seed)[1:]
+    assert torch.equal(code.to_dense(), expected.to_dense())
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 10_000), st.integers(-12, 12), st.booleans(), st.booleans())
+def test_no_score_is_off_by_more_than_its_margin(seed, exponent, left_bias, right_bias):
+    generator = torch.Generator().manual_seed(seed)
+    x, W, b = (torch.randn(shape, generator=generator) for shape in ((70, 33), (33, 130), (130,)))
+    x = x * torch.rand(70, 1, generator=generator).mul_(9).exp2_() * 2.0**exponent + 3  # far from centred, too
+    W = W * torch.rand(130, generator=generator).mul_(3).exp2_()
+    u = torch.linspace(-3, 1e-3, 70) if left_bias else None
+    v = b * 1e3 if right_bias else None
+    found = RoughScores(x, W.T, u, v, Workspace())
+    rough = found.rows(0, 70)[:, :130].double()
+    bias = (torch.ones(70) if u is None else u).double()[:, None] * (torch.ones(130) if v is None else v).double()
+    exact = x.double() @ W.double() + (0 if u is None and v is None else bias)
+    if u is None and v is None:  # a bias of one
+        rough = rough - 1
+    off = (rough - exact).abs()
+    assert bool((off <= found.margin.double()[:, None] + 2**-8 * (exact.abs() + found.margin[:, None] + 1)).all())
+    assert float(found.margin.mean()) < 0.02 * float(
+        (x.norm(dim=1).mean() + 3) * W.norm(dim=0).max() + bias.abs().max()
+    )
+
+
+def test_candidates_hold_the_largest_though_the_pieces_are_small(monkeypatch):
+    monkeypatch.setattr(scores_module, "_ENTRIES", 1000)  # a few rows at a time
+    for rule in RULES:
+        for rough in (False, True):
+            code, expected = both(rule, problem(3, 90, 16, 320), 3, rough, norms=True)[1:]
+            assert torch.equal(code.to_dense(), expected.to_dense())
+
+
+@pytest.mark.parametrize("rough", [False, True], ids=["fp32", "bf16_select"])
+def test_rows_that_cannot_be_told_apart_are_scored_again(rough):
+    x, W, b, gradients, W_dec = problem(0, 40, 8, 4096)
+    x, W = x.abs() + 1, W.abs() + 1
+    W = W[:, :1] + 1e-5 * torch.randn(W.shape)  # all features alike: bfloat16 cannot tell them apart
+    code, expected = both("token_choice", (x, W, b * 1e-5, gradients, W_dec), 3, rough, norms=False)[1:]
+    pre = torch.addmm(b * 1e-5, x, W)
+    # the same up to the rounding of float32, in which these scores nearly tie
+    assert code.tokens.tolist() == expected.tokens.tolist()
+    torch.testing.assert_close(
+        pre[code.tokens, code.features], pre[expected.tokens, expected.features], rtol=1e-5, atol=1e-5
+    )
+    fast = Selection(x, W, b * 1e-5, rough=True)
+    fast.token_choice(3)
+    assert fast.redone == 1.0
+    found = above_largest(RoughScores(x, W.T, None, b * 1e-5, Workspace()), torch.full((40,), 3))
+    assert found.crowded.tolist() == list(range(40))
+    assert not found.pairs.tokens.numel()
+
+
+@pytest.mark.parametrize("rough", [False, True], ids=["fp32", "bf16_select"])
+def test_mutual_choice_when_its_sample_misleads(rough):
+    x, W, b, *rest = problem(1, 6400, 4, 64)
+    x[torch.arange(len(x)) % 100 != 0] = 0  # every hundredth token, the sampled ones, is all that there is
+    fast, code, expected = both("mutual_choice", (x, W, b, *rest), 2, rough, norms=False)
+    assert torch.equal(code.to_dense(), expected.to_dense())
+    assert fast.redone == 1.0
+
+
+def test_nothing_positive_matches_nothing():
+    for rule in RULES:
+        for rough in (False, True):
+            x, W, b, *rest = problem(0, 30, 4, 100)
+            code, expected = both(rule, (x * 0, W, -b.abs(), *rest), 2, rough, norms=True)[1:]
+            assert code.tokens.numel() == expected.tokens.numel() == 0
+            assert code.shape == (30, 100)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_impossible_requests_are_refused_alike(rule):
+    x, W, b, gradients, W_dec = problem(0, 10, 4, 20)
+    bad = {
+        "token_choice": (21,),
+        "mutual_choice": (0,),
+        "feature_choice": (torch.full((20,), 11),),
+        "gradient_choice": (2, -1.0),
+    }[rule]
+    messages = []
+    for select in (
+        Selection(x, W, b, gradients=gradients, W_dec=W_dec),
+        DenseSelection(torch.addmm(b, x, W), None, influence_of(gradients, W_dec)),
+    ):
+        with pytest.raises(SaekitError) as error:
+            getattr(select, rule)(*bad)
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
+    for select in (Selection(x, W, b), DenseSelection(torch.addmm(b, x, W))):
+        with pytest.raises(SaekitError, match="needs gradients"):
+            select.gradient_choice(2, 1.0)
+
+
+def test_buffers_are_made_once():
+    workspace = Workspace()
+    parts = problem(0, 200, 8, 512)
+    sizes = []
+    for _ in range(3):
+        for rough in (False, True):
+            x, W, b, gradients, W_dec = parts
+            select = Selection(
+                x, W, b, token_norms=x.norm(dim=1), gradients=gradients, W_dec=W_dec, rough=rough, workspace=workspace
+            )
+            for rule in RULES:
+                getattr(select, rule)(*arguments(rule, 200, 512, 4, 0))
+        sizes.append(workspace.nbytes)
+    assert sizes[0] == sizes[1] == sizes[2]
+    buffer = workspace("scores", (4, 4), torch.float32, x.device)
+    assert workspace("scores", (2, 8), torch.float32, x.device).data_ptr() == buffer.data_ptr()
+
+
+def test_exact_scores_are_the_dense_product():
+    x, W, b, *_ = problem(0, 20, 6, 70)
+    u = torch.linspace(0, 1, 20)
+    for left, right in ((None, None), (u, None), (None, b), (u, b)):
+        found = Scores(x, W.T, left, right, Workspace())
+        bias = (
+            0
+            if left is None and right is None
+            else torch.outer(torch.ones(20) if left is None else left, torch.ones(70) if right is None else right)
+        )
+        expected = x @ W + bias
+        torch.testing.assert_close(found.rows(3, 9)[:, :70], expected[3:9], rtol=1e-5, atol=1e-4)
+        assert bool(found.rows(3, 9)[:, 70:].isneginf().all())
+        torch.testing.assert_close(found.exact_rows(torch.tensor([4, 1])), expected[[4, 1]], rtol=1e-5, atol=1e-4)
+        every = DenseSelection(expected.abs() + 1).token_choice(70)
+        torch.testing.assert_close(found.at(every), expected[every.tokens, every.features], rtol=1e-5, atol=1e-4)
