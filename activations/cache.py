@@ -8,17 +8,16 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from saekit.activations.harvest import ActivationBatch, check_finite
 from saekit.activations.model import DTYPES
 from saekit.activations.python_source import Split
+from saekit.activations.shards import ShardWriter, read_shard
 from saekit.errors import SaekitError, did_you_mean
 from saekit.files import check_free, replace_file, writable_folder
 
@@ -145,13 +144,13 @@ class ActivationCache:
         target = check_writable(path, dtype, overwrite)
         folder = target.with_name(target.name + ".part")  # moved into place once it is whole
         writable_folder(folder, overwrite=True)
-        shards: list[dict[str, Any]] = []
-        d_in, gradients = 0, False
-        for batch in _regrouped(batches, SHARD_ROWS):
-            check_finite(batch, str(passport.get("hook", path)), f"rows from {sum(s['rows'] for s in shards)}")
-            d_in, gradients = batch.x.shape[1], batch.gradients is not None
-            name = f"shard-{len(shards):05d}.safetensors"
-            shards.append(_write_shard(folder / name, batch, DTYPES[dtype]))
+        d_in, gradients, rows = 0, False, 0
+        with ShardWriter(folder, DTYPES[dtype]) as writer:
+            for batch in _regrouped(batches, SHARD_ROWS):
+                check_finite(batch, str(passport.get("hook", path)), f"rows from {rows}")
+                d_in, gradients, rows = batch.x.shape[1], batch.gradients is not None, rows + len(batch.x)
+                writer.add(batch)
+        shards = writer.shards
         if not shards:
             raise SaekitError(f"no activations to write to '{path}': the text is empty or shorter than one context")
         manifest = {"format": FORMAT, "passport": passport, "d_in": d_in, "dtype": dtype, "gradients": gradients}
@@ -194,20 +193,11 @@ class ActivationCache:
         for shard in self.shards:
             low, high = max(start - first, 0), min(stop - first, shard["rows"])
             if low < high:
-                parts.append(self._read_shard(shard, low, high, gradients))
+                parts.append(read_shard(self.path / Path(shard["file"]).name, low, high, gradients))
             first += shard["rows"]
         if not parts:
             raise SaekitError(f"the cache '{self.path}' has no rows {start} to {stop}: it holds {len(self)}")
-        return ActivationBatch.concatenate(parts)
-
-    def _read_shard(self, shard: dict[str, Any], low: int, high: int, gradients: bool) -> ActivationBatch:
-        path = self.path / Path(shard["file"]).name
-        try:
-            with safe_open(path, framework="pt") as file:
-                names = ["activations", "tokens", "documents", "positions", *["gradients"] * gradients]
-                return ActivationBatch(*(cast(Tensor, file.get_slice(name)[low:high]) for name in names))
-        except (SafetensorError, OSError) as error:
-            raise SaekitError(f"the shard '{path}' is damaged: {error}") from None
+        return parts[0] if len(parts) == 1 else ActivationBatch.concatenate(parts)
 
 
 def check_writable(path: str | Path, dtype: str, overwrite: bool) -> Path:
@@ -237,24 +227,6 @@ def _move_into(target: Path, folder: Path, shards: list[str]) -> None:
     for name in [*shards, MANIFEST]:
         (folder / name).replace(target / name)
     shutil.rmtree(folder)
-
-
-def _write_shard(path: Path, batch: ActivationBatch, dtype: torch.dtype) -> dict[str, Any]:
-    stored = batch.x.detach().to("cpu", dtype).contiguous()
-    if dtype == torch.float16 and bool(stored.isinf().any()):
-        raise SaekitError("activations exceed float16's range (65,504); store them as bfloat16 or float32")
-    tensors = {
-        "activations": stored,
-        "tokens": batch.tokens.to(torch.int32),
-        "documents": batch.documents.to(torch.int64),
-        "positions": batch.positions.to(torch.int32),
-    }
-    if batch.gradients is not None:  # float16 would lose small ones
-        kept_as = torch.bfloat16 if dtype == torch.float16 else dtype
-        tensors["gradients"] = batch.gradients.detach().to("cpu", kept_as)
-    replace_file(path, lambda part: save_file({k: v.contiguous() for k, v in tensors.items()}, part))
-    digest = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
-    return {"file": path.name, "rows": len(batch.x), "bytes": path.stat().st_size, "blake2b": digest}
 
 
 def _regrouped(batches: Iterable[ActivationBatch], rows: int) -> Iterator[ActivationBatch]:

@@ -53,9 +53,13 @@ class TrainingProgress:
         """Write one line of metrics and show the main figures."""
         seconds = time.perf_counter() - self.start
         rate = (step - self.first) * self.config.batch_size / seconds
+        metrics = {**metrics, "waited_share": metrics["waited_seconds"] / seconds}
         self.file.write(json.dumps({"step": step, "seconds": seconds, "tokens_per_second": rate, **metrics}) + "\n")
         self.file.flush()
-        figures = "{rate:,.0f} tokens/s  dead {dead_share:.1%}\nloss {loss:.4f}  FVU {fvu:.4f}  L0 {l0:.1f}"
+        figures = (
+            "{rate:,.0f} tokens/s  dead {dead_share:.1%}  waited {waited_share:.0%}\n"
+            "loss {loss:.4f}  FVU {fvu:.4f}  L0 {l0:.1f}"
+        )
         self.bar.update(self.task, figures=figures.format(rate=rate, **metrics))
 
 

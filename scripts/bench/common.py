@@ -34,6 +34,11 @@ SHAPES = {
 }
 
 
+def shape_of(text: str) -> Shape:
+    """A shape by its name, or ``d,F,k,n``."""
+    return SHAPES[text] if text in SHAPES else Shape(*map(int, text.split(",")))
+
+
 def activations(shape: Shape, batches: int = 4, seed: int = 0, device: str = "cpu") -> list[Tensor]:
     """Batches [n, d] of sparse sums of 2·d random directions and noise; mean norm √d."""
     generator = torch.Generator().manual_seed(seed)

@@ -1,6 +1,6 @@
 """One trainer, in an environment of its own, that takes a step whenever its standard input says so.
 
-    python peer_step.py PACKAGE MODE SHAPE
+    python peer_step.py PACKAGE MODE SHAPE    (A, B, or d,F,k,n)
 
 MODE is ``default`` or ``tuned`` (bfloat16 autocast; reused memory is set in the environment by the caller) and, for
 saekit, a precision. Each line of input asks for one step; each line of output gives its seconds. At the end of the
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import SHAPES, Shape, activations
+from common import Shape, activations, shape_of
 
 Step = Callable[[Tensor], object]
 STEPS = 10_000  # that the schedules are told of
@@ -126,11 +126,10 @@ PACKAGES: dict[str, Callable[[str, Shape, list[Tensor]], Step]] = {
 
 def main() -> None:
     """Answer the lines of the standard input."""
-    package, mode, shape = sys.argv[1], sys.argv[2], SHAPES[sys.argv[3]]
+    package, mode, shape = sys.argv[1], sys.argv[2], shape_of(sys.argv[3])
+    real, sys.stdout = sys.stdout, sys.stderr  # for whatever the package prints
     batches = activations(shape)
     step = PACKAGES[package](mode, shape, batches)
-    real = sys.stdout
-    sys.stdout = sys.stderr  # whatever the package prints
     for number, _ in enumerate(sys.stdin):
         start = time.perf_counter()
         step(batches[number % len(batches)])

@@ -6,6 +6,8 @@ import json
 
 import pytest
 import torch
+import xxhash
+from safetensors.torch import load_file
 
 from saekit import SaekitError
 from saekit.activations import ActivationBatch, ActivationCache
@@ -114,3 +116,34 @@ def test_an_unfinished_cache_is_named(tmp_path):
         ActivationCache.from_tensor(tmp_path / "new", torch.full((10, 2), float("nan")))
     with pytest.raises(SaekitError, match="unfinished harvest"):
         ActivationCache.open(tmp_path / "new")
+
+
+def test_the_checksum_of_a_shard_is_that_of_its_bytes(tmp_path):
+    cache = ActivationCache.from_tensor(tmp_path / "c", torch.randn(100, 3))
+    (shard,) = cache.shards
+    content = (tmp_path / "c" / shard["file"]).read_bytes()
+    assert shard["xxh3_128"] == xxhash.xxh3_128(content).hexdigest()
+    assert shard["bytes"] == len(content)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_any_rows_are_read_as_safetensors_reads_them(tmp_path, monkeypatch, dtype):
+    monkeypatch.setattr("saekit.activations.cache.SHARD_ROWS", 40)
+    x, gradients = torch.randn(100, 3), torch.randn(100, 3)
+    cache = ActivationCache.from_tensor(tmp_path / "c", x, gradients=gradients, dtype=dtype)
+    whole = [load_file(tmp_path / "c" / shard["file"]) for shard in cache.shards]
+    for low, high in ((0, 100), (5, 6), (39, 81), (80, 100)):
+        found = cache.read(low, high, gradients=True)
+        for name, column in (("activations", found.x), ("documents", found.documents), ("gradients", found.gradients)):
+            assert torch.equal(column, torch.cat([part[name] for part in whole])[low:high])
+
+
+def test_a_shard_whose_header_lies_is_named(tmp_path):
+    cache = ActivationCache.from_tensor(tmp_path / "c", torch.randn(100, 2))
+    shard = tmp_path / "c" / cache.shards[0]["file"]
+    content = shard.read_bytes()
+    for old, new in ((b"[100,2]", b"[900,2]"), (b"F32", b"F99"), (b'{"', b"{{"), (b"[100,2]", b"[-10,2]")):
+        assert old in content
+        shard.write_bytes(content.replace(old, new, 1))
+        with pytest.raises(SaekitError, match=r"shard-00000.safetensors' is damaged"):
+            cache.read(50, 60)

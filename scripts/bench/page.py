@@ -1,0 +1,222 @@
+"""Write ``docs/speed.md`` from the results of the other benchmarks.
+
+python scripts/bench/page.py
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+from common import RESULTS, table
+
+PAGE = Path(__file__).parents[2] / "docs" / "speed.md"
+GIB = 2**30
+
+
+def load(name: str) -> dict[str, Any]:
+    """One benchmark's results."""
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return found
+
+
+def prose(text: str) -> str:
+    """A paragraph."""
+    return textwrap.fill(" ".join(text.split()), 118, break_on_hyphens=False, break_long_words=False) + "\n"
+
+
+def where(machine: dict[str, Any]) -> str:
+    """The machine in a line."""
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    has = ", ".join(machine["bfloat16"]) or "none"
+    return (
+        f"{machine['processor']}, {machine['cores']} cores, instructions for bfloat16: {has}; "
+        f"Python {machine['python']}, {versions}; {machine['date']}"
+    )
+
+
+def spread(figures: dict[str, float]) -> str:
+    """Median and range in milliseconds."""
+    return f"{figures['median_ms']:,.0f} ({figures['min_ms']:,.0f}–{figures['max_ms']:,.0f})"
+
+
+def shape_line(name: str, shape: dict[str, int]) -> str:
+    """The numbers of a shape."""
+    return f"Shape {name}: d = {shape['d']:,}, F = {shape['F']:,}, k = {shape['k']}, n = {shape['n']:,}\n"
+
+
+def step_section() -> list[str]:
+    """Whole steps and their stages."""
+    result = load("step")
+    arms = result["shapes"]["B"]["arms"]
+    runs = next(iter(arms.values()))["step"]["runs"]
+    lines = [
+        "## One step\n",
+        prose(
+            f"""All that a run does with a batch in memory: selection, reconstruction, gradients, projection,
+            clipping, Adam, renormalisation, statistics. *Ratio* is to one float32 encoder product (n × d by d × F),
+            timed between the steps of the same process. *Redone* is the share of rows that the bound on bfloat16
+            left undecided. Milliseconds are the median (least–most) of {runs} steps; with the auxiliary loss, a
+            tenth of the features are dead. (`step.py`)"""
+        ),
+    ]
+    for name, found in result["shapes"].items():
+        rows = [[arm, spread(f["step"]), f"{f['ratio']:.2f}", f"{f['redone']:.2%}"] for arm, f in found["arms"].items()]
+        lines += [shape_line(name, found["shape"]), table(rows, ["arm", "ms", "ratio", "redone"]) + "\n"]
+    shown = {arm: f["stages_ms"] for arm, f in arms.items() if arm.startswith(("topk", "mutual"))}
+    stages = sorted({s for f in shown.values() for s in f}, key=lambda s: -max(f.get(s, 0) for f in shown.values()))
+    rows = [[s, *(f"{f.get(s, 0):.1f}" for f in shown.values())] for s in stages]
+    product = {arm: f["product"]["median_ms"] for arm, f in arms.items()}["topk bf16_select"]
+    rough = arms["topk bf16_select"]["stages_ms"]["encoder product"]
+    lines += [
+        prose(
+            f"""Where the time goes in shape B, in milliseconds (mean of three further steps). The bfloat16 product
+            alone takes {rough / product:.2f} of the float32 one on this processor; matrix units (AMX, or a GPU's)
+            would make it a fifth."""
+        ),
+        table(rows, ["stage", *shown]) + "\n",
+    ]
+    return lines
+
+
+def peers_section() -> list[str]:
+    """Other packages' trainers."""
+    result = load("peers")
+    lines = [
+        "## Other trainers\n",
+        prose(
+            f"""The same batches, TopK, each package's own step in an environment of its own, alternating with ours.
+            *Default* is float32 as the package comes; *tuned* has bfloat16 autocast and uses freed memory again.
+            sparsify's default optimiser is a sign descent with one moment, which has less to do and to hold than
+            Adam. Packages: {", ".join(package.split()[0] for package in result["packages"].values())}. (`peers.py`)"""
+        ),
+    ]
+    head = ["trainer", "ms", "saekit bf16_select", "times as long", "as fp32", "peak GiB", "saekit"]
+    for name, found in result["shapes"].items():
+        rows = [
+            [
+                trainer,
+                spread(f["peer"]),
+                spread(f["bf16_select"]),
+                f"{f['times bf16_select']:.1f}",
+                f"{f['times fp32']:.1f}",
+                f"{f['peer']['peak_bytes'] / GIB:.2f}",
+                f"{f['bf16_select']['peak_bytes'] / GIB:.2f}",
+            ]
+            for trainer, f in found["trainers"].items()
+        ]
+        lines += [shape_line(name, found["shape"]), table(rows, head) + "\n"]
+    return lines
+
+
+def end_to_end_section() -> list[str]:
+    """Text to dictionary."""
+    result = load("end_to_end")
+    s = result["settings"]
+    base = result["arms"]["sae_lens default"]["tokens_per_second"]
+    rows = [
+        [
+            arm,
+            f["tokens_per_second"],
+            f"{f['median_ms'] / 1e3:.1f} ({f['min_ms'] / 1e3:.1f}–{f['max_ms'] / 1e3:.1f})",
+            f"{f['tokens_per_second'] / base:.1f}",
+        ]
+        for arm, f in result["arms"].items()
+    ]
+    return [
+        "## From text to a dictionary\n",
+        prose(
+            f"""The embedded model, {s["tokens"]:,} tokens, width {s["width"]:,}, k = {s["k"]}, batches of
+            {s["batch_size"]:,}: reading, tokenising, the forward pass, training; ours also calibrates and saves.
+            Against {result["packages"]}. (`end_to_end.py`)"""
+        ),
+        table(rows, ["trainer", "tokens/s", "seconds", "times SAELens"]) + "\n",
+    ]
+
+
+def data_section() -> list[str]:
+    """What feeds the step."""
+    result = load("data")
+    harvest, cache = result["harvest"], result["cache"]
+    rows = [
+        [name, spread(f), f"{f['bytes'] / f['median_ms'] / 1e6:.2f}"]
+        for name, f in cache.items()
+        if isinstance(f, dict)
+    ]
+    streams = ", ".join(f"{f['share']:.1%} ({name})" for name, f in result["stream"].items())
+    return [
+        "## Activations\n",
+        prose(
+            f"""The harvest of the embedded model runs at {harvest["share"]:.0%} of the rate of the bare forward
+            pass that ends at the hook ({spread(harvest["harvest"])} ms against {spread(harvest["bare"])} ms for
+            {harvest["tokens"]:,} positions). A cache is written at {cache["write share"]:.0%} and read at
+            {cache["read share"]:.0%} of the rate of plain files of the same bytes. All are flushed to the disk, and
+            all are read while the system still holds them in memory; checksums are part of the writing. (`data.py`)"""
+        ),
+        table(rows, ["", "ms", "GB/s"]) + "\n",
+        prose(
+            f"""Share of a run's time in which a step waits for its batch (TopK, width 4,096): {streams}. On two
+            cores a live harvest and the step share the processors, so that this waiting is the harvest's own time."""
+        ),
+    ]
+
+
+def growth_section() -> list[str]:
+    """How time and memory grow."""
+    result = load("growth")
+    rows = []
+    for name, f in result["sizes"].items():
+        rough, exact = f["bf16_select"], f["fp32"]
+        rows.append(
+            [
+                name,
+                spread(rough),
+                spread(exact),
+                *(f"{b / GIB:.2f}" for b in (rough["peak_bytes"], exact["peak_bytes"], f["state_bytes"])),
+                f"{(rough['peak_bytes'] - f['torch_bytes']) / (f['state_bytes'] + f['batches_bytes']):.2f}",
+            ]
+        )
+    torch_alone = next(iter(result["sizes"].values()))["torch_bytes"] / GIB
+    return [
+        "## Growth\n",
+        prose(
+            f"""Each of F, k, n and d alone, the others as in shape A; and shape B. The peak is that of the whole
+            process. The last column leaves out what torch and Python take by themselves ({torch_alone:.2f} GiB) and
+            divides by the least there can be: weights, gradients and two moments, 16 bytes a parameter, and the
+            four batches in memory. (`growth.py`)"""
+        ),
+        table(rows, ["size", "bf16_select ms", "fp32 ms", "peak GiB", "in fp32", "16 B a parameter", "of the least"])
+        + "\n",
+    ]
+
+
+def main() -> None:
+    """Write the page."""
+    lines = [
+        "# Speed\n",
+        prose(
+            """Written by `python scripts/bench/page.py` from the results in `scripts/bench/results/`, which the
+            benchmarks in `scripts/bench/` leave there. The machine is shared and noisy: compare ratios, which were
+            taken in one run."""
+        ),
+        prose(f"Measured on {where(load('step')['machine'])}."),
+        prose(
+            """CUDA and every other accelerator is unmeasured; there, all runs through the same plain PyTorch
+            operations."""
+        ),
+        *step_section(),
+        *peers_section(),
+        *end_to_end_section(),
+        *data_section(),
+        *growth_section(),
+    ]
+    PAGE.write_text("\n".join(lines).rstrip() + "\n")
+    print(f"wrote {PAGE}")
+
+
+if __name__ == "__main__":
+    main()
