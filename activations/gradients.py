@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from saekit.activations.attention import quick_attention, try_quick_attention
 from saekit.activations.model import check_hook
 from saekit.errors import SaekitError, first_line
 
@@ -42,6 +43,7 @@ def with_gradients(
         SaekitError: there is no such hook, the model is not causal, or its loss does not depend on the hook.
     """
     check_hook(model, hook)
+    try_quick_attention(model)
     check_causal(model)
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     found: list[Tensor] = []
@@ -53,7 +55,7 @@ def with_gradients(
 
     def run(tokens: Tensor) -> tuple[Tensor, Tensor]:
         found.clear()
-        with torch.enable_grad(), model.hooks(fwd_hooks=[(hook, capture)]):
+        with torch.enable_grad(), quick_attention(model, hook), model.hooks(fwd_hooks=[(hook, capture)]):
             logits = model(tokens, return_type="logits")[:, :-1].flatten(0, 1).float()
             targets = tokens[:, 1:].flatten()
             if labels == "sampled":

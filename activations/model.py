@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 import saekit
+from saekit.activations.attention import quick_attention, try_quick_attention
 from saekit.errors import SaekitError, did_you_mean, first_line
 
 if TYPE_CHECKING:
@@ -150,12 +151,13 @@ def truncated(model: TransformerBridge, hook: str) -> Iterator[Callable[[Int[Ten
     from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
     check_hook(model, hook)
+    try_quick_attention(model)
 
     def stop(activation: Tensor, hook: Any) -> None:
         raise StopAtLayerException(activation)  # the bridge catches it and returns the activation
 
     def run(tokens: Tensor) -> Tensor:
-        with torch.no_grad():
+        with torch.no_grad(), quick_attention(model, hook):
             result = model(tokens, return_type=None)
         if not isinstance(result, Tensor) or result.shape[:2] != tokens.shape:
             raise SaekitError(f"the hook '{hook}' gives no activation for each token in this model")

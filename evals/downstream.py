@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saekit.activations import ContextBatch
+from saekit.activations.attention import quick_attention, try_quick_attention
 from saekit.activations.model import check_hook
 from saekit.errors import SaekitError
 
@@ -35,7 +36,8 @@ def edited_logits(
         return changed
 
     hooks = [] if edit is None else [(hook, replace)]
-    with torch.no_grad(), model.hooks(fwd_hooks=hooks):
+    try_quick_attention(model)
+    with torch.no_grad(), quick_attention(model, hook), model.hooks(fwd_hooks=hooks):
         logits: Tensor = model(batch.tokens.to(device), return_type="logits")
     return logits.float()
 
