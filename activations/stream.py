@@ -68,6 +68,15 @@ def live_rows(source: ActivationSource, gradients: bool = False) -> Iterator[Flo
         warnings.warn(f"the text ran out after {total:,} tokens and begins again", stacklevel=2)
 
 
+def first_rows(pieces: Iterator[Float[Tensor, "m w"]], count: int) -> Iterator[Float[Tensor, "m w"]]:
+    """The first ``count`` rows of the pieces, in pieces."""
+    for piece in pieces:
+        yield piece[:count]
+        count -= len(piece)
+        if count <= 0:
+            return
+
+
 class ShuffledStream:
     """Shuffled batches [batch_size, w] of float32 rows, prepared by a thread of its own.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -13,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saekit.activations import ActivationCache, ActivationSource
-from saekit.activations.stream import cache_rows, live_rows
+from saekit.activations.stream import cache_rows, first_rows, live_rows
 from saekit.errors import SaekitError
 from saekit.trainers.config import TrainConfig
 from saekit.trainers.variants import VARIANTS
@@ -36,7 +35,7 @@ class TrainingData:
 
     Attributes:
         passport: facts about their origin, as in a cache's manifest.
-        rows: makes the endless pieces [m, d] or, with gradients, [m, 2·d] of training rows, the same ones each time.
+        rows: makes the pieces [m, d] or, with gradients, [m, 2·d] of training rows, the same ones each time.
         buffer: rows to shuffle together, no more than there are.
         gradients: whether gradients stand beside the activations, in the second half of each row.
         calibration: makes batches of held-out activations.
@@ -56,9 +55,10 @@ def training_data(config: TrainConfig, device: torch.device) -> TrainingData:
         SaekitError: a part is missing or does not fit another, or the text is too short for its three parts.
     """
     buffer = min(config.buffer, config.tokens)
+    needed = config.steps * config.batch_size  # nothing is harvested or read in vain
     gradients = VARIANTS[config.variant].needs_gradients
     if config.cache is not None:
-        return _from_cache(config, ActivationCache.open(config.cache), buffer, gradients)
+        return _from_cache(config, ActivationCache.open(config.cache), buffer, needed, gradients)
     source = ActivationSource.open(
         config.model,
         config.hook,
@@ -77,10 +77,14 @@ def training_data(config: TrainConfig, device: torch.device) -> TrainingData:
         return (batch.x.float() for batch in source.batches("calibration", config.calibration_tokens))
 
     passport = source.passport("train", gradients=gradients)
-    return TrainingData(passport, partial(live_rows, source, gradients), buffer, gradients, calibration)
+    return TrainingData(
+        passport, lambda: first_rows(live_rows(source, gradients), needed), buffer, gradients, calibration
+    )
 
 
-def _from_cache(config: TrainConfig, cache: ActivationCache, buffer: int, gradients: bool) -> TrainingData:
+def _from_cache(
+    config: TrainConfig, cache: ActivationCache, buffer: int, needed: int, gradients: bool
+) -> TrainingData:
     """Part of the end of a cache serves the calibration and is never trained on."""
     for setting, fact in _FACTS.items():
         asked, found = getattr(config, setting), cache.passport.get(fact)
@@ -98,9 +102,14 @@ def _from_cache(config: TrainConfig, cache: ActivationCache, buffer: int, gradie
         batches = islice(cache.batches("calibration", 1024), -(-config.calibration_tokens // 1024))
         return (batch.x.float() for batch in batches)
 
-    rows = partial(cache_rows, cache, config.seed, gradients)
     passport = {**cache.passport, "cache_fingerprint": cache.fingerprint}
-    return TrainingData(passport, rows, min(buffer, len(train)), gradients, calibrate)
+    return TrainingData(
+        passport,
+        lambda: first_rows(cache_rows(cache, config.seed, gradients), needed),
+        min(buffer, len(train)),
+        gradients,
+        calibrate,
+    )
 
 
 def resolved(config: TrainConfig, passport: dict[str, Any], d_in: int) -> TrainConfig:
