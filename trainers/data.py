@@ -82,9 +82,7 @@ def training_data(config: TrainConfig, device: torch.device) -> TrainingData:
     )
 
 
-def _from_cache(
-    config: TrainConfig, cache: ActivationCache, buffer: int, needed: int, gradients: bool
-) -> TrainingData:
+def _from_cache(config: TrainConfig, cache: ActivationCache, buffer: int, needed: int, gradients: bool) -> TrainingData:
     """Part of the end of a cache serves the calibration and is never trained on."""
     for setting, fact in _FACTS.items():
         asked, found = getattr(config, setting), cache.passport.get(fact)

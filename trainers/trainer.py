@@ -302,10 +302,12 @@ def _scale(config: TrainConfig, variant: Variant) -> AffinityScale:
 
 
 def _peek(batches: Iterator[Tensor], rows: int) -> tuple[Tensor, Iterator[Tensor]]:
-    """About the first ``rows`` rows, and an iterator that still begins with them."""
+    """About the first ``rows`` rows, as far as there are so many, and an iterator that still begins with them."""
     first: list[Tensor] = []
-    while sum(len(batch) for batch in first) < rows:
-        first.append(next(batches))
+    for batch in batches:
+        first.append(batch)
+        if sum(map(len, first)) >= rows:
+            break
     return torch.cat(first)[:rows], itertools.chain(first, batches)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
 
     from saekit.code import SparseCode
 
@@ -42,12 +42,19 @@ def sum_by_feature(
 def pair_products(a: Float[Tensor, "n d"], b: Float[Tensor, "F d"], code: SparseCode) -> Float[Tensor, "m"]:
     """⟨a[token], b[feature]⟩ for each match.
 
-    Feature by feature: then every row of b, the larger table, is fetched once, and those of a stay in the cache.
+    Row by row of the larger table: then each of its rows is fetched once, while those of the other stay in the cache.
     """
+    if len(a) > len(b):
+        return _products(code.offsets, code.features, a, b)
     order, offsets, tokens = code.by_feature
-    pattern = torch.sparse_csr_tensor(
-        offsets, tokens, a.new_zeros(len(tokens)), code.shape[::-1], check_invariants=False
-    )
-    products = torch.empty_like(pattern.values())
-    products[order] = torch.sparse.sampled_addmm(pattern, b, a.T, beta=0.0).values()
-    return products
+    products = _products(offsets, tokens, b, a)
+    return torch.empty_like(products).index_copy_(0, order, products)
+
+
+def _products(
+    offsets: Int[Tensor, "r+1"], columns: Int[Tensor, "m"], rows: Float[Tensor, "r d"], others: Float[Tensor, "c d"]
+) -> Float[Tensor, "m"]:
+    """⟨row, other⟩ for the columns of each row."""
+    shape, zeros = (len(rows), len(others)), rows.new_zeros(len(columns))
+    pattern = torch.sparse_csr_tensor(offsets, columns, zeros, shape, check_invariants=False)
+    return torch.sparse.sampled_addmm(pattern, rows, others.T, beta=0.0).values()  # type: ignore[no-any-return]
