@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,10 @@ def write_texts(path: Path, tokens: int) -> None:
                 return
 
 
-def ours(folder: Path, texts: Path, asked: argparse.Namespace, precision: str) -> float:
+def ours(folder: Path, texts: Path, asked: dict[str, Any]) -> float:
     """Seconds of ``saekit.trainers.train``, in a process of its own."""
     settings = {
-        "variant": "topk", "dataset": str(texts), "width": asked.width, "k": asked.k, "tokens": asked.tokens,
-        "batch_size": asked.batch_size, "context_length": 256, "precision": precision, "out": str(folder / "run"),
+        **asked, "variant": "topk", "dataset": str(texts), "context_length": 256, "out": str(folder / "run"),
         "lr": 1e-3, "device": "cpu",
     }  # fmt: skip
     code = (
@@ -57,17 +57,16 @@ def ours(folder: Path, texts: Path, asked: argparse.Namespace, precision: str) -
     return _seconds([sys.executable, "-c", code, json.dumps(settings)], {})
 
 
-def theirs(folder: Path, texts: Path, asked: argparse.Namespace, tuned: bool) -> float:
+def theirs(folder: Path, texts: Path, asked: dict[str, Any]) -> float:
     """Seconds of SAELens's runner."""
     settings = {
-        "texts": str(texts), "model": model_path("embedded"), "module": "model.layers.1", "d_in": 256, "tuned": tuned,
-        "width": asked.width, "k": asked.k, "tokens": asked.tokens, "batch_size": asked.batch_size,
+        **asked, "texts": str(texts), "model": model_path("embedded"), "module": "model.layers.1", "d_in": 256,
         "context_length": 256,
     }  # fmt: skip
     path = folder / "settings.json"
     path.write_text(json.dumps(settings))
     script = Path(__file__).parent / "peer_end_to_end.py"
-    return _seconds([str(environment("sae_lens")), str(script), str(path)], REUSE if tuned else {})
+    return _seconds([str(environment("sae_lens")), str(script), str(path)], REUSE if asked["tuned"] else {})
 
 
 def _seconds(command: list[str], extra: dict[str, str]) -> float:
@@ -84,35 +83,45 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=409_600)
-    parser.add_argument("--width", type=int, default=4096)
+    parser.add_argument("--width", type=int, action="append", help="4096 and 16384 if not given")
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
-    arms = {
-        "saekit bf16_select": lambda f, t: ours(f, t, asked, "bf16_select"),
-        "saekit fp32": lambda f, t: ours(f, t, asked, "fp32"),
-        "sae_lens default": lambda f, t: theirs(f, t, asked, False),
-        "sae_lens tuned": lambda f, t: theirs(f, t, asked, True),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    settings = {key: getattr(asked, key) for key in ("tokens", "k", "batch_size")}
+    result: dict[str, Any] = {"machine": machine(), "packages": PEERS["sae_lens"], "settings": settings, "widths": {}}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        texts = folder / "texts.jsonl"
-        write_texts(texts, asked.tokens)
-        for _ in range(asked.repeats):
-            for arm, run in arms.items():
-                seconds[arm].append(run(folder, texts))
-                print(f"{arm:20} {asked.tokens / seconds[arm][-1]:10,.0f} tokens/s", flush=True)
-    settings = {key: getattr(asked, key) for key in ("tokens", "width", "k", "batch_size")}
-    result: dict[str, Any] = {"machine": machine(), "packages": PEERS["sae_lens"], "settings": settings, "arms": {}}
-    for arm, found in seconds.items():
-        figures = spread(found)
-        result["arms"][arm] = {**figures, "tokens_per_second": 1e3 * asked.tokens / figures["median_ms"]}
-    rows = [[arm, f["tokens_per_second"], f["median_ms"] / 1e3] for arm, f in result["arms"].items()]
-    print(table(rows, ["trainer", "tokens/s", "seconds"]))
+        write_texts(folder / "texts.jsonl", asked.tokens)
+        for width in asked.width or [4096, 16_384]:
+            result["widths"][str(width)] = compare(folder, {**settings, "width": width}, asked.repeats)
     save("end_to_end", result, asked.out)
+
+
+def compare(folder: Path, settings: dict[str, Any], repeats: int) -> dict[str, Any]:
+    """Figures of every trainer, in turn."""
+    texts = folder / "texts.jsonl"
+    arms: dict[str, Callable[[], float]] = {
+        "saekit bf16_select": lambda: ours(folder, texts, {**settings, "precision": "bf16_select"}),
+        "saekit fp32": lambda: ours(folder, texts, {**settings, "precision": "fp32"}),
+        "sae_lens default": lambda: theirs(folder, texts, {**settings, "tuned": False}),
+        "sae_lens tuned": lambda: theirs(folder, texts, {**settings, "tuned": True}),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    for _ in range(repeats):
+        for arm, run in arms.items():
+            seconds[arm].append(run())
+            print(f"{settings['width']:6} {arm:20} {settings['tokens'] / seconds[arm][-1]:10,.0f} tokens/s", flush=True)
+    figures = {arm: spread(found) for arm, found in seconds.items()}
+    for found in figures.values():
+        found["tokens_per_second"] = 1e3 * settings["tokens"] / found["median_ms"]
+    print(
+        table(
+            [[arm, f["tokens_per_second"], f["median_ms"] / 1e3] for arm, f in figures.items()], ["", "tokens/s", "s"]
+        )
+    )
+    return figures
 
 
 if __name__ == "__main__":
