@@ -1,9 +1,11 @@
-"""The files of an activation cache: shards of safetensors, written by a thread while the next is being made."""
+"""The files of an activation cache: shards of safetensors, written by threads of their own while the next is made."""
 
 from __future__ import annotations
 
 import json
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +21,7 @@ from saekit.errors import SaekitError
 from saekit.files import replace_file
 
 _BLOCK = 1 << 22  # bytes read at a time for a checksum
+_AT_ONCE = 2  # shards being written: one waits for the disk while the other is hashed
 _LONGEST_HEADER = 1 << 16
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I32": torch.int32, "I64": torch.int64}
 
@@ -34,25 +37,24 @@ class ShardWriter:
         self.folder, self.dtype = folder, dtype
         self.shards: list[dict[str, Any]] = []
         self._count = 0
-        self._pending: Future[dict[str, Any]] | None = None
-        self._thread = ThreadPoolExecutor(1)
+        self._pending: deque[Future[dict[str, Any]]] = deque()
+        self._threads = ThreadPoolExecutor(_AT_ONCE)
 
     def add(self, batch: ActivationBatch) -> None:
-        """Write one more shard, once the one before is written.
+        """Write one more shard, once there are not too many before it.
 
         Raises:
-            SaekitError: the shard before exceeds its dtype.
-            OSError: it cannot be written.
+            SaekitError: a shard before it exceeds its dtype.
+            OSError: a shard before it cannot be written.
         """
-        self._wait()
+        self._wait(_AT_ONCE - 1)
         path = self.folder / f"shard-{self._count:05d}.safetensors"
-        self._pending = self._thread.submit(_write_shard, path, batch, self.dtype)
+        self._pending.append(self._threads.submit(_write_shard, path, batch, self.dtype))
         self._count += 1
 
-    def _wait(self) -> None:
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            self.shards.append(pending.result())
+    def _wait(self, left: int = 0) -> None:
+        while len(self._pending) > left:
+            self.shards.append(self._pending.popleft().result())
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -64,7 +66,7 @@ class ShardWriter:
             if error is None:
                 self._wait()
         finally:
-            self._thread.shutdown()
+            self._threads.shutdown()
 
 
 def _write_shard(path: Path, batch: ActivationBatch, dtype: torch.dtype) -> dict[str, Any]:
@@ -101,13 +103,21 @@ def read_shard(path: Path, low: int, high: int, gradients: bool) -> ActivationBa
         SaekitError: the file is damaged.
     """
     try:
+        found = path.stat()
+        start, header = _header(path, found.st_size, found.st_mtime_ns)
+        names = ["activations", "tokens", "documents", "positions", *["gradients"] * gradients]
         with path.open("rb", buffering=0) as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(length, _LONGEST_HEADER)))
-            names = ["activations", "tokens", "documents", "positions", *["gradients"] * gradients]
-            return ActivationBatch(*(_read_rows(file, header[name], 8 + length, low, high) for name in names))
+            return ActivationBatch(*(_read_rows(file, header[name], start, low, high) for name in names))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SaekitError(f"the shard '{path}' is damaged: {type(error).__name__} {error}") from None
+
+
+@lru_cache(1024)
+def _header(path: Path, size: int, changed: int) -> tuple[int, dict[str, Any]]:
+    """Where the data of a safetensors file begins, and what it holds; read again where the file has changed."""
+    with path.open("rb", buffering=0) as file:
+        length = int.from_bytes(file.read(8), "little")
+        return 8 + length, json.loads(file.read(min(length, _LONGEST_HEADER)))
 
 
 def _read_rows(file: FileIO, entry: dict[str, Any], start: int, low: int, high: int) -> Tensor:

@@ -8,7 +8,7 @@ again as a whole. So the matches are those of exact scores, up to the order in w
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 _SAMPLE = 64  # tokens of which mutual choice sees everything before it begins
+
+
+def _bounds_of(bounds: Tensor, piece: Tensor, maxima: Tensor, part: slice) -> Tensor:
+    return bounds[part]
 
 
 class DenseSelection:
@@ -141,18 +145,19 @@ class Selection:
         """The batch's ``total`` best pairs, as ``saekit.allocation.mutual_choice``."""
         check_total(total, len(self.x), len(self.W))
         norms = self.x.new_ones(len(self.x)) if self.token_norms is None else self.token_norms
+        scores = self._kind(self.x, self.W, None, self.b_enc, self.workspace)
         least = self._lower_bound(total, norms)
-        if least > 0:
-            scores = self._kind(self.x, self.W, None, self.b_enc, self.workspace)
-            bounds = least * (1 - 1e-5) * norms
-            code = above(scores, lambda piece, maxima, part: bounds[part]).pairs
+        for share in (1.0, 0.7, 0.4, 0.2, 0.1, 0.0):
+            if share == 0 or least == 0:  # every positive pair, if need be
+                share, scores = 0.0, Scores(self.x, self.W, None, self.b_enc, self.workspace)
+            bounds = share * least * (1 - 1e-5) * norms
+            code = above(scores, partial(_bounds_of, bounds)).pairs
             strengths = code.values / norms[code.tokens]
-            if int((strengths >= least).sum()) >= total:  # so the total largest are among them
-                return code.where(largest_among(strengths, total))
+            # where so many lie above the bound, the total largest are among them
+            if share == 0 or int((strengths >= share * least).sum()) >= total:
+                break
             self.redone = 1.0  # the sample misled
-        scores = Scores(self.x, self.W, None, self.b_enc, self.workspace)
-        code = above(scores, lambda piece, maxima, part: torch.zeros_like(norms[part])).pairs
-        return code.where(largest_among(code.values / norms[code.tokens], total))
+        return code.where(largest_among(strengths, total))
 
     def _lower_bound(self, total: int, norms: Float[Tensor, "n"]) -> float:
         """A value, at least 0, that almost surely lies below the ``total`` best pairs, from a sample of the tokens."""
@@ -167,6 +172,7 @@ class Selection:
     def feature_choice(self, budgets: Int[Tensor, "F"]) -> SparseCode:
         """Each feature's ``budgets[j]`` best tokens, as ``saekit.allocation.feature_choice``."""
         check_budgets(budgets, len(self.x), len(self.W))
+        budgets = budgets.to(self.x.device)
         x, unit = self.x, None
         if self.token_norms is not None:
             unit = 1 / self.token_norms

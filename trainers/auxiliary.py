@@ -55,8 +55,8 @@ def auxiliary_step(
     """The loss ‖e − ê‖² / ‖e − mean(e)‖², ê what the pool's features make of x; its gradients are added to ``grad``.
 
     For each token, the ``k_aux`` largest pre-activations of the pool (relu'd) are decoded, without b_dec. The pool's
-    encoder and decoder and b_dec receive gradient; the products are dense, but over the pool's columns only, and a few
-    tokens at a time. The loss and its gradients are 0 where there is no error to explain.
+    encoder and decoder and b_dec receive gradient; the products are dense, but over the pool's columns only, which are
+    copied, and a few tokens at a time. The loss and its gradients are 0 where there is no error to explain.
 
     Args:
         sae: the dictionary in training, whose parameters have a ``grad`` already.
@@ -67,12 +67,12 @@ def auxiliary_step(
         weight: of the loss in the gradients.
         workspace: for buffers.
     """
-    ids = pool.nonzero()[:, 0]
-    W_enc, b_enc, W_dec = sae.W_enc.T[ids], sae.b_enc[ids], sae.W_dec[ids]
-    to_W_enc, to_b_enc, to_W_dec = (torch.zeros_like(W) for W in (W_enc, b_enc, W_dec))
     variance = total_variance(error)
     if variance <= 1e-12:
         return variance.new_zeros(())
+    ids = pool.nonzero()[:, 0]
+    W_enc, b_enc, W_dec = sae.W_enc.T[ids], sae.b_enc[ids], sae.W_dec[ids]
+    to_W_enc, to_b_enc, to_W_dec = (torch.zeros_like(W) for W in (W_enc, b_enc, W_dec))
     residual = variance.new_zeros(())
     rows = 1 << max(0, (_ENTRIES // len(ids)).bit_length() - 1)
     for x, e in zip(torch.split(centred, rows), torch.split(error, rows), strict=True):

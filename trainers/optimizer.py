@@ -67,6 +67,9 @@ class DictionaryAdam:
         return squares.sqrt()
 
     def _adam(self, W: Tensor, grad: Tensor, first: Tensor, second: Tensor, lr: float, scale: Tensor | None) -> None:
+        fused = W.device.type in ("cpu", "cuda")
+        if scale is not None and not fused:
+            grad, scale = grad / scale, None
         settings: dict[str, Any] = {"amsgrad": False, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
         adam(
             [W],
@@ -75,7 +78,7 @@ class DictionaryAdam:
             [second],
             [],
             [torch.tensor(float(self.steps), device=W.device)],  # torch counts this step in it
-            fused=W.device.type in ("cpu", "cuda"),
+            fused=fused,
             grad_scale=scale,
             found_inf=None,
             lr=lr,

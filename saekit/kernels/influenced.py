@@ -36,7 +36,7 @@ class InfluencedScores(Scores):
         """β / s_g: the squares of a product of two matrices sum up to the entrywise product of their Gram matrices."""
         squares = ((self.gradients.T @ self.gradients) * (self.W_dec.T @ self.W_dec)).sum()
         rms = (squares.clamp_min(0) / (len(self.gradients) * len(self.W_dec))).sqrt()
-        return self.beta / rms.clamp_min(torch.finfo(rms.dtype).tiny)
+        return self.beta / rms.clamp_min(1e-30)  # no gradient, no influence
 
     def rows(self, start: int, stop: int) -> Float[Tensor, "m p"]:
         """Scores of some rows, columns filled up with -inf; the next call overwrites them."""

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from saekit.code import SparseCode
 
+_PAIRS = 1 << 12  # gathered at a time, where there are no sparse products
+
 # torch says so once of every CSR tensor; what is used of them is tested against a plain reference here
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
@@ -55,6 +57,10 @@ def _products(
     offsets: Int[Tensor, "r+1"], columns: Int[Tensor, "m"], rows: Float[Tensor, "r d"], others: Float[Tensor, "c d"]
 ) -> Float[Tensor, "m"]:
     """⟨row, other⟩ for the columns of each row."""
+    if rows.device.type not in ("cpu", "cuda"):  # no sparse products there
+        of = torch.arange(len(rows), device=rows.device).repeat_interleave(offsets.diff())
+        parts = zip(torch.split(of, _PAIRS), torch.split(columns, _PAIRS), strict=True)
+        return torch.cat([(rows[row] * others[column]).sum(1) for row, column in parts])
     shape, zeros = (len(rows), len(others)), rows.new_zeros(len(columns))
     pattern = torch.sparse_csr_tensor(offsets, columns, zeros, shape, check_invariants=False)
     return torch.sparse.sampled_addmm(pattern, rows, others.T, beta=0.0).values()  # type: ignore[no-any-return]

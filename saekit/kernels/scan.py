@@ -46,8 +46,8 @@ def above(scores: Scores, lower: Lower, most: Int[Tensor, "r"] | None = None) ->
     """
     r, c = scores.shape
     step = scores.rows_at_once
-    rows, columns, values = [], [], []
-    crowded = [torch.zeros(0, dtype=torch.long, device=scores.left.device)]
+    none = torch.zeros(0, dtype=torch.long, device=scores.left.device)
+    rows, columns, values, crowded = [none], [none], [scores.left.new_empty(0)], [none]
     for start in range(0, r, step):
         part = slice(start, min(start + step, r))
         piece = scores.rows(part.start, part.stop)
@@ -95,7 +95,7 @@ def above_largest(scores: Scores, counts: Int[Tensor, "r"]) -> Found:
             k = int(count[chosen].max())
             source = piece[chosen] if maxima.shape[1] < 4 * k else _merged(maxima[chosen], 8 * k)
             bounds[chosen] = source.topk(k, dim=1).values.gather(1, count[chosen, None] - 1)[:, 0]
-        bounds = bounds.to(scores.margin)
+        bounds = bounds.to(scores.margin).masked_fill_(counts[part] == 0, torch.inf)
         # in bfloat16 a score may have grown by 2⁻⁸ of itself
         return bounds if scores.exact else bounds - bounds.abs() * 2**-8 - scores.margin[part]
 

@@ -34,7 +34,7 @@ class Scores:
     Attributes:
         left: [r, d]; one row of scores each.
         right: [c, d]; one column each.
-        left_bias: [r], or None for ones.
+        left_bias: [r], or None for ones; where both are None, there is no bias.
         right_bias: [c], or None for ones.
         workspace: where the buffers are.
     """
@@ -150,14 +150,17 @@ class _Rounded:
         upper = self.bias.bfloat16()
         lower = (self.bias - upper).bfloat16()
         self.bias_errors = (self.bias - upper - lower).abs()
-        if bias is None:
+        if bias is None and other is None:
+            columns = []
+        elif bias is None:
             columns = [upper, upper]
         elif other is None:
             columns = [upper, lower]
         else:
             columns = [upper, lower, upper, lower] if side == "left" else [upper, upper, lower, lower]
         self.half = ws(f"{side} bfloat16", (n, d + len(columns)), torch.bfloat16, device)
-        self.half[:, d:] = torch.stack(columns, dim=1)
+        if columns:
+            self.half[:, d:] = torch.stack(columns, dim=1)
         self.norms = ws(f"{side} norms", (n,), vectors.dtype, device)
         self.errors = ws(f"{side} errors", (n,), vectors.dtype, device)
         rows = max(1, _BLOCK // d) if device.type == "cpu" else n

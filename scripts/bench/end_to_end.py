@@ -2,8 +2,8 @@
 
     python scripts/bench/end_to_end.py
 
-Both read the same documents, run the embedded model in float32 and train TopK. The time is that of the training: what
-was loaded before it (imports, the model) is left out for both; ours includes the calibration and saving that follow.
+Both read the same documents, run the embedded model in float32 and train TopK. The time is that of the training:
+imports are left out for both, and the loading of the model for SAELens; ours includes it, and the saving.
 SAELens runs by its defaults and tuned (bfloat16 autocast, memory used again).
 """
 
@@ -28,7 +28,7 @@ from saekit.activations.text import open_text
 
 
 def write_texts(path: Path, tokens: int) -> None:
-    """Training documents for so many tokens, and half as many again to hold out; three characters make a token."""
+    """Training documents for twice as many tokens, some of which are held out; three characters make a token."""
     left = 6 * tokens
     with path.open("w") as file:
         for document in open_text("python").documents("train"):

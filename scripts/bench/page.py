@@ -203,7 +203,7 @@ def main() -> None:
         ),
         prose(f"Measured on {where(load('step')['machine'])}."),
         prose(
-            """CUDA and every other accelerator is unmeasured; there, all runs through the same plain PyTorch
+            """CUDA and every other accelerator is unmeasured; there, everything runs through plain PyTorch
             operations."""
         ),
         *step_section(),

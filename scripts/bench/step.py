@@ -133,7 +133,7 @@ def measure(shape: Shape, arms: list[tuple[str, str, str]], repeats: int, device
         for _ in range(2 + repeats):
             products.append(seconds(partial(torch.mm, batches[0], W.T, out=product), where))
             steps.append(seconds(lambda step=bench.step, found=redone: found.append(step()["redone"]), where))
-        steps, products = steps[2:], products[2:]  # buffers are made in the first
+        steps, products, redone = steps[2:], products[2:], redone[2:]  # buffers are made in the first
         with timed_stages(where) as stages:
             whole = seconds(lambda step=bench.step: [step() for _ in range(3)], where)
         figures = {"step": spread(steps), "product": spread(products)}

@@ -93,8 +93,6 @@ def test_no_score_is_off_by_more_than_its_margin(seed, exponent, left_bias, righ
     rough = found.rows(0, 70)[:, :130].double()
     bias = (torch.ones(70) if u is None else u).double()[:, None] * (torch.ones(130) if v is None else v).double()
     exact = x.double() @ W.double() + (0 if u is None and v is None else bias)
-    if u is None and v is None:  # a bias of one
-        rough = rough - 1
     off = (rough - exact).abs()
     assert bool((off <= found.margin.double()[:, None] + 2**-8 * (exact.abs() + found.margin[:, None] + 1)).all())
     assert float(found.margin.mean()) < 0.02 * float(
@@ -205,3 +203,39 @@ def test_exact_scores_are_the_dense_product():
         torch.testing.assert_close(found.exact_rows(torch.tensor([4, 1])), expected[[4, 1]], rtol=1e-5, atol=1e-4)
         every = DenseSelection(expected.abs() + 1).token_choice(70)
         torch.testing.assert_close(found.at(every), expected[every.tokens, every.features], rtol=1e-5, atol=1e-4)
+
+
+def test_batches_and_budgets_of_nothing_and_gradients_of_zero():
+    x, W, b, gradients, W_dec = problem(0, 90, 8, 128)
+    for rough in (False, True):
+        empty = Selection(x[:0], W, b, rough=rough).token_choice(2)
+        assert empty.shape == (0, 128)
+        assert not empty.tokens.numel()
+        alike = Selection(x, W[:, :1].expand(-1, 128) + 0.0, b * 0, rough=rough)
+        assert not alike.feature_choice(torch.zeros(128, dtype=torch.long)).tokens.numel()
+        assert alike.redone == 0, "features without a budget are not looked at twice"
+        zero = Selection(x, W, b, gradients=gradients * 0, W_dec=W_dec, rough=rough)
+        expected = DenseSelection(torch.addmm(b, x, W)).token_choice(4)
+        assert torch.equal(zero.gradient_choice(4, 5.0).to_dense(), expected.to_dense())
+
+
+def test_a_misleading_sample_does_not_bring_up_every_positive_pair(monkeypatch):
+    from saekit import selection
+
+    generator = torch.Generator().manual_seed(0)
+    x, W = torch.randn(4096, 16, generator=generator), torch.randn(16, 512, generator=generator)
+    x[::64][:3] *= 100  # loud tokens, more of them in the sample than elsewhere
+    sizes = []
+    above = selection.above
+
+    def counted(*arguments):
+        found = above(*arguments)
+        sizes.append(len(found.pairs.tokens))
+        return found
+
+    monkeypatch.setattr(selection, "above", counted)
+    fast = Selection(x, W, torch.zeros(512))
+    code = fast.mutual_choice(4 * 4096)
+    expected = DenseSelection(x @ W).mutual_choice(4 * 4096)
+    torch.testing.assert_close(code.to_dense(), expected.to_dense(), rtol=1e-5, atol=1e-4)
+    assert max(sizes) < 20 * 4 * 4096
