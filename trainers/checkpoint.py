@@ -11,6 +11,7 @@ import torch
 from saekit.errors import SaekitError
 from saekit.files import replace_file
 
+_FORMAT = 2  # of what a checkpoint holds
 _NAME = re.compile(r"step-(\d+)\.pt")
 
 
@@ -24,7 +25,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
     """Write the state after ``step`` steps, then delete all but the newest two."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step}.pt"
-    replace_file(path, lambda part: torch.save({"step": step, **state}, part))
+    replace_file(path, lambda part: torch.save({"format": _FORMAT, "step": step, **state}, part))
     for old in checkpoints(folder)[:-2]:
         old.unlink()
     return path
@@ -34,7 +35,7 @@ def load_checkpoint(folder: Path, device: torch.device) -> dict[str, Any] | None
     """The newest state, or None where there is none.
 
     Raises:
-        SaekitError: the file is damaged.
+        SaekitError: the file is damaged, or another version of saekit wrote it.
     """
     found = checkpoints(folder)
     if not found:
@@ -43,4 +44,8 @@ def load_checkpoint(folder: Path, device: torch.device) -> dict[str, Any] | None
         state: dict[str, Any] = torch.load(found[-1], map_location=device, weights_only=True)
     except Exception as error:  # torch raises many kinds for damaged files
         raise SaekitError(f"the checkpoint '{found[-1]}' is damaged; delete it to use the one before") from error
+    if state.get("format") != _FORMAT:
+        raise SaekitError(
+            f"another version of saekit wrote the checkpoint '{found[-1]}'; this one cannot go on from it"
+        )
     return state

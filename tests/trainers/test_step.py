@@ -17,6 +17,7 @@ from saekit.evals import Judge
 from saekit.trainers import TrainConfig, train
 from saekit.trainers.auxiliary import POOLS
 from saekit.trainers.calibration import global_threshold
+from saekit.trainers.checkpoint import checkpoints
 from saekit.trainers.data import training_data
 from saekit.trainers.geometric_median import geometric_median
 from saekit.trainers.interrupt import Interrupted
@@ -297,6 +298,19 @@ def test_a_run_stopped_while_calibrating_is_not_lost(cache, tmp_path, monkeypatc
     monkeypatch.undo()
     monkeypatch.setattr(Trainer, "train_step", None)  # no further step is taken
     assert train(cfg, resume=True, quiet=True).sae.cfg.d_sae == 64
+
+
+def test_a_checkpoint_of_another_version_is_refused(cache, tmp_path, monkeypatch):
+    cfg = config(cache, tmp_path)
+    monkeypatch.setattr(Trainer, "finish", lambda self: None)
+    train(cfg, quiet=True)
+    monkeypatch.undo()
+    newest = checkpoints(cfg.out / "checkpoints")[-1]
+    state = torch.load(newest, weights_only=True)
+    del state["format"]
+    torch.save(state, newest)
+    with pytest.raises(SaekitError, match="another version of saekit"):
+        train(cfg, resume=True, quiet=True)
 
 
 def test_resuming_on_other_data_is_refused(cache, tmp_path, monkeypatch):
