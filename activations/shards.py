@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
@@ -123,10 +124,12 @@ def _header(path: Path, size: int, changed: int) -> tuple[int, dict[str, Any]]:
 def _read_rows(file: FileIO, entry: dict[str, Any], start: int, low: int, high: int) -> Tensor:
     """Rows of one tensor of a safetensors file whose data begins at byte ``start``."""
     (rows, *rest), (begin, end) = entry["shape"], entry["data_offsets"]
-    tensor = torch.empty((high - low, *rest), dtype=_DTYPES[entry["dtype"]])
-    size = tensor[:1].nbytes
-    if not 0 <= low < high <= rows or end - begin != rows * size:
+    dtype = _DTYPES[entry["dtype"]]
+    size = math.prod(rest) * dtype.itemsize
+    whole = min([rows, begin + 1, *rest]) > 0 and end - begin == rows * size and start + end <= file.seek(0, 2)
+    if not (whole and 0 <= low < high <= rows):  # before anything of that size is made
         raise ValueError(f"{rows} rows of {rest} in {end - begin} bytes")
+    tensor = torch.empty((high - low, *rest), dtype=dtype)
     file.seek(start + begin + low * size)
     view = tensor.view(torch.uint8).numpy().data.cast("B")
     while view:

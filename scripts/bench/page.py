@@ -75,8 +75,8 @@ def step_section() -> list[str]:
     lines += [
         prose(
             f"""Where the time goes in shape B, in milliseconds (mean of three further steps). The bfloat16 product
-            alone takes {rough / product:.2f} of the float32 one on this processor; matrix units (AMX, or a GPU's)
-            would make it a fifth."""
+            alone takes {rough / product:.2f} of the float32 one on this processor; processors
+            with matrix units are unmeasured."""
         ),
         table(rows, ["stage", *shown]) + "\n",
     ]

@@ -142,7 +142,17 @@ def test_a_shard_whose_header_lies_is_named(tmp_path):
     cache = ActivationCache.from_tensor(tmp_path / "c", torch.randn(100, 2))
     shard = tmp_path / "c" / cache.shards[0]["file"]
     content = shard.read_bytes()
-    for old, new in ((b"[100,2]", b"[900,2]"), (b"F32", b"F99"), (b'{"', b"{{"), (b"[100,2]", b"[-10,2]")):
+    huge = b'{"activations":{"dtype":"F32","shape":[100,1000000000000],"data_offsets":[0,400000000000000]}}'
+    shard.write_bytes(len(huge).to_bytes(8, "little") + huge + b"x" * 100)
+    with pytest.raises(SaekitError, match=r"shard-00000.safetensors' is damaged"):
+        cache.read(50, 60)
+    for old, new in (
+        (b"[100,2]", b"[10,-2]"),
+        (b"[100,2]", b"[900,2]"),
+        (b"F32", b"F99"),
+        (b'{"', b"{{"),
+        (b"[100,2]", b"[-10,2]"),
+    ):
         assert old in content
         shard.write_bytes(content.replace(old, new, 1))
         with pytest.raises(SaekitError, match=r"shard-00000.safetensors' is damaged"):
