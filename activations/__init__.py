@@ -1,7 +1,7 @@
 """From text to activations: tokens, hooked models, caches, and shuffled batches."""
 
 from saekit.activations.cache import ActivationCache
-from saekit.activations.harvest import ActivationBatch, harvest
+from saekit.activations.harvest import ActivationBatch, Harvest, harvest, harvest_hooks
 from saekit.activations.model import load_model
 from saekit.activations.source import ActivationSource
 from saekit.activations.stream import ShuffledStream
@@ -13,9 +13,11 @@ __all__ = [
     "ActivationCache",
     "ActivationSource",
     "ContextBatch",
+    "Harvest",
     "ShuffledStream",
     "TextSource",
     "harvest",
+    "harvest_hooks",
     "load_model",
     "open_text",
     "pack",

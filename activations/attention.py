@@ -28,16 +28,16 @@ def try_quick_attention(model: TransformerBridge) -> None:
 
 
 @contextmanager
-def quick_attention(model: TransformerBridge, hook: str | None) -> Iterator[None]:
+def quick_attention(model: TransformerBridge, *hooks: str) -> Iterator[None]:
     """Run the model's own attention while it is entered, where that was tried, unless something hooks into it.
 
     Args:
         model: the hooked model.
-        hook: the hook point that is about to be used, if any.
+        hooks: the hook points that are about to be used.
     """
     attentions = _quick.get(model, [])
     points = {point for attention in attentions for point in attention.modules()}
-    if (hook is not None and model.hook_dict.get(hook) in points) or any(_hooked(point) for point in points):
+    if any(model.hook_dict.get(hook) in points for hook in hooks) or any(_hooked(point) for point in points):
         attentions = []
     with _replaced(model, attentions):
         yield

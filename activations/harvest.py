@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
@@ -9,9 +10,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
+from saekit.activations.attention import quick_attention
 from saekit.activations.gradients import with_gradients
-from saekit.activations.model import truncated
+from saekit.activations.model import activations_of, recorded, truncated
 from saekit.activations.tokens import ContextBatch
 from saekit.errors import SaekitError
 
@@ -81,8 +84,61 @@ def _passes(
     if gradients:
         yield with_gradients(model, hook)
     else:
-        with truncated(model, hook) as forward:
-            yield lambda tokens: (forward(tokens), None)
+        with truncated(model, [hook]) as forward:
+            yield lambda tokens: (forward(tokens)[0], None)
+
+
+class Harvest(NamedTuple):
+    """What one pass over contexts found at several hook points.
+
+    Attributes:
+        batches: for each hook point, the activations of the same m tokens.
+        losses: [m] nats of the next token, NaN at the last position of a context; None where they were not asked for.
+    """
+
+    batches: dict[str, ActivationBatch]
+    losses: Float[Tensor, "m"] | None = None
+
+
+def harvest_hooks(
+    model: TransformerBridge, hooks: Sequence[str], contexts: Iterable[ContextBatch], *, losses: bool = False
+) -> Iterator[Harvest]:
+    """Yield the activations at several hooks, kept positions only, by one pass of the model for each batch of contexts.
+
+    The pass ends at the last of the hooks or, with ``losses``, goes through all of the model.
+
+    Raises:
+        SaekitError: the model has no such hook, or an activation is NaN or infinite (the token is named).
+    """
+    device = next(model.parameters()).device
+    with _losses(model, hooks) if losses else truncated(model, hooks) as run:
+        for number, batch in enumerate(contexts):
+            found = run(batch.tokens.to(device))
+            where, kept = batch.kept.to(device), batch.kept
+            positions = torch.arange(kept.shape[1]).expand(kept.shape)[kept]
+            rows = {
+                hook: ActivationBatch(x[where], batch.tokens[kept], batch.documents[kept], positions)
+                for hook, x in zip(hooks, found, strict=False)
+            }
+            for hook, each in rows.items():
+                check_finite(each, hook, f"batch {number} of contexts")
+            yield Harvest(rows, found[-1][where] if losses else None)
+
+
+@contextmanager
+def _losses(model: TransformerBridge, hooks: Sequence[str]) -> Iterator[Callable[[Tensor], list[Tensor]]]:
+    """A function from tokens [b, t] to the activations at each hook and, last, the losses [b, t]."""
+    with recorded(model, hooks) as seen:
+
+        def run(tokens: Tensor) -> list[Tensor]:
+            seen.clear()
+            with torch.no_grad(), quick_attention(model, *hooks):
+                logits = torch.as_tensor(model(tokens, return_type="logits"))[:, :-1].float()
+            nats = cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+            nats = torch.nn.functional.pad(nats.reshape(len(tokens), -1), (0, 1), value=math.nan)
+            return [*activations_of(seen, hooks, tokens), nats]
+
+        yield run
 
 
 def check_finite(batch: ActivationBatch, hook: str, where: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -138,30 +138,63 @@ def context_length_of(model: TransformerBridge) -> int:
 
 
 @contextmanager
-def truncated(model: TransformerBridge, hook: str) -> Iterator[Callable[[Int[Tensor, "b t"]], Float[Tensor, "b t d"]]]:
-    """A forward pass that ends at a hook point.
+def truncated(
+    model: TransformerBridge, hooks: Sequence[str]
+) -> Iterator[Callable[[Int[Tensor, "b t"]], list[Float[Tensor, "b t d"]]]]:
+    """A forward pass that ends at the last of some hook points.
 
     Yields:
-        A function from tokens [b, t] to the activations [b, t, d] at the hook; further dimensions (heads) are flattened
-        into d.
+        A function from tokens [b, t] to the activations [b, t, d] at each hook; further dimensions (heads) are
+        flattened into d.
 
     Raises:
         SaekitError: there is no such hook, or the forward pass does not reach it.
     """
     from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
-    check_hook(model, hook)
+    with recorded(model, hooks) as seen:
+
+        def stop(activation: Tensor, hook: Any) -> None:
+            if len(seen) == len(hooks):
+                raise StopAtLayerException(activation)  # the bridge catches it
+
+        def run(tokens: Tensor) -> list[Tensor]:
+            seen.clear()
+            with torch.no_grad(), quick_attention(model, *hooks):
+                model(tokens, return_type=None)
+            return activations_of(seen, hooks, tokens)
+
+        with model.hooks(fwd_hooks=[(hook, stop) for hook in hooks]):
+            yield run
+
+
+@contextmanager
+def recorded(model: TransformerBridge, hooks: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """While it is entered, passes of the model leave what they have at these hook points in a dictionary.
+
+    Raises:
+        SaekitError: there is no such hook.
+    """
+    seen: dict[str, Tensor] = {}
     try_quick_attention(model)
 
-    def stop(activation: Tensor, hook: Any) -> None:
-        raise StopAtLayerException(activation)  # the bridge catches it and returns the activation
+    def record(name: str) -> tuple[str, Callable[..., None]]:
+        check_hook(model, name)
+        return name, lambda activation, hook: seen.update({name: activation})
 
-    def run(tokens: Tensor) -> Tensor:
-        with torch.no_grad(), quick_attention(model, hook):
-            result = model(tokens, return_type=None)
-        if not isinstance(result, Tensor) or result.shape[:2] != tokens.shape:
+    with model.hooks(fwd_hooks=[record(name) for name in hooks]):
+        yield seen
+
+
+def activations_of(
+    seen: dict[str, Tensor], hooks: Sequence[str], tokens: Int[Tensor, "b t"]
+) -> list[Float[Tensor, "b t d"]]:
+    """What was recorded, in the order of the hooks.
+
+    Raises:
+        SaekitError: a hook was not reached, or has no activation for each token.
+    """
+    for hook in hooks:
+        if not isinstance(seen.get(hook), Tensor) or seen[hook].shape[:2] != tokens.shape:
             raise SaekitError(f"the hook '{hook}' gives no activation for each token in this model")
-        return result.flatten(2)
-
-    with model.hooks(fwd_hooks=[(hook, stop)]):
-        yield run
+    return [seen[hook].flatten(2) for hook in hooks]

@@ -46,11 +46,11 @@ def bench_harvest(repeats: int) -> dict[str, Any]:
     contexts = list(itertools.islice(source.contexts("train"), 8))
     tokens = sum(batch.tokens.numel() for batch in contexts)
     bare, ours = [], []
-    with truncated(source.model, source.hook) as forward:
+    with truncated(source.model, [source.hook]) as forward:
         for _ in range(repeats):
             bare.append(seconds(lambda: [forward(batch.tokens) for batch in contexts]))
     for _ in range(repeats):
-        with truncated(source.model, source.hook) as forward:
+        with truncated(source.model, [source.hook]) as forward:
             bare.append(seconds(lambda run=forward: [run(batch.tokens) for batch in contexts]))
         ours.append(seconds(lambda: list(harvest(source.model, source.hook, contexts))))
     bare = bare[repeats:]  # the first were to warm up

@@ -16,7 +16,7 @@ def model():
 
 def kernels(model, hook, tokens):
     """Logits, and whether torch's fused attention made them."""
-    with quick_attention(model, hook), torch.profiler.profile() as profile, torch.no_grad():
+    with quick_attention(model, *([hook] if hook else [])), torch.profiler.profile() as profile, torch.no_grad():
         logits = model(tokens, return_type="logits")
     return logits, any("scaled_dot_product" in event.key for event in profile.key_averages())
 

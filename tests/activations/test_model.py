@@ -10,7 +10,7 @@ import torch
 
 import saekit
 from saekit import SaekitError
-from saekit.activations import ContextBatch, harvest, load_model
+from saekit.activations import ContextBatch, harvest, harvest_hooks, load_model
 from saekit.activations.model import default_hook, model_path, truncated
 
 EMBEDDED = Path(saekit.__file__).parent / "embedded"
@@ -42,8 +42,8 @@ def test_its_cross_entropy_on_heldout_text_is_what_it_claims(source):
 def test_truncated_passes_give_what_whole_passes_give(source, contexts, hook):
     tokens = contexts.tokens[:4]
     _, cache = source.model.run_with_cache(tokens)
-    with truncated(source.model, hook) as run:
-        found, whole = run(tokens), cache[hook].flatten(2)
+    with truncated(source.model, [hook]) as run:
+        (found,), whole = run(tokens), cache[hook].flatten(2)
     torch.testing.assert_close(found, whole, rtol=0, atol=1e-6 * float(whole.abs().max()))
 
 
@@ -52,12 +52,39 @@ def test_nothing_runs_beyond_the_hook(source, contexts):
     watch = [
         (f"blocks.{i}.hook_resid_pre", lambda x, hook, i=i: reached.append(i)) for i in range(source.model.cfg.n_layers)
     ]
-    with source.model.hooks(fwd_hooks=watch), truncated(source.model, "blocks.1.hook_resid_post") as run:
+    with source.model.hooks(fwd_hooks=watch), truncated(source.model, ["blocks.1.hook_resid_post"]) as run:
         run(contexts.tokens[:2])
     assert reached == [0, 1]
     reached.clear()
     source.model(contexts.tokens[:1])
     assert not reached, "hooks are gone afterwards"
+
+
+PARTS = ["blocks.2.hook_resid_post", "blocks.0.hook_resid_post", "blocks.2.hook_mlp_out", "blocks.2.hook_attn_out"]
+
+
+@pytest.mark.parametrize("losses", [False, True])
+def test_several_hooks_from_one_pass(source, contexts, losses):
+    few = ContextBatch(*(column[:4] for column in contexts))
+    reached = []
+    watch = [("blocks.3.hook_resid_pre", lambda x, hook: reached.append(hook))]
+    with source.model.hooks(fwd_hooks=watch):
+        (found,) = harvest_hooks(source.model, PARTS, [few], losses=losses)
+    assert bool(reached) is losses, "without losses the pass ends at the last of the hooks"
+    assert list(found.batches) == PARTS
+    for hook, batch in found.batches.items():
+        (alone,) = harvest(source.model, hook, [few])
+        torch.testing.assert_close(batch.x, alone.x, rtol=0, atol=1e-5 * float(alone.x.abs().max()))
+        assert torch.equal(batch.documents, alone.documents)
+        assert torch.equal(batch.positions, alone.positions)
+    if losses:
+        log_p = source.model(few.tokens, return_type="logits")[:, :-1].log_softmax(-1)
+        nats = -log_p.gather(2, few.tokens[:, 1:, None])[..., 0]
+        last = batch.positions == few.tokens.shape[1] - 1
+        assert torch.equal(found.losses.isnan(), last)
+        torch.testing.assert_close(found.losses[~last], nats[few.kept[:, :-1]], rtol=1e-3, atol=1e-3)
+    else:
+        assert found.losses is None
 
 
 def test_the_residual_equals_that_of_the_plain_hugging_face_model(contexts):
@@ -67,8 +94,8 @@ def test_the_residual_equals_that_of_the_plain_hugging_face_model(contexts):
     tokens = contexts.tokens[:2]
     with torch.no_grad():
         states = plain(tokens, output_hidden_states=True).hidden_states
-    with truncated(load_model(device="cpu"), "blocks.1.hook_resid_post") as run:
-        torch.testing.assert_close(run(tokens), states[2], rtol=1e-4, atol=1e-4 * float(states[2].abs().max()))
+    with truncated(load_model(device="cpu"), ["blocks.1.hook_resid_post"]) as run:
+        torch.testing.assert_close(run(tokens)[0], states[2], rtol=1e-4, atol=1e-4 * float(states[2].abs().max()))
 
 
 def test_the_default_hook_is_the_middle_of_the_model(source):
@@ -80,8 +107,8 @@ def test_harvest_leaves_out_bos_and_separators(source, contexts):
     assert len(found.x) == int(contexts.kept.sum()) < contexts.kept.numel()
     assert (found.positions > 0).all()
     assert torch.equal(found.tokens, contexts.tokens[contexts.kept])
-    with truncated(source.model, source.hook) as run:
-        whole = run(contexts.tokens)
+    with truncated(source.model, [source.hook]) as run:
+        (whole,) = run(contexts.tokens)
     row = int((found.positions == 17).nonzero()[0])
     assert torch.equal(found.x[row], whole[0, 17])
 
@@ -127,6 +154,6 @@ def test_an_incomplete_model_folder_is_named(tmp_path):
 def test_unknown_hooks_name_close_ones(source):
     with (
         pytest.raises(SaekitError, match=r"no hook 'blocks.7.hook_resid_post'.*blocks 0 to 3.*did you mean"),
-        truncated(source.model, "blocks.7.hook_resid_post"),
+        truncated(source.model, ["blocks.7.hook_resid_post"]),
     ):
         pass
