@@ -160,12 +160,12 @@ def truncated(
 
         def run(tokens: Tensor) -> list[Tensor]:
             seen.clear()
-            with torch.no_grad(), quick_attention(model, *hooks):
+            stops = [(hook, stop) for hook in hooks]  # for this pass alone: another harvest may be under way
+            with torch.no_grad(), quick_attention(model, *hooks), model.hooks(fwd_hooks=stops):
                 model(tokens, return_type=None)
             return activations_of(seen, hooks, tokens)
 
-        with model.hooks(fwd_hooks=[(hook, stop) for hook in hooks]):
-            yield run
+        yield run
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from saekit.activations.gradients import LOSS
@@ -81,6 +81,15 @@ class ActivationSource:
         # what TransformerLens knows of the model's training decides about BOS
         bos = bool(getattr(bridge.cfg, "default_prepend_bos", True)) and bridge.tokenizer.bos_token_id is not None
         return cls(model, bridge, hook, text, length, bos, column, split)
+
+    def at(self, hook: str) -> ActivationSource:
+        """The same model and text at another hook point.
+
+        Raises:
+            SaekitError: the model has no such hook.
+        """
+        check_hook(self.model, hook)
+        return replace(self, hook=hook)
 
     def contexts(self, part: Split, batch: int = 32) -> Iterator[ContextBatch]:
         """Contexts of one part of the text, in a fixed order.

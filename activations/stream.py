@@ -6,18 +6,19 @@ tokens of one context meet in a batch as often as chance within a fill says. The
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from saekit.activations.cache import ActivationCache
-from saekit.activations.harvest import ActivationBatch, check_finite
+from saekit.activations.harvest import ActivationBatch, Harvest, check_finite, harvest_hooks
 from saekit.activations.source import ActivationSource
 
 _BLOCK = 2048  # rows read from a cache in one piece
@@ -60,11 +61,30 @@ def live_rows(source: ActivationSource, gradients: bool = False) -> Iterator[Flo
     Raises:
         SaekitError: the text does not fill one context, or an activation is not finite.
     """
+    return _endless(lambda: map(_row, source.batches("train", gradients=gradients)))
+
+
+def live_rows_of_hooks(source: ActivationSource, hooks: Sequence[str]) -> Iterator[Float[Tensor, "m w"]]:
+    """Rows of the training text as in ``live_rows``, the activations at several hook points side by side.
+
+    Each token has one row [d₁ + d₂ + ...], the hooks in the order asked for; the model goes over the text once.
+
+    Raises:
+        SaekitError: as ``live_rows``.
+    """
+
+    def row(found: Harvest) -> Tensor:
+        return torch.cat([_row(batch) for batch in found.batches.values()], dim=1)
+
+    return _endless(lambda: map(row, harvest_hooks(source.model, hooks, source.contexts("train"))))
+
+
+def _endless(text: Callable[[], Iterator[Float[Tensor, "m w"]]]) -> Iterator[Float[Tensor, "m w"]]:
     while True:
         total = 0
-        for batch in source.batches("train", gradients=gradients):
-            yield _row(batch)
-            total += len(batch.x)
+        for rows in text():
+            yield rows
+            total += len(rows)
         warnings.warn(f"the text ran out after {total:,} tokens and begins again", stacklevel=2)
 
 
@@ -97,6 +117,7 @@ class ShuffledStream:
         self._rows, self._batch_size, self._buffer, self._seed = rows, batch_size, max(buffer, batch_size), seed
         self._ready: queue.Queue[Tensor | BaseException | None] = queue.Queue(maxsize=1)
         self._stop = threading.Event()
+        self._batches: Iterator[Tensor] = self._take()
         self._thread = threading.Thread(target=self._prepare, daemon=True)
         self._thread.start()
 
@@ -135,7 +156,20 @@ class ShuffledStream:
                 continue
 
     def __iter__(self) -> Iterator[Float[Tensor, "b w"]]:
-        """Batches, in an order that the seed decides."""
+        """The batches that were not taken yet, in an order that the seed decides."""
+        return self._batches
+
+    def peek(self, rows: int) -> Float[Tensor, "m w"]:
+        """The first ``rows`` rows, or as many as there are; no batch is taken by that."""
+        first: list[Tensor] = []
+        for batch in self._batches:
+            first.append(batch)
+            if sum(map(len, first)) >= rows:
+                break
+        self._batches = itertools.chain(first, self._batches)
+        return torch.cat(first)[:rows]
+
+    def _take(self) -> Iterator[Tensor]:
         while True:
             start = time.perf_counter()
             item = self._ready.get()
@@ -147,6 +181,7 @@ class ShuffledStream:
             yield from torch.split(item, self._batch_size)
 
     def close(self) -> None:
-        """Stop the thread and wait until it no longer uses the model."""
+        """Stop the thread, wait until it no longer uses the model, and let go of the rows."""
         self._stop.set()
         self._thread.join()
+        self._rows = iter(())  # a harvest that has not ended takes its hooks off the model when it is let go

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from saekit.errors import SaekitError
-from saekit.files import check_free
+from saekit.files import check_free, replace_file
 
 if TYPE_CHECKING:
     from saekit.evals import Report
@@ -55,8 +55,9 @@ def _flags_of_config(command: Callable[..., None]) -> Callable[..., None]:
     flags = []
     for name, field in TrainConfig.model_fields.items():
         default = "" if field.default is None or field.default_factory else f" [default: {field.default}]"
-        option = typer.Option(help=f"{field.description}{default}", show_default=False)
-        kind: Any = Annotated[kinds.get(field.annotation, str) | None, option]
+        again = "; give it again for a dictionary at each" if name == "hook" else ""
+        option = typer.Option(help=f"{field.description}{default}{again}", show_default=False)
+        kind: Any = Annotated[(list[str] if name == "hook" else kinds.get(field.annotation, str)) | None, option]
         flags.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind))
     command.__signature__ = inspect.Signature([*flags, *fixed])  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in [*flags, *fixed]}
@@ -78,29 +79,41 @@ def train(
 
     saekit train --variant mutual_choice --width 4096 --k 32 --tokens 2000000 --out runs/demo
     """
-    from saekit.trainers import TrainConfig
+    from saekit.trainers import TrainConfig, train_hooks
     from saekit.trainers import train as run_training
     from saekit.trainers.interrupt import Interrupted
+    from saekit.trainers.several import hooks_in
 
+    hooks = flags.pop("hook") or []
     if resume and config is None and flags["out"] is not None:
         started = Path(flags["out"]) / "config.yaml"
         config = started if started.is_file() else None
-    settings = TrainConfig.from_yaml(config, **flags)
-    finished = resume and (settings.out / "sae/cfg.json").is_file()
+    settings = TrainConfig.from_yaml(config, hook=hooks[0] if len(hooks) == 1 else None, **flags)
+    home = settings.out
+    several = len(hooks) > 1 or (resume and not (home / "config.yaml").is_file() and bool(hooks_in(home)))
+    finished = {path.parents[1] for place in ("sae", "*/sae") for path in home.glob(f"{place}/cfg.json") if resume}
     try:
-        run = run_training(settings, resume=resume, overwrite=overwrite, quiet=quiet)
+        if several:
+            runs = [*train_hooks(settings, hooks, resume=resume, overwrite=overwrite, quiet=quiet).values()]
+        else:
+            runs = [run_training(settings, resume=resume, overwrite=overwrite, quiet=quiet)]
     except Interrupted as stop:
-        print(f"\nsaekit: stopped; go on with: saekit train --out {settings.out} --resume", file=sys.stderr)
+        print(f"\nsaekit: stopped; go on with: saekit train --out {home} --resume", file=sys.stderr)
         sys.exit(stop.code)
-    if finished:
-        print(f"the run in {run.path} was finished already")
-    if eval_tokens and not (finished and (run.path / "eval.json").is_file()):
-        _judge([run.path], quiet, run.path / "eval.json", tokens=eval_tokens, device=settings.device)
-    print(f"run: {run.path}    dictionary: {run.path / 'sae'}")
-    if run.sae.cfg.affinity_scale != "none":
+    for run in runs:
+        if run.path in finished:
+            print(f"the run in {run.path} was finished already")
+    unjudged = [run.path for run in runs if not (run.path / "eval.json").is_file()]
+    if eval_tokens and unjudged:
+        for path, report in _judge(unjudged, quiet, tokens=eval_tokens, device=runs[0].config.device).items():
+            report.save(Path(path) / "eval.json")
+    for run in runs:
+        print(f"run: {run.path}    dictionary: {run.path / 'sae'}")
+    if runs[0].sae.cfg.affinity_scale != "none":
+        one = runs[0].path if len(runs) == 1 else "RUN"
         print(
             f"its thresholds follow each token's norm, which SAELens cannot read; for the nearest plain ones:\n"
-            f"  saekit convert {run.path} FOLDER --to saelens --lossy"
+            f"  saekit convert {one} FOLDER --to saelens --lossy"
         )
 
 
@@ -178,10 +191,9 @@ def evaluate(
         raise SaekitError(f"'{out}' exists already; choose another --out")
     if out is not None and not out.parent.is_dir():
         raise SaekitError(f"there is no folder '{out.parent}' to write '{out.name}' into")
-    _judge(
+    reports = _judge(
         dictionaries,
         quiet,
-        out,
         model=model,
         hook=hook,
         dataset=dataset,
@@ -193,6 +205,11 @@ def evaluate(
         tokens=tokens,
         device=device,
     )
+    if out is not None and len(reports) == 1:
+        next(iter(reports.values())).save(out)
+    elif out is not None:
+        everything = {name: json.loads(report.to_json()) for name, report in reports.items()}
+        replace_file(out, lambda part: part.write_text(json.dumps(everything, indent=2) + "\n"))
 
 
 def convert(
@@ -258,13 +275,12 @@ def info(path: Path = typer.Argument(help="a dictionary, a run or an activation 
     print(json.dumps(facts, indent=2))
 
 
-def _judge(paths: list[Path], quiet: bool, out: Path | None, *, device: str, **settings: Any) -> None:
-    """Evaluate, print one table, and write the reports: one alone, or several by the dictionary's path."""
+def _judge(paths: list[Path], quiet: bool, *, device: str, **settings: Any) -> dict[str, Report]:
+    """Evaluate and print one table; returns the reports by the dictionary's path."""
     from rich.console import Console
     from rich.progress import Progress
 
     from saekit.evals import Judge, table
-    from saekit.files import replace_file
     from saekit.trainers.trainer import pick_device
 
     reports: dict[str, Report] = {}
@@ -280,11 +296,7 @@ def _judge(paths: list[Path], quiet: bool, out: Path | None, *, device: str, **s
     console = Console()
     console.width = console.width if len(reports) == 1 else max(console.width, 140)  # rather wrapped than cut off
     console.print(table(reports))
-    if out is not None and len(reports) == 1:
-        next(iter(reports.values())).save(out)
-    elif out is not None:
-        everything = {name: json.loads(report.to_json()) for name, report in reports.items()}
-        replace_file(out, lambda part: part.write_text(json.dumps(everything, indent=2) + "\n"))
+    return reports
 
 
 app.command()(_flags_of_config(train))

@@ -1,10 +1,12 @@
 """Training: the loop, one file a variant, losses, optimiser, checkpoints."""
 
 from saekit.trainers.config import TrainConfig
-from saekit.trainers.trainer import Run, train
+from saekit.trainers.run_folder import Run
+from saekit.trainers.several import train_hooks
+from saekit.trainers.trainer import train
 from saekit.trainers.variant import Batch, Variant
 from saekit.trainers.variants import VARIANTS, add_from_packages
 
-__all__ = ["VARIANTS", "Batch", "Run", "TrainConfig", "Variant", "train"]
+__all__ = ["VARIANTS", "Batch", "Run", "TrainConfig", "Variant", "train", "train_hooks"]
 
 add_from_packages()  # last: they import from here

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, islice
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saekit.activations import ActivationCache, ActivationSource
-from saekit.activations.stream import cache_rows, first_rows, live_rows
+from saekit.activations.harvest import harvest_hooks
+from saekit.activations.stream import cache_rows, first_rows, live_rows, live_rows_of_hooks
 from saekit.errors import SaekitError
 from saekit.trainers.config import TrainConfig
 from saekit.trainers.variants import VARIANTS
@@ -39,6 +40,7 @@ class TrainingData:
         buffer: rows to shuffle together, no more than there are.
         gradients: whether gradients stand beside the activations, in the second half of each row.
         calibration: makes batches of held-out activations.
+        columns: the part of each row that is this run's, where several runs share the rows.
     """
 
     passport: dict[str, Any]
@@ -46,6 +48,7 @@ class TrainingData:
     buffer: int
     gradients: bool
     calibration: Callable[[], Iterator[Float[Tensor, "m d"]]]
+    columns: slice = field(default_factory=lambda: slice(None))
 
 
 def training_data(config: TrainConfig, device: torch.device) -> TrainingData:
@@ -54,11 +57,40 @@ def training_data(config: TrainConfig, device: torch.device) -> TrainingData:
     Raises:
         SaekitError: a part is missing or does not fit another, or the text is too short for its three parts.
     """
-    buffer = min(config.buffer, config.tokens)
-    needed = config.steps * config.batch_size  # nothing is harvested or read in vain
     gradients = VARIANTS[config.variant].needs_gradients
     if config.cache is not None:
-        return _from_cache(config, ActivationCache.open(config.cache), buffer, needed, gradients)
+        return _from_cache(config, ActivationCache.open(config.cache), gradients)
+    source = _source(config, device)
+    return _live(config, source, source.passport("train", gradients=gradients), gradients)
+
+
+def data_of_hooks(config: TrainConfig, hooks: Sequence[str], device: torch.device) -> list[TrainingData]:
+    """Load the model and the text once for runs at several hook points, whose activations share the rows.
+
+    Raises:
+        SaekitError: as ``training_data``.
+    """
+    source = _source(config.model_copy(update={"hook": hooks[0]}), device)
+    sources = [source.at(hook) for hook in hooks]
+    (one,) = harvest_hooks(source.model, hooks, [next(source.contexts("calibration", 1))])
+    widths = [batch.x.shape[1] for batch in one.batches.values()]
+
+    def rows() -> Iterator[Tensor]:
+        return first_rows(live_rows_of_hooks(source, hooks), _needed(config))
+
+    passport = source.passport("train")  # fingerprints of large models take a while
+    return [
+        replace(_live(config, each, {**passport, "hook": each.hook}), rows=rows, columns=slice(stop - width, stop))
+        for each, width, stop in zip(sources, widths, accumulate(widths), strict=True)
+    ]
+
+
+def _needed(config: TrainConfig) -> int:
+    """Rows that a run takes: nothing is harvested or read in vain."""
+    return config.steps * config.batch_size
+
+
+def _source(config: TrainConfig, device: torch.device) -> ActivationSource:
     source = ActivationSource.open(
         config.model,
         config.hook,
@@ -72,17 +104,25 @@ def training_data(config: TrainConfig, device: torch.device) -> TrainingData:
     )
     next(source.contexts("calibration"))  # better now than after the training
     next(source.contexts("heldout"))
+    return source
 
+
+def _live(
+    config: TrainConfig, source: ActivationSource, passport: dict[str, Any], gradients: bool = False
+) -> TrainingData:
     def calibration() -> Iterator[Tensor]:
         return (batch.x.float() for batch in source.batches("calibration", config.calibration_tokens))
 
-    passport = source.passport("train", gradients=gradients)
     return TrainingData(
-        passport, lambda: first_rows(live_rows(source, gradients), needed), buffer, gradients, calibration
+        passport,
+        lambda: first_rows(live_rows(source, gradients), _needed(config)),
+        min(config.buffer, config.tokens),
+        gradients,
+        calibration,
     )
 
 
-def _from_cache(config: TrainConfig, cache: ActivationCache, buffer: int, needed: int, gradients: bool) -> TrainingData:
+def _from_cache(config: TrainConfig, cache: ActivationCache, gradients: bool) -> TrainingData:
     """Part of the end of a cache serves the calibration and is never trained on."""
     for setting, fact in _FACTS.items():
         asked, found = getattr(config, setting), cache.passport.get(fact)
@@ -103,8 +143,8 @@ def _from_cache(config: TrainConfig, cache: ActivationCache, buffer: int, needed
     passport = {**cache.passport, "cache_fingerprint": cache.fingerprint}
     return TrainingData(
         passport,
-        lambda: first_rows(cache_rows(cache, config.seed, gradients), needed),
-        min(buffer, len(train)),
+        lambda: first_rows(cache_rows(cache, config.seed, gradients), _needed(config)),
+        min(config.buffer, config.tokens, len(train)),
         gradients,
         calibrate,
     )

@@ -14,10 +14,22 @@ from saekit.files import replace_file
 from saekit.trainers.config import TrainConfig
 
 
-class TrainingProgress:
-    """A progress bar on the screen and lines in ``metrics.jsonl``."""
+def bars(quiet: bool) -> Progress:
+    """The part of the screen that shows progress bars while it is entered."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=12),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[figures]}"),
+        disable=quiet,
+    )
 
-    def __init__(self, config: TrainConfig, step: int, quiet: bool) -> None:
+
+class TrainingProgress:
+    """A bar of one run on the screen and lines in its ``metrics.jsonl``."""
+
+    def __init__(self, config: TrainConfig, step: int, screen: Progress, name: str) -> None:
         self.config = config
         self.first = step
         self.start = time.perf_counter()
@@ -25,29 +37,20 @@ class TrainingProgress:
         kept = _lines_until(path, step)
         replace_file(path, lambda part: part.write_text("".join(kept)))
         self.file: TextIO = path.open("a")
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=12),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}"),
-            disable=quiet,
-        )
-        self.task = self.bar.add_task(config.variant, total=config.steps, completed=step, figures="")
+        self.screen = screen
+        self.task = screen.add_task(name, total=config.steps, completed=step, figures="")
 
     def __enter__(self) -> TrainingProgress:
-        self.bar.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.bar.stop()
         self.file.close()
 
     def advance(self) -> None:
         """One step is done."""
-        self.bar.advance(self.task)
+        self.screen.advance(self.task)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Write one line of metrics and show the main figures."""
@@ -60,7 +63,7 @@ class TrainingProgress:
             "{rate:,.0f} tokens/s  dead {dead_share:.1%}  waited {waited_share:.0%}\n"
             "loss {loss:.4f}  FVU {fvu:.4f}  L0 {l0:.1f}"
         )
-        self.bar.update(self.task, figures=figures.format(rate=rate, **metrics))
+        self.screen.update(self.task, figures=figures.format(rate=rate, **metrics))
 
 
 def _lines_until(path: Path, step: int) -> list[str]:

@@ -1,13 +1,9 @@
-"""The training loop: activations in, a saved dictionary out."""
+"""One training run: activations in, a saved dictionary out."""
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -16,42 +12,34 @@ from torch import Tensor
 
 from saekit.activations import ShuffledStream
 from saekit.errors import SaekitError, first_line
-from saekit.files import check_free, replace_file, writable_folder
+from saekit.files import check_free, replace_file
 from saekit.kernels.workspace import Workspace
 from saekit.sae import AffinityScale, SAEConfig, SparseAutoencoder
 from saekit.selection import Selection
 from saekit.trainers.auxiliary import POOLS, auxiliary_step
 from saekit.trainers.backward import reconstruction_step
-from saekit.trainers.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from saekit.trainers.checkpoint import load_checkpoint, save_checkpoint
 from saekit.trainers.config import TrainConfig
 from saekit.trainers.data import TrainingData, resolved, training_data
 from saekit.trainers.geometric_median import geometric_median
-from saekit.trainers.interrupt import Interrupted, InterruptGuard
+from saekit.trainers.lock_step import take_steps
 from saekit.trainers.optimizer import DictionaryAdam, learning_rate
-from saekit.trainers.progress import TrainingProgress
+from saekit.trainers.run_folder import (
+    CHECKPOINTS,
+    DICTIONARY,
+    STATISTICS,
+    Run,
+    check_manner,
+    config_to_resume,
+    finished_run,
+    prepare_folder,
+)
 from saekit.trainers.statistics import Statistics
 from saekit.trainers.variant import Batch, Variant
 from saekit.trainers.variants import VARIANTS
 from saekit.zipf import ranks_of
 
-CONFIG, METRICS, CHECKPOINTS, DICTIONARY = "config.yaml", "metrics.jsonl", "checkpoints", "sae"
-STATISTICS, EVALUATION = "statistics.safetensors", "eval.json"
-_SAMPLE = 16_384  # rows that the scale and b_dec start from
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished run.
-
-    Attributes:
-        sae: the dictionary, in evaluation mode, for raw activations.
-        path: the run's folder.
-        config: what was asked, defaults filled in.
-    """
-
-    sae: SparseAutoencoder
-    path: Path
-    config: TrainConfig
+SAMPLE = 16_384  # rows of the stream that the scale and b_dec start from
 
 
 def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False, quiet: bool = False) -> Run:
@@ -71,26 +59,23 @@ def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False,
         SaekitError: the config, the data or the folder is not as it must be; or activations or loss are not finite.
         Interrupted: by SIGINT or SIGTERM, after the step was finished and the state saved.
     """
-    import saekit
-
-    if resume and overwrite:
-        raise SaekitError("a run is either resumed or overwritten, not both")
+    check_manner(resume, overwrite)
     if resume:
-        config = _config_to_resume(config)
-        if (config.out / DICTIONARY / "cfg.json").exists():
-            return Run(saekit.load(config.out), config.out, config)
+        config = config_to_resume(config)
+        if (finished := finished_run(config)) is not None:
+            return finished
     else:
         check_free(config.out, overwrite=overwrite, hint="choose another --out, or pass --resume or --overwrite")
     device = pick_device(config.device)
     data = training_data(config, device)
     stream = ShuffledStream(data.rows(), config.batch_size, data.buffer, config.seed)
     with closing(stream):
-        trainer = Trainer(config, data, stream, device)  # everything that can be refused has been by now
+        trainer = Trainer(config, data, stream.peek(SAMPLE), device)  # all that can be refused has been by now
         if resume:
             trainer.restore()
         else:
-            _prepare_folder(trainer.config)
-        trainer.run(quiet)
+            prepare_folder(trainer.config)
+        take_steps([trainer], stream, quiet)
     return trainer.finish()
 
 
@@ -110,48 +95,44 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def _config_to_resume(config: TrainConfig) -> TrainConfig:
-    """The config that a run was started with; whatever was set anew must equal it."""
-    written = config.out / CONFIG
-    if not written.is_file():
-        raise SaekitError(f"there is no run to resume in '{config.out}': {CONFIG} is missing")
-    before = TrainConfig.from_yaml(written)
-    asked = {key: getattr(config, key) for key in TrainConfig.model_fields if key in config.model_fields_set - {"out"}}
-    changed = [key for key, value in asked.items() if value is not None and value != getattr(before, key)]
-    if changed:
-        raise SaekitError(f"the run in '{config.out}' was started with another {', '.join(changed)}")
-    return before.model_copy(update={"out": config.out})
-
-
-def _prepare_folder(config: TrainConfig) -> None:
-    """Make the run's folder; what an earlier run left there goes."""
-    writable_folder(config.out, overwrite=True)
-    old = [*(config.out / name for name in (METRICS, STATISTICS, EVALUATION)), *checkpoints(config.out / CHECKPOINTS)]
-    for path in [*old, *(config.out / DICTIONARY).glob("*")]:
-        if path.is_file():
-            path.unlink()
-    replace_file(config.out / CONFIG, lambda path: path.write_text(config.to_yaml()))
-
-
 class Trainer:
     """One run: its parameters, optimiser and statistics."""
 
-    def __init__(self, config: TrainConfig, data: TrainingData, stream: ShuffledStream, device: torch.device) -> None:
-        self.data, self.stream, self.device = data, stream, device
-        rows, self.batches = _peek(iter(stream), _SAMPLE)
-        self.d_in = rows.shape[1] // 2 if data.gradients else rows.shape[1]
+    def __init__(
+        self,
+        config: TrainConfig,
+        data: TrainingData,
+        sample: Float[Tensor, "n w"],
+        device: torch.device,
+        workspace: Workspace | None = None,
+    ) -> None:
+        """Begin a run.
+
+        Args:
+            config: what to train.
+            data: where the activations come from.
+            sample: the first rows of the stream, from which the scale and b_dec start.
+            device: where to train.
+            workspace: buffers that trainers may share which take turns.
+
+        Raises:
+            SaekitError: the config does not fit the data.
+        """
+        self.data, self.device = data, device
+        sample = sample[:, data.columns].contiguous()
+        self.d_in = sample.shape[1] // 2 if data.gradients else sample.shape[1]
         self.config = config = resolved(config, data.passport, self.d_in)
         assert config.width is not None
         assert config.dead_after is not None
         self.variant = VARIANTS[config.variant](config, config.width)
-        self.sae, self.scale = initial_dictionary(config, self.variant, rows[:, : self.d_in].to(device))
+        self.sae, self.scale = initial_dictionary(config, self.variant, sample[:, : self.d_in].to(device))
         self.optimizer = DictionaryAdam(self.sae, config.clip)
-        self.workspace = Workspace()
+        self.workspace = workspace or Workspace()
         self.statistics = Statistics(config.width, config.dead_after, device)
         self.step = 0
 
     def restore(self) -> None:
-        """Go back to the newest checkpoint, if there is one, and past the batches that it was trained on.
+        """Go back to the newest checkpoint, if there is one.
 
         Raises:
             SaekitError: the checkpoint is damaged, or the data is not what the run was started on.
@@ -163,27 +144,31 @@ class Trainer:
             if state["passport"].get(field) != value:
                 raise SaekitError(f"the data has another {field} than when the run in '{self.config.out}' was started")
         self.load_state_dict(state)
-        if self.step < self.config.steps:
-            next(itertools.islice(self.batches, self.step - 1, self.step), None)
 
-    def run(self, quiet: bool = False) -> None:
-        """All remaining steps; the last state is in a checkpoint when it returns or is interrupted."""
-        config, folder = self.config, self.config.out / CHECKPOINTS
-        self.stream.waited = 0.0
-        with TrainingProgress(config, self.step, quiet) as progress, InterruptGuard() as guard:
-            for rows in itertools.islice(self.batches, config.steps - self.step):
-                rows = rows.to(self.device)
-                gradients = rows[:, self.d_in :] if self.data.gradients else None
-                metrics = self.train_step(rows[:, : self.d_in] * self.scale, gradients)
-                self.step += 1
-                last = self.step == config.steps
-                if self.step % config.log_every == 0 or last:
-                    progress.log(self.step, self._metrics(metrics))
-                progress.advance()
-                if self.step % config.checkpoint_every == 0 or last or guard.received:
-                    save_checkpoint(folder, self.step, self.state_dict())
-                if guard.received:
-                    raise Interrupted(guard.received)
+    def advance(self, rows: Float[Tensor, "n w"]) -> dict[str, float]:
+        """One step on one batch of the stream; returns what ``train_step`` does.
+
+        Raises:
+            SaekitError: the loss or its gradient is not finite.
+        """
+        rows = rows[:, self.data.columns].to(self.device)
+        gradients = rows[:, self.d_in :] if self.data.gradients else None
+        metrics = self.train_step(rows[:, : self.d_in] * self.scale, gradients)
+        self.step += 1
+        return metrics
+
+    def line(self, latest: dict[str, float], waited: float) -> dict[str, float]:
+        """What a line of metrics tells: the latest step's figures and those of the run so far."""
+        return {
+            **latest,
+            "tokens": float(self.statistics.tokens),
+            "dead_share": float(self.statistics.dead(self.config.dead_after or 0).float().mean()),
+            "waited_seconds": waited,
+        }
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        save_checkpoint(self.config.out / CHECKPOINTS, self.step, self.state_dict())
 
     def train_step(self, x: Float[Tensor, "n d"], gradients: Float[Tensor, "n d"] | None = None) -> dict[str, float]:
         """One optimiser step on one batch of scaled activations; gradients of the model's loss may have any scale."""
@@ -224,14 +209,6 @@ class Trainer:
         assert self.config.k_aux is not None
         loss = auxiliary_step(self.sae, centred, error, pool, self.config.k_aux, self.config.aux_alpha, self.workspace)
         return loss, int(pool.sum())
-
-    def _metrics(self, latest: dict[str, float]) -> dict[str, float]:
-        return {
-            **latest,
-            "tokens": float(self.statistics.tokens),
-            "dead_share": float(self.statistics.dead(self.config.dead_after or 0).float().mean()),
-            "waited_seconds": self.stream.waited,
-        }
 
     @torch.no_grad()
     def finish(self) -> Run:
@@ -299,16 +276,6 @@ class Trainer:
 def _scale(config: TrainConfig, variant: Variant) -> AffinityScale:
     """By what affinities are divided before they are compared."""
     return config.affinity_scale if variant.compares_tokens else "none"
-
-
-def _peek(batches: Iterator[Tensor], rows: int) -> tuple[Tensor, Iterator[Tensor]]:
-    """About the first ``rows`` rows, as far as there are so many, and an iterator that still begins with them."""
-    first: list[Tensor] = []
-    for batch in batches:
-        first.append(batch)
-        if sum(map(len, first)) >= rows:
-            break
-    return torch.cat(first)[:rows], itertools.chain(first, batches)
 
 
 def initial_dictionary(

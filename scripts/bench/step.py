@@ -68,8 +68,8 @@ class Bench:
             device=batches[0].device.type,
         )
         data = TrainingData({}, lambda: iter(()), 1, gradients, lambda: iter(()))
-        stream: Any = itertools.cycle(self.rows)
-        self.trainer = Trainer(config, data, stream, batches[0].device)
+        enough = itertools.islice(itertools.cycle(self.rows), -(-trainer.SAMPLE // n))
+        self.trainer = Trainer(config, data, torch.cat(list(enough))[: trainer.SAMPLE], batches[0].device)
         self.d = shape.d
 
     def step(self) -> dict[str, float]:

@@ -42,6 +42,14 @@ def test_the_order_depends_on_the_seed_alone(cache):
     assert orders[0] == orders[1] != orders[2]
 
 
+def test_a_look_ahead_takes_nothing(cache):
+    plain, looked_at = (ShuffledStream(cache_rows(cache, 1), 90, 500, 1) for _ in range(2))
+    first = [looked_at.peek(count).flatten().long().tolist() for count in (200, 50)]
+    rows = take(plain, 25)
+    assert first == [rows[:200], rows[:50]]
+    assert take(looked_at, 25) == rows
+
+
 def test_neighbours_meet_as_rarely_as_chance_says():
     # fills of 64 contexts of 128 tokens, 8,192 rows: two tokens of a context share a batch of 256 with probability
     # 255 / 8191; the harvest comes eight contexts at a time

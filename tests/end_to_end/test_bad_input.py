@@ -16,6 +16,7 @@ from saekit import SAEConfig, SparseAutoencoder
 from saekit.activations import ActivationCache
 
 EMBEDDED = Path(saekit.__file__).parent / "embedded"
+TWO_HOOKS = "--hook blocks.0.hook_resid_post --hook blocks.1.hook_resid_post"
 MISTAKES = {
     "unknown command": ("trian", "No such command 'trian'. Did you mean 'train'"),
     "unknown flag": ("train --widht 9", "No such option: --widht.*--width"),
@@ -26,6 +27,11 @@ MISTAKES = {
     "negative": ("train --batch-size -4", "batch_size = -4"),
     "unknown model": ("train --model embeded", "unknown model 'embeded'.*did you mean 'embedded'"),
     "unknown hook": ("train --hook blocks.2.hook_resid_pots", "did you mean 'blocks.2.hook_resid_post'"),
+    "one hook twice": (f"train {TWO_HOOKS} --hook blocks.0.hook_resid_post", "hook_resid_post' is named twice"),
+    "unknown hook of two": ("train --hook hook_embed --hook blocks.1.hook_mlp_uot", "no hook 'blocks.1.hook_mlp_uot'"),
+    "hooks of a cache": (f"train {TWO_HOOKS} --cache NAN", "the cache 'NAN' has one hook"),
+    "hooks and gradients": (f"train {TWO_HOOKS} --variant gradient_topk", "trained one hook at a time"),
+    "hooks into a full folder": (f"train {TWO_HOOKS} --out FULL", "holds something already.*--overwrite"),
     "layer too high": ("train --hook blocks.12.hook_resid_post", "blocks 0 to 3"),
     "long context": ("train --context-length 300", "300 tokens is longer than the 256"),
     "missing text": ("train --dataset nowhere.txt", "no text file matches 'nowhere.txt'"),

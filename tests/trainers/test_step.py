@@ -16,7 +16,7 @@ from saekit.trainers.calibration import global_threshold
 from saekit.trainers.data import training_data
 from saekit.trainers.geometric_median import geometric_median
 from saekit.trainers.optimizer import DictionaryAdam, learning_rate
-from saekit.trainers.trainer import Trainer, unscale
+from saekit.trainers.trainer import SAMPLE, Trainer, unscale
 
 
 def config(source, tmp_path, **changes):
@@ -27,9 +27,9 @@ def config(source, tmp_path, **changes):
 def start(cfg):
     data = training_data(cfg, torch.device("cpu"))
     stream = ShuffledStream(data.rows(), cfg.batch_size, data.buffer, cfg.seed)
-    trainer = Trainer(cfg, data, stream, torch.device("cpu"))
+    trainer = Trainer(cfg, data, stream.peek(SAMPLE), torch.device("cpu"))
     width = trainer.d_in
-    rows = list(itertools.islice(trainer.batches, cfg.steps))
+    rows = list(itertools.islice(stream, cfg.steps))
     stream.close()
     return trainer, [(r[:, :width] * trainer.scale, r[:, width:] if data.gradients else None) for r in rows]
 
