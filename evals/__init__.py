@@ -1,7 +1,8 @@
 """Evaluations: one file a question asked of a dictionary, all on held-out text and by the inference rule."""
 
+from saekit.evals.gradient_pursuit import encode_by_pursuit
 from saekit.evals.report import Report, table
 from saekit.evals.saved import Judge, heldout_contexts
 from saekit.evals.suite import evaluate, evaluate_activations
 
-__all__ = ["Judge", "Report", "evaluate", "evaluate_activations", "heldout_contexts", "table"]
+__all__ = ["Judge", "Report", "encode_by_pursuit", "evaluate", "evaluate_activations", "heldout_contexts", "table"]

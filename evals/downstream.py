@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -56,6 +56,58 @@ def scored_predictions(
     return log_p, batch.tokens[:, 1:][scored].to(logits.device)
 
 
+class Costs(NamedTuple):
+    """Nats a token, by edit.
+
+    Attributes:
+        tokens: predictions scored.
+        ce: cross-entropy under each edit.
+        kl: mean KL(clean ‖ edited), for the edits that were asked for.
+    """
+
+    tokens: int
+    ce: dict[str, float]
+    kl: dict[str, float]
+
+
+def costs(
+    model: TransformerBridge,
+    hook: str,
+    contexts: Iterable[ContextBatch],
+    edits: Mapping[str, Edit | None],
+    divergence: Sequence[str] = (),
+) -> Costs:
+    """Cross-entropy of next tokens under several edits of the activations at the kept positions.
+
+    Args:
+        model: the hooked model.
+        hook: the hook point.
+        contexts: held-out text.
+        edits: what is put in place of x; None, under the name ``clean`` and first, leaves the model as it is.
+        divergence: of which edits to take KL too.
+
+    Raises:
+        SaekitError: the model has no such hook, or there is no text to score.
+    """
+    check_hook(model, hook)
+    ce, kl = dict.fromkeys(edits, 0.0), dict.fromkeys(divergence, 0.0)
+    tokens = 0
+    for batch in contexts:
+        tokens += int(scored_positions(batch).sum())
+        clean: Tensor | None = None
+        for name, edit in edits.items():
+            log_p, targets = scored_predictions(edited_logits(model, hook, batch, edit), batch)
+            ce[name] -= float(log_p.gather(1, targets[:, None]).cpu().double().sum())
+            if name == "clean":
+                clean = log_p
+            elif name in kl:
+                assert clean is not None
+                kl[name] += float((clean.exp() * (clean - log_p)).sum(-1).cpu().double().sum())
+    if not tokens:
+        raise SaekitError("there is no held-out text to score")
+    return Costs(tokens, *({name: total / tokens for name, total in sums.items()} for sums in (ce, kl)))
+
+
 def downstream(
     model: TransformerBridge,
     hook: str,
@@ -83,29 +135,13 @@ def downstream(
     Raises:
         SaekitError: the model has no such hook, or there is no text to score.
     """
-    check_hook(model, hook)
     edits: dict[str, Edit | None] = {
         "clean": None,
         "reconstructed": reconstruct,
         "zero": torch.zeros_like,
         "mean": lambda x: mean.to(x).expand_as(x),
     }
-    sums = dict.fromkeys([*edits, "kl"], 0.0)
-    tokens = 0
-    for batch in contexts:
-        tokens += int(scored_positions(batch).sum())
-        clean: Tensor | None = None
-        for name, edit in edits.items():
-            log_p, targets = scored_predictions(edited_logits(model, hook, batch, edit), batch)
-            sums[name] -= float(log_p.gather(1, targets[:, None]).cpu().double().sum())
-            if name == "clean":
-                clean = log_p
-            elif name == "reconstructed":
-                assert clean is not None
-                sums["kl"] += float((clean.exp() * (clean - log_p)).sum(-1).cpu().double().sum())
-    if not tokens:
-        raise SaekitError("there is no held-out text to score")
-    ce = {name: total / tokens for name, total in sums.items()}
+    tokens, ce, kl = costs(model, hook, contexts, edits, ["reconstructed"])
     increase = ce["reconstructed"] - ce["clean"]
     return {
         "tokens": tokens,
@@ -117,7 +153,7 @@ def downstream(
         "ce_increase": increase,
         "recovered_share": _recovered(increase, ce["zero"] - ce["clean"]),
         "recovered_share_mean": _recovered(increase, ce["mean"] - ce["clean"]),
-        "kl": ce["kl"],
+        "kl": kl["reconstructed"],
     }
 
 

@@ -45,6 +45,32 @@ _FIGURES = (
         "{:.3f}",
         "of true labels: leaks them",
     ),
+    ("L0", "dark_matter", "l0", "{:.1f}", "active features a token"),
+    ("FVU", "dark_matter", "document.fvu", "{:.4f}", "of x̂; all here is of the half that nothing was fitted on"),
+    ("FVU nonlin", "dark_matter", "document.plain.fvu_nonlinear", "{:.4f}", "of x̂ + linear error"),
+    ("R²", "dark_matter", "random.plain.r2", "{:.3f}", "of the error on x, mean of dimensions, split by token"),
+    ("R² doc", "dark_matter", "document.plain.r2", "{:.3f}", "the same, split by document"),
+    ("R² pooled", "dark_matter", "document.plain.r2_pooled", "{:.3f}", "the same, all dimensions together"),
+    ("R² rescaled", "dark_matter", "document.shrinkage.r2", "{:.3f}", "R² doc with x̂ at its best length"),
+    (
+        "R² ‖e‖²",
+        "dark_matter",
+        "document.norms.error.from_x_with_intercept",
+        "{:.3f}",
+        "of the error's squared norm on x",
+    ),
+    (
+        "R² ‖nonlin‖²",
+        "dark_matter",
+        "document.norms.nonlinear.from_x_with_intercept",
+        "{:.3f}",
+        "of the nonlinear error's",
+    ),
+    ("CE + linear", "dark_matter", "cost.recovered_linear", "{:.3f}", "share of x̂'s cost that x̂ + linear recovers"),
+    ("CE + nonlin", "dark_matter", "cost.recovered_nonlinear", "{:.3f}", "share that x̂ + nonlinear recovers"),
+    ("FVU pursuit", "dark_matter", "pursuit.fvu", "{:.4f}", "features chosen by gradient pursuit"),
+    ("nonlin pursuit", "dark_matter", "pursuit.plain.fvu_nonlinear", "{:.4f}", "with its linear error added"),
+    ("tokens", "dark_matter", "tokens", "{:,d}", "held-out tokens, half of them to fit on"),
     ("tokens", "sparsity", "tokens", "{:,d}", "held-out tokens; CE and KL score those with a next one"),
 )
 
@@ -55,7 +81,7 @@ class Report:
 
     Attributes:
         groups: ``sparsity``, ``reconstruction`` and, with a model, ``downstream``; each names its number of tokens. For
-            gradient TopK also ``gradient_selection``.
+            gradient TopK also ``gradient_selection``. The suite ``dark_matter`` has one group of that name.
         about: what was evaluated on what.
     """
 
@@ -81,28 +107,38 @@ class Report:
 def table(reports: Mapping[str, Report] | Sequence[tuple[str, Report]]) -> Table:
     """One dictionary: a row a figure, with its meaning. Several: a row a dictionary."""
     rows = list(reports.items()) if isinstance(reports, Mapping) else list(reports)
-    figures = [figure for figure in _FIGURES if any(figure[1] in report.groups for _, report in rows)]
+    figures = [figure for figure in _FIGURES if any(_found(report, *figure[1:3]) is not None for _, report in rows)]
     if len(rows) == 1:
         name, report = rows[0]
         result = Table(title=name, title_justify="left")
         for title in ("figure", "value", "meaning"):
             result.add_column(title, justify="right" if title == "value" else "left")
         for title, group, key, shape, meaning in figures:
-            result.add_row(title, shape.format(report[group][key]), meaning)
+            result.add_row(title, shape.format(_found(report, group, key)), meaning)
         return result
     result = Table()
     result.add_column("dictionary", overflow="fold")
     for title, *_ in figures:
         result.add_column(title, justify="right", no_wrap=True)
     for name, report in rows:
-        cells = (shape.format(report[g][key]) if g in report.groups else "" for _, g, key, shape, _ in figures)
-        result.add_row(name, *cells)
+        values = ((shape, _found(report, group, key)) for _, group, key, shape, _ in figures)
+        result.add_row(name, *("" if value is None else shape.format(value) for shape, value in values))
     return result
+
+
+def _found(report: Report, group: str, key: str) -> Any:
+    """A figure; dots in its key lead into groups within the group. None where it is not there."""
+    value: Any = report.groups.get(group)
+    for part in key.split("."):
+        value = value.get(part) if value is not None else None
+    return value
 
 
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
     if isinstance(value, float) and not (abs(value) < float("inf")):
         return None
     return value

@@ -66,7 +66,7 @@ class Judge:
             SaekitError: the dictionary, its model or its text is not found, or they do not fit each other.
         """
         sae = saekit.load(path, device=self.device)
-        cache = self._cache_of(sae)
+        cache = self.cache_of(sae)
         report = self._by_cache(sae, cache) if cache else self._by_text(sae, str(path))
         about = {"dictionary": str(path), "architecture": sae.cfg.architecture, "d_in": sae.cfg.d_in}
         return Report(report.groups, {**about, "d_sae": sae.cfg.d_sae, "k": sae.cfg.k, **report.about})
@@ -77,22 +77,26 @@ class Judge:
         Raises:
             SaekitError: as for a call.
         """
-        cache = self._cache_of(sae)
+        cache = self.cache_of(sae)
         if cache:
             batches: Iterator[ActivationBatch] = islice(
-                self._checked(sae, cache).batches(part, 1024), -(-self.tokens // 1024)
+                self.checked(sae, cache).batches(part, 1024), -(-self.tokens // 1024)
             )
         else:
-            batches = self._source_of(sae, path).batches(part, self.tokens)
+            batches = self.source_of(sae, path).batches(part, self.tokens)
         return (batch.x.float().to(self.device) for batch in batches)
 
-    def _cache_of(self, sae: SparseAutoencoder) -> Path | None:
+    def cache_of(self, sae: SparseAutoencoder) -> Path | None:
         """The cache to judge by: the one that is asked for, or the only thing that the dictionary names."""
         own = _own(sae).get("cache") if not (self.model or sae.cfg.metadata.get("model_name")) else None
         return self.cache or (Path(own) if own else None)
 
-    def _checked(self, sae: SparseAutoencoder, path: Path) -> ActivationCache:
-        """The cache, once it is sure that it fits and that its end was held out from this dictionary."""
+    def checked(self, sae: SparseAutoencoder, path: Path) -> ActivationCache:
+        """The cache, once it is sure that it fits and that its end was held out from this dictionary.
+
+        Raises:
+            SaekitError: it is of another model or hook, or its end may have been trained on.
+        """
         cache, facts, own = ActivationCache.open(path), sae.cfg.metadata, _own(sae)
         for fact, name in (("model", "model_name"), ("hook", "hook_name")):
             if None not in (cache.passport.get(fact), facts.get(name)) and cache.passport[fact] != facts[name]:
@@ -112,8 +116,12 @@ class Judge:
         report = evaluate_activations(sae, self.activations(sae, str(path), "heldout"))
         return Report(report.groups, {"cache": str(path), "part": "heldout"})
 
-    def _source_of(self, sae: SparseAutoencoder, path: str) -> ActivationSource:
-        """Model, hook and text, as asked for or as the dictionary names them."""
+    def source_of(self, sae: SparseAutoencoder, path: str) -> ActivationSource:
+        """Model, hook and text, as asked for or as the dictionary names them.
+
+        Raises:
+            SaekitError: the dictionary says too little, or one of them does not exist.
+        """
         facts, passport = sae.cfg.metadata, _own(sae).get("passport") or {}
         model, hook = self.model or facts.get("model_name"), self.hook or facts.get("hook_name")
         if not model:
@@ -136,7 +144,7 @@ class Judge:
         return source
 
     def _by_text(self, sae: SparseAutoencoder, path: str) -> Report:
-        source = self._source_of(sae, path)
+        source = self.source_of(sae, path)
         key = (source.name, source.text.fingerprint, source.split, source.column, source.context_length)
         if key not in self._contexts:
             self._contexts[key] = heldout_contexts(source, self.tokens)
@@ -151,15 +159,22 @@ def _own(sae: SparseAutoencoder) -> dict[str, Any]:
     return dict(sae.cfg.metadata.get("saekit") or {})
 
 
-def heldout_contexts(source: ActivationSource, tokens: int) -> ContextBatch:
-    """The first held-out contexts that hold at least this many text tokens (all where there are fewer).
+def heldout_contexts(
+    source: ActivationSource, tokens: int, narrow: Callable[[ContextBatch], ContextBatch] | None = None
+) -> ContextBatch:
+    """The first held-out contexts that hold at least this many kept tokens (all where there are fewer).
+
+    Args:
+        source: the text.
+        tokens: to keep.
+        narrow: keeps fewer positions of a context, where not all text counts.
 
     Raises:
         SaekitError: there is no held-out text.
     """
     parts: list[ContextBatch] = []
     count = 0
-    for batch in source.contexts("heldout"):
+    for batch in source.contexts("heldout") if narrow is None else map(narrow, source.contexts("heldout")):
         reached = batch.kept.sum(1).cumsum(0) + count
         needed = int((reached < tokens).sum()) + 1
         parts.append(ContextBatch(*(column[:needed] for column in batch)))

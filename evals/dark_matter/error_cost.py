@@ -1,0 +1,86 @@
+"""What each part of a dictionary's error costs the model: cross-entropy with it put back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saekit.activations import ContextBatch
+from saekit.evals.dark_matter.least_squares import LinearMap
+from saekit.evals.dark_matter.splits import tested
+from saekit.evals.downstream import Edit, costs
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+MASK = "spliced and scored at the kept positions of documents that b* was not fitted on"
+
+
+def error_downstream(
+    model: TransformerBridge,
+    hook: str,
+    contexts: Iterable[ContextBatch],
+    reconstruct: Edit,
+    b: LinearMap,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Cross-entropy with x̂, with x̂ + linear error and with x̂ + nonlinear error spliced in (arXiv 2410.14670).
+
+    Args:
+        model: the hooked model.
+        hook: the hook point.
+        contexts: held-out text; of its kept positions, those of the documents to test on are used.
+        reconstruct: x ↦ x̂ on [m, d].
+        b: the map from x to the linear error, fitted by document.
+        seed: of the split by document.
+
+    Returns:
+        tokens: predictions scored; mask: which those are.
+        ce_clean, ce_reconstructed, ce_linear, ce_nonlinear: nats a token of the model as it is, with x̂, with
+        x̂ + linear, with x̂ + nonlinear.
+        recovered_linear, recovered_nonlinear: (CE_x̂ − CE) / (CE_x̂ − CE_clean) with that part of the error put back;
+        None where x̂ costs nothing.
+
+    Raises:
+        SaekitError: the model has no such hook, or there is no text to score.
+    """
+
+    def linear(x: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
+        return b(x.float()).to(x)
+
+    edits: dict[str, Edit | None] = {
+        "clean": None,
+        "reconstructed": reconstruct,
+        "linear": lambda x: reconstruct(x).to(x) + linear(x),
+        "nonlinear": lambda x: x - linear(x),
+    }
+    narrowed = (
+        batch._replace(kept=batch.kept & tested(batch.documents.flatten(), seed).reshape(batch.kept.shape))
+        for batch in contexts
+    )
+    tokens, ce, _ = costs(model, hook, (batch for batch in narrowed if batch.kept.any()), edits)
+    lost = ce["reconstructed"] - ce["clean"]
+    figures: dict[str, Any] = {"tokens": tokens, "mask": MASK, **{f"ce_{name}": nats for name, nats in ce.items()}}
+    for name in ("linear", "nonlinear"):
+        share = (ce["reconstructed"] - ce[name]) / lost if lost else math.nan
+        figures[f"recovered_{name}"] = share if math.isfinite(share) else None
+    return figures
+
+
+def without_start(contexts: ContextBatch, share: float = 0.2) -> ContextBatch:
+    """The contexts with the positions kept that the paper keeps: not the first fifth, nor the last one.
+
+    The paper keeps 200 to 1022 of 1024; here the same shares of any length. The last position has no next token.
+
+    Args:
+        contexts: packed text.
+        share: of the context to leave out at its start.
+    """
+    length = contexts.kept.shape[1]
+    positions = torch.arange(length)
+    return contexts._replace(kept=contexts.kept & (positions >= share * length) & (positions < length - 1))

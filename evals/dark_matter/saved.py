@@ -1,0 +1,168 @@
+"""The dark matter suite on saved dictionaries: ``saekit eval --suite dark_matter``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import saekit
+from saekit.activations import ActivationCache, ActivationSource, ContextBatch, Harvest, harvest_hooks
+from saekit.activations.harvest import ActivationBatch
+from saekit.errors import SaekitError
+from saekit.evals.dark_matter.error_cost import error_downstream, without_start
+from saekit.evals.dark_matter.study import SPLIT, ErrorStudy
+from saekit.evals.report import Report
+from saekit.evals.saved import Judge, heldout_contexts
+from saekit.sae import SparseAutoencoder
+
+SKIPPED = 0.2  # of a context at its start, as in the paper
+_CONTEXTS = 16
+
+
+@dataclass(frozen=True)
+class DarkMatterJudge:
+    """Takes the errors of saved dictionaries of one hook point apart, on the same held-out tokens.
+
+    Attributes:
+        judge: by which model and text, or cache, and how many tokens.
+        earlier: dictionaries of other hook points, to foretell the errors from.
+        pursuit: whether to encode by gradient pursuit too.
+        ce_tokens: at most so many kept tokens for the cross-entropies; 0 for none.
+        seed: of the splits.
+    """
+
+    judge: Judge
+    earlier: Sequence[Path] = ()
+    pursuit: bool = False
+    ce_tokens: int = 131_072
+    seed: int = 0
+
+    def __call__(self, paths: Sequence[str | Path]) -> tuple[dict[str, Report], dict[str, Any]]:
+        """Load the dictionaries and take their errors apart.
+
+        Returns:
+            A report for each path, with the group ``dark_matter``; and what only several show together
+            (``ErrorStudy.run``).
+
+        Raises:
+            SaekitError: a dictionary, its model or its text is not found, they do not fit each other, the dictionaries
+                are of different hook points, or there are too few tokens or documents.
+        """
+        saes = {str(path): saekit.load(path, device=self.judge.device) for path in paths}
+        first, sae = next(iter(saes.items()))
+        cache = self.judge.cache_of(sae)
+        if cache is not None:
+            return self._by_cache(saes, cache)
+        sources = {path: self._source(each, path) for path, each in saes.items()}
+        for path, source in sources.items():
+            _check_same(first, sources[first], path, source)
+        return self._by_text(saes, sources[first])
+
+    def _source(self, sae: SparseAutoencoder, path: str) -> ActivationSource:
+        own = sae.cfg.metadata.get("hook_name")
+        if own and self.judge.hook and own != self.judge.hook:
+            raise SaekitError(f"the dictionary '{path}' is of hook '{own}', not of '{self.judge.hook}'")
+        return self.judge.source_of(sae, path)
+
+    def _earlier(self, source: ActivationSource) -> dict[str, tuple[str, SparseAutoencoder]]:
+        """The dictionaries of earlier parts with their hook points.
+
+        Raises:
+            SaekitError: one does not say its hook point, or is of the same one or of another model.
+        """
+        found = {}
+        for path in map(str, self.earlier):
+            sae = saekit.load(path, device=self.judge.device)
+            hook, model = sae.cfg.metadata.get("hook_name"), sae.cfg.metadata.get("model_name")
+            if not hook:
+                raise SaekitError(f"'{path}' does not say which hook point it belongs to")
+            if hook == source.hook:
+                raise SaekitError(f"'{path}' is of '{hook}' itself, not of an earlier part")
+            if model and model != source.name:
+                raise SaekitError(f"'{path}' is of the model '{model}', not of '{source.name}'")
+            found[path] = (hook, sae)
+        return found
+
+    def _by_text(
+        self, saes: dict[str, SparseAutoencoder], source: ActivationSource
+    ) -> tuple[dict[str, Report], dict[str, Any]]:
+        study = ErrorStudy(saes, source.hook, self._earlier(source), self.pursuit, self.seed)
+        contexts = heldout_contexts(source, self.judge.tokens, partial(without_start, share=SKIPPED))
+        tell = self._bar(f"errors at {source.hook}", 2 * len(contexts.tokens))
+        batches = partial(_harvested, source, study.hooks, contexts, tell)
+        figures, compared = study.run(batches)
+        few = _first(contexts, self.ce_tokens)
+        if self.ce_tokens:
+            tell = self._bar("their costs", len(few.tokens) * len(saes))
+            for path, sae in saes.items():
+                b = study.analyses[path].b[SPLIT]
+                cost = error_downstream(source.model, source.hook, _parts(few, tell), sae, b, self.seed)
+                figures[path]["cost"] = cost
+        about = {**source.passport("heldout"), "mask": f"text positions but the first {SKIPPED:.0%} and the last"}
+        return {path: _report(path, sae, figures[path], about) for path, sae in saes.items()}, compared
+
+    def _by_cache(self, saes: dict[str, SparseAutoencoder], path: Path) -> tuple[dict[str, Report], dict[str, Any]]:
+        if self.earlier:
+            raise SaekitError("earlier parts need a model and text, not a cache")
+        caches = [self.judge.checked(sae, self.judge.cache_of(sae) or path) for sae in saes.values()]
+        if any(cache.fingerprint != caches[0].fingerprint for cache in caches):
+            raise SaekitError("these dictionaries are of different caches; judge each alone, or give --cache")
+        hook = str(caches[0].passport.get("hook", path))
+        study = ErrorStudy(saes, hook, {}, self.pursuit, self.seed)
+        figures, compared = study.run(partial(_cached, caches[0], hook, self.judge.tokens))
+        about = {"cache": str(path), "part": "heldout"}
+        return {name: _report(name, sae, figures[name], about) for name, sae in saes.items()}, compared
+
+    def _bar(self, name: str, contexts: int) -> Callable[[int], object]:
+        return self.judge.on_contexts(name, contexts) if self.judge.on_contexts is not None else lambda done: None
+
+
+def _check_same(first: str, one: ActivationSource, path: str, other: ActivationSource) -> None:
+    """Raise SaekitError unless both dictionaries are of one hook point, model and text."""
+    for what in ("name", "hook", "context_length", "column", "split"):
+        a, b = getattr(one, what), getattr(other, what)
+        if a != b:
+            kind = {"name": "model"}.get(what, what)
+            raise SaekitError(f"'{first}' has {kind} '{a}', '{path}' has '{b}'; errors are compared at one hook point")
+    if one.text.fingerprint != other.text.fingerprint:
+        raise SaekitError(f"'{first}' and '{path}' are of different texts ('{one.text.name}', '{other.text.name}')")
+
+
+def _report(path: str, sae: SparseAutoencoder, figures: dict[str, Any], about: dict[str, Any]) -> Report:
+    facts = {"dictionary": path, "architecture": sae.cfg.architecture, "d_in": sae.cfg.d_in, "d_sae": sae.cfg.d_sae}
+    return Report({"dark_matter": figures}, {**facts, "k": sae.cfg.k, **about})
+
+
+def _parts(contexts: ContextBatch, tell: Callable[[int], object]) -> Iterator[ContextBatch]:
+    for start in range(0, len(contexts.tokens), _CONTEXTS):
+        part = ContextBatch(*(column[start : start + _CONTEXTS] for column in contexts))
+        yield part
+        tell(len(part.tokens))
+
+
+def _harvested(
+    source: ActivationSource, hooks: list[str], contexts: ContextBatch, tell: Callable[[int], object]
+) -> Iterator[Harvest]:
+    return harvest_hooks(source.model, hooks, _parts(contexts, tell), losses=True)
+
+
+def _cached(cache: ActivationCache, hook: str, left: int) -> Iterator[Harvest]:
+    """The held-out rows of a cache, without the start of each context."""
+    length = int(cache.passport.get("context_length", 0))
+    for batch in cache.batches("heldout", 1024):
+        kept = (batch.positions >= SKIPPED * length).nonzero()[:left, 0]
+        left -= len(kept)
+        if len(kept):
+            x, tokens, documents, positions = (column[kept] for column in batch[:4])
+            yield Harvest({hook: ActivationBatch(x, tokens, documents, positions)})
+        if left <= 0:
+            return
+
+
+def _first(contexts: ContextBatch, tokens: int) -> ContextBatch:
+    """The first contexts that hold at least this many kept tokens."""
+    needed = int((contexts.kept.sum(1).cumsum(0) < tokens).sum()) + 1
+    return ContextBatch(*(column[:needed] for column in contexts))
