@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
+from saekit.errors import SaekitError
 from saekit.files import replace_file
 
 # title, group, key, format, meaning
@@ -97,11 +98,31 @@ class Report:
 
     def to_json(self) -> str:
         """The same as JSON text; figures that are not finite become null."""
-        return json.dumps(_finite(self.to_dict()), indent=2, allow_nan=False)
+        return to_json(self.to_dict())
 
     def save(self, path: str | Path) -> None:
         """Write ``to_json()`` to a file."""
         replace_file(Path(path), lambda part: part.write_text(self.to_json() + "\n"))
+
+    def join(self, path: str | Path) -> None:
+        """Write the groups into a report's file beside other groups that it has; what those are about stays.
+
+        Raises:
+            SaekitError: the file holds something else.
+        """
+        path = Path(path)
+        try:
+            before = json.loads(path.read_text()) if path.exists() else {"about": self.about}
+            before["about"]  # a report has this
+        except (ValueError, KeyError, TypeError):
+            raise SaekitError(f"'{path}' is no report of an evaluation; nothing was written to it") from None
+        groups = {name: {"about": self.about, **group} for name, group in self.groups.items()}
+        replace_file(path, lambda part: part.write_text(to_json({**before, **groups}) + "\n"))
+
+
+def to_json(value: Any) -> str:
+    """JSON text; figures that are not finite become null."""
+    return json.dumps(_finite(value), indent=2, allow_nan=False)
 
 
 def table(reports: Mapping[str, Report] | Sequence[tuple[str, Report]]) -> Table:

@@ -6,17 +6,18 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from saekit.errors import SaekitError
+from saekit.errors import SaekitError, did_you_mean
 from saekit.files import check_free, replace_file
 
 if TYPE_CHECKING:
-    from saekit.evals import Report
+    from saekit.evals import Judge, Report
     from saekit.sae import SparseAutoencoder
 
 app = typer.Typer(
@@ -183,17 +184,32 @@ def evaluate(
     cache: Path | None = typer.Option(None, help="judge by the held-out rows of this cache instead"),
     tokens: int = typer.Option(131_072, min=1, help="held-out tokens"),
     out: Path | None = typer.Option(None, help="write a JSON file of all reports"),
+    suite: str = typer.Option("standard", help="standard, or dark_matter: what dictionaries of one hook point miss"),
+    earlier: list[Path] | None = typer.Option(
+        None, help="dark_matter: a dictionary of an earlier part, to foretell the errors from; may be given again"
+    ),
+    pursuit: bool = typer.Option(False, help="dark_matter: also with features chosen by gradient pursuit"),
+    ce_tokens: int | None = typer.Option(
+        None, min=0, help="dark_matter: tokens to splice, at most; 0 for none [65536]", show_default=False
+    ),
+    figures: Path | None = typer.Option(None, help="dark_matter: folder that receives figures"),
     device: str = typer.Option("auto", help="auto, cpu, cuda, mps"),
     quiet: bool = typer.Option(False, help="no progress bar"),
 ) -> None:
-    """Judge dictionaries on held-out text by their inference rule; several give one table."""
+    """Judge dictionaries on held-out text by their inference rule; several give one table.
+
+    The suite dark_matter takes their errors apart; its figures join those in a run's eval.json.
+    """
+    if suite not in ("standard", "dark_matter"):
+        raise SaekitError(f"unknown suite '{suite}'{did_you_mean(suite, ('standard', 'dark_matter'))}")
+    asked = {"earlier": earlier, "pursuit": pursuit, "ce-tokens": ce_tokens is not None, "figures": figures}
+    if suite == "standard" and (given := [name for name, value in asked.items() if value]):
+        raise SaekitError(f"--{given[0]} goes with --suite dark_matter")
     if out is not None and out.exists():
         raise SaekitError(f"'{out}' exists already; choose another --out")
     if out is not None and not out.parent.is_dir():
         raise SaekitError(f"there is no folder '{out.parent}' to write '{out.name}' into")
-    reports = _judge(
-        dictionaries,
-        quiet,
+    settings: dict[str, Any] = dict(
         model=model,
         hook=hook,
         dataset=dataset,
@@ -205,6 +221,11 @@ def evaluate(
         tokens=tokens,
         device=device,
     )
+    if suite == "dark_matter":
+        few = 65_536 if ce_tokens is None else ce_tokens
+        _take_apart(dictionaries, quiet, out, figures, settings, earlier=earlier or (), pursuit=pursuit, ce_tokens=few)
+        return
+    reports = _judge(dictionaries, quiet, **settings)
     if out is not None and len(reports) == 1:
         next(iter(reports.values())).save(out)
     elif out is not None:
@@ -275,28 +296,68 @@ def info(path: Path = typer.Argument(help="a dictionary, a run or an activation 
     print(json.dumps(facts, indent=2))
 
 
-def _judge(paths: list[Path], quiet: bool, *, device: str, **settings: Any) -> dict[str, Report]:
+def _judge(paths: list[Path], quiet: bool, **settings: Any) -> dict[str, Report]:
     """Evaluate and print one table; returns the reports by the dictionary's path."""
-    from rich.console import Console
+    with _opened_judge(quiet, settings) as judge:
+        reports = {str(path): judge(path) for path in paths}
+    _print(reports)
+    return reports
+
+
+def _take_apart(
+    paths: list[Path], quiet: bool, out: Path | None, folder: Path | None, settings: dict[str, Any], **asked: Any
+) -> None:
+    """The suite dark_matter: prints one table and writes what was found."""
+    from saekit.evals.dark_matter.figures import draw
+    from saekit.evals.dark_matter.saved import DarkMatterJudge
+    from saekit.evals.report import to_json
+
+    with _opened_judge(quiet, settings) as judge:
+        reports, compared = DarkMatterJudge(judge, **asked)(paths)
+    _print(reports)
+    if out is not None and len(reports) == 1:
+        next(iter(reports.values())).save(out)
+    elif out is not None:
+        everything: dict[str, Any] = {name: report.to_dict() for name, report in reports.items()}
+        text = to_json({**everything, "compared": compared})
+        replace_file(out, lambda part: part.write_text(text + "\n"))
+    for path, report in reports.items():
+        if (Path(path) / "config.yaml").is_file():
+            report.join(Path(path) / "eval.json")
+            print(f"added to {Path(path) / 'eval.json'}")
+    if folder is not None:
+        for file in draw(
+            {Path(path).name: report["dark_matter"] for path, report in reports.items()}, compared, folder
+        ):
+            print(f"figure: {file}")
+
+
+@contextmanager
+def _opened_judge(quiet: bool, settings: dict[str, Any]) -> Iterator[Judge]:
+    """A judge with progress bars."""
     from rich.progress import Progress
 
-    from saekit.evals import Judge, table
+    from saekit.evals import Judge
     from saekit.trainers.trainer import pick_device
 
-    reports: dict[str, Report] = {}
     with Progress(disable=quiet) as progress:
 
         def bar(name: str, contexts: int) -> Callable[[int], object]:
             task = progress.add_task(f"evaluating {name}", total=contexts)
             return lambda done: progress.advance(task, done)
 
-        judge = Judge(device=str(pick_device(device)), on_contexts=bar, **settings)
-        for path in paths:
-            reports[str(path)] = judge(path)
+        device = str(pick_device(settings["device"]))
+        yield Judge(on_contexts=bar, **{**settings, "device": device})
+
+
+def _print(reports: dict[str, Report]) -> None:
+    from rich.console import Console
+
+    from saekit.evals import table
+
     console = Console()
     console.width = console.width if len(reports) == 1 else max(console.width, 140)  # rather wrapped than cut off
     console.print(table(reports))
-    return reports
 
 
 app.command()(_flags_of_config(train))

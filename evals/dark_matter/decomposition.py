@@ -18,7 +18,7 @@ from torch import Tensor
 from saekit.errors import SaekitError
 from saekit.evals.dark_matter.least_squares import LinearMap, Moments, fit_linear
 from saekit.evals.dark_matter.norm_test import NormTest
-from saekit.evals.dark_matter.splits import SPLITS, SplitKind, scrambled, tested
+from saekit.evals.dark_matter.splits import SPLITS, SplitKind, in_test_half, scrambled
 
 BLOCKS = 64  # groups of documents, for intervals
 SAMPLED = 400  # tokens whose norms are kept for a picture
@@ -193,7 +193,7 @@ class DarkMatter:
         rows = torch.arange(self._seen, self._seen + len(batch.x))
         documents = self._numbers(batch, self._seen)
         self._seen += len(batch.x)
-        return {"random": tested(rows, self.seed), "document": tested(documents, self.seed)}
+        return {"random": in_test_half(rows, self.seed), "document": in_test_half(documents, self.seed)}
 
 
 def check_shapes(x: Tensor, x_hat: Tensor) -> None:

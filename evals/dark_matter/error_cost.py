@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saekit.activations import ContextBatch
 from saekit.evals.dark_matter.least_squares import LinearMap
-from saekit.evals.dark_matter.splits import tested
+from saekit.evals.dark_matter.splits import in_test_half
 from saekit.evals.downstream import Edit, costs
 
 if TYPE_CHECKING:
@@ -27,17 +27,15 @@ def error_downstream(
     contexts: Iterable[ContextBatch],
     reconstruct: Edit,
     b: LinearMap,
-    seed: int = 0,
 ) -> dict[str, Any]:
     """Cross-entropy with x̂, with x̂ + linear error and with x̂ + nonlinear error spliced in (arXiv 2410.14670).
 
     Args:
         model: the hooked model.
         hook: the hook point.
-        contexts: held-out text; of its kept positions, those of the documents to test on are used.
+        contexts: text that b was not fitted on, see ``only_tested``.
         reconstruct: x ↦ x̂ on [m, d].
-        b: the map from x to the linear error, fitted by document.
-        seed: of the split by document.
+        b: the map from x to the linear error.
 
     Returns:
         tokens: predictions scored; mask: which those are.
@@ -59,17 +57,20 @@ def error_downstream(
         "linear": lambda x: reconstruct(x).to(x) + linear(x),
         "nonlinear": lambda x: x - linear(x),
     }
-    narrowed = (
-        batch._replace(kept=batch.kept & tested(batch.documents.flatten(), seed).reshape(batch.kept.shape))
-        for batch in contexts
-    )
-    tokens, ce, _ = costs(model, hook, (batch for batch in narrowed if batch.kept.any()), edits)
+    tokens, ce, _ = costs(model, hook, contexts, edits)
     lost = ce["reconstructed"] - ce["clean"]
     figures: dict[str, Any] = {"tokens": tokens, "mask": MASK, **{f"ce_{name}": nats for name, nats in ce.items()}}
     for name in ("linear", "nonlinear"):
         share = (ce["reconstructed"] - ce[name]) / lost if lost else math.nan
         figures[f"recovered_{name}"] = share if math.isfinite(share) else None
     return figures
+
+
+def only_tested(contexts: ContextBatch, seed: int = 0) -> ContextBatch:
+    """The contexts with only those positions kept whose documents are in the half to test on."""
+    return contexts._replace(
+        kept=contexts.kept & in_test_half(contexts.documents.flatten(), seed).reshape(contexts.kept.shape)
+    )
 
 
 def without_start(contexts: ContextBatch, share: float = 0.2) -> ContextBatch:

@@ -12,7 +12,7 @@ import saekit
 from saekit.activations import ActivationCache, ActivationSource, ContextBatch, Harvest, harvest_hooks
 from saekit.activations.harvest import ActivationBatch
 from saekit.errors import SaekitError
-from saekit.evals.dark_matter.error_cost import error_downstream, without_start
+from saekit.evals.dark_matter.error_cost import error_downstream, only_tested, without_start
 from saekit.evals.dark_matter.study import SPLIT, ErrorStudy
 from saekit.evals.report import Report
 from saekit.evals.saved import Judge, heldout_contexts
@@ -37,7 +37,7 @@ class DarkMatterJudge:
     judge: Judge
     earlier: Sequence[Path] = ()
     pursuit: bool = False
-    ce_tokens: int = 131_072
+    ce_tokens: int = 65_536
     seed: int = 0
 
     def __call__(self, paths: Sequence[str | Path]) -> tuple[dict[str, Report], dict[str, Any]]:
@@ -94,12 +94,12 @@ class DarkMatterJudge:
         tell = self._bar(f"errors at {source.hook}", 2 * len(contexts.tokens))
         batches = partial(_harvested, source, study.hooks, contexts, tell)
         figures, compared = study.run(batches)
-        few = _first(contexts, self.ce_tokens)
         if self.ce_tokens:
+            few = _first(only_tested(contexts, self.seed), self.ce_tokens)
             tell = self._bar("their costs", len(few.tokens) * len(saes))
             for path, sae in saes.items():
                 b = study.analyses[path].b[SPLIT]
-                cost = error_downstream(source.model, source.hook, _parts(few, tell), sae, b, self.seed)
+                cost = error_downstream(source.model, source.hook, _parts(few, tell), sae, b)
                 figures[path]["cost"] = cost
         about = {**source.passport("heldout"), "mask": f"text positions but the first {SKIPPED:.0%} and the last"}
         return {path: _report(path, sae, figures[path], about) for path, sae in saes.items()}, compared
@@ -163,6 +163,7 @@ def _cached(cache: ActivationCache, hook: str, left: int) -> Iterator[Harvest]:
 
 
 def _first(contexts: ContextBatch, tokens: int) -> ContextBatch:
-    """The first contexts that hold at least this many kept tokens."""
+    """The first contexts that hold at least this many kept tokens, without those that hold none."""
+    contexts = ContextBatch(*(column[contexts.kept.any(1)] for column in contexts))
     needed = int((contexts.kept.sum(1).cumsum(0) < tokens).sum()) + 1
     return ContextBatch(*(column[:needed] for column in contexts))

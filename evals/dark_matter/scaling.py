@@ -86,6 +86,7 @@ def width_scaling(
         widths or more law (c, a, m, rms) and law_interval.
     """
     generator = np.random.default_rng(seed)
+    squares, variance = squares[:, variance > 0], variance[variance > 0]  # few documents leave groups empty
     picks = generator.integers(len(variance), size=(_DRAWS, len(variance)))
     fvu = squares.sum(1) / variance.sum()
     drawn = squares[:, picks].sum(2) / variance[picks].sum(1)  # [w, draws]

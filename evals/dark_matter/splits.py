@@ -23,6 +23,6 @@ def scrambled(numbers: Int[Tensor, "n"], seed: int) -> Int[Tensor, "n"]:
     return torch.from_numpy((z >> np.uint64(33)).astype(np.int64))
 
 
-def tested(numbers: Int[Tensor, "n"], seed: int) -> Bool[Tensor, "n"]:
+def in_test_half(numbers: Int[Tensor, "n"], seed: int) -> Bool[Tensor, "n"]:
     """Which tokens are in the half to test on, by their running number or by that of their document."""
     return scrambled(numbers, seed) % 2 == 1

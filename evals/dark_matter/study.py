@@ -16,7 +16,7 @@ from saekit.errors import SaekitError
 from saekit.evals.dark_matter.decomposition import DarkMatter, ErrorBatch
 from saekit.evals.dark_matter.earlier_parts import EarlierParts
 from saekit.evals.dark_matter.scaling import TokenScaling, alike, width_scaling
-from saekit.evals.dark_matter.splits import SplitKind, tested
+from saekit.evals.dark_matter.splits import SplitKind, in_test_half
 from saekit.evals.gradient_pursuit import encode_by_pursuit
 from saekit.sae import SparseAutoencoder
 
@@ -87,7 +87,7 @@ class ErrorStudy:
                     matches[name][1] += len(code.values)
                 if parts:
                     assert batch.documents is not None
-                    foretold[name].update(before, batch.x, batch.x_hat, tested(batch.documents, self.seed))
+                    foretold[name].update(before, batch.x, batch.x_hat, in_test_half(batch.documents, self.seed))
         if not tokens:
             raise SaekitError("there are no activations to take apart")
         for analysis in [*self.analyses.values(), *pursued.values()]:
