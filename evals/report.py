@@ -74,6 +74,7 @@ _FIGURES = (
     ("tokens", "dark_matter", "tokens", "{:,d}", "held-out tokens, half of them to fit on"),
     ("tokens", "sparsity", "tokens", "{:,d}", "held-out tokens; CE and KL score those with a next one"),
 )
+_COLUMNS = 13  # figures; more do not fit beside each other
 
 
 @dataclass(frozen=True)
@@ -105,19 +106,33 @@ class Report:
         replace_file(Path(path), lambda part: part.write_text(self.to_json() + "\n"))
 
     def join(self, path: str | Path) -> None:
-        """Write the groups into a report's file beside other groups that it has; what those are about stays.
+        """Write the groups into a report's file, beside other groups that it has.
 
         Raises:
             SaekitError: the file holds something else.
         """
-        path = Path(path)
-        try:
-            before = json.loads(path.read_text()) if path.exists() else {"about": self.about}
-            before["about"]  # a report has this
-        except (ValueError, KeyError, TypeError):
-            raise SaekitError(f"'{path}' is no report of an evaluation; nothing was written to it") from None
-        groups = {name: {"about": self.about, **group} for name, group in self.groups.items()}
-        replace_file(path, lambda part: part.write_text(to_json({**before, **groups}) + "\n"))
+        before = groups_in(path)
+        here = self.to_dict()
+        if before and "about" in before:  # what else is there is about something else
+            here = {name: {"about": self.about, **group} for name, group in self.groups.items()}
+        replace_file(Path(path), lambda part: part.write_text(to_json({**before, **here}) + "\n"))
+
+
+def groups_in(path: str | Path) -> dict[str, Any]:
+    """What a report's file holds; nothing where there is no file.
+
+    Raises:
+        SaekitError: the file holds something else.
+    """
+    if not Path(path).exists():
+        return {}
+    try:
+        found = json.loads(Path(path).read_text())
+    except (ValueError, OSError):
+        found = None
+    if not isinstance(found, dict) or "about" not in found:
+        raise SaekitError(f"'{path}' is no report of an evaluation; move it away")
+    return found
 
 
 def to_json(value: Any) -> str:
@@ -126,7 +141,7 @@ def to_json(value: Any) -> str:
 
 
 def table(reports: Mapping[str, Report] | Sequence[tuple[str, Report]]) -> Table:
-    """One dictionary: a row a figure, with its meaning. Several: a row a dictionary."""
+    """One dictionary: a row a figure, with its meaning. Several: a row a dictionary, or a column if figures abound."""
     rows = list(reports.items()) if isinstance(reports, Mapping) else list(reports)
     figures = [figure for figure in _FIGURES if any(_found(report, *figure[1:3]) is not None for _, report in rows)]
     if len(rows) == 1:
@@ -138,13 +153,22 @@ def table(reports: Mapping[str, Report] | Sequence[tuple[str, Report]]) -> Table
             result.add_row(title, shape.format(_found(report, group, key)), meaning)
         return result
     result = Table()
+    if len(figures) > _COLUMNS:  # a column a dictionary
+        for name in ["figure", *(name for name, _ in rows)]:
+            result.add_column(name, justify="left" if name == "figure" else "right", overflow="fold")
+        for title, group, key, shape, _ in figures:
+            result.add_row(title, *(_shown(_found(report, group, key), shape) for _, report in rows))
+        return result
     result.add_column("dictionary", overflow="fold")
     for title, *_ in figures:
         result.add_column(title, justify="right", no_wrap=True)
     for name, report in rows:
-        values = ((shape, _found(report, group, key)) for _, group, key, shape, _ in figures)
-        result.add_row(name, *("" if value is None else shape.format(value) for shape, value in values))
+        result.add_row(name, *(_shown(_found(report, group, key), shape) for _, group, key, shape, _ in figures))
     return result
+
+
+def _shown(value: Any, shape: str) -> str:
+    return "" if value is None else shape.format(value)
 
 
 def _found(report: Report, group: str, key: str) -> Any:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from saekit.errors import SaekitError, did_you_mean
-from saekit.files import check_free, replace_file
+from saekit.files import check_free, replace_file, writable_folder
 
 if TYPE_CHECKING:
     from saekit.evals import Judge, Report
@@ -80,6 +80,7 @@ def train(
 
     saekit train --variant mutual_choice --width 4096 --k 32 --tokens 2000000 --out runs/demo
     """
+    from saekit.evals.report import groups_in
     from saekit.trainers import TrainConfig, train_hooks
     from saekit.trainers import train as run_training
     from saekit.trainers.interrupt import Interrupted
@@ -104,10 +105,9 @@ def train(
     for run in runs:
         if run.path in finished:
             print(f"the run in {run.path} was finished already")
-    unjudged = [run.path for run in runs if not (run.path / "eval.json").is_file()]
-    if eval_tokens and unjudged:
+    if eval_tokens and (unjudged := [run.path for run in runs if "sparsity" not in groups_in(run.path / "eval.json")]):
         for path, report in _judge(unjudged, quiet, tokens=eval_tokens, device=runs[0].config.device).items():
-            report.save(Path(path) / "eval.json")
+            report.join(Path(path) / "eval.json")
     for run in runs:
         print(f"run: {run.path}    dictionary: {run.path / 'sae'}")
     if runs[0].sae.cfg.affinity_scale != "none":
@@ -190,7 +190,7 @@ def evaluate(
     ),
     pursuit: bool = typer.Option(False, help="dark_matter: also with features chosen by gradient pursuit"),
     ce_tokens: int | None = typer.Option(
-        None, min=0, help="dark_matter: tokens to splice, at most; 0 for none [65536]", show_default=False
+        None, min=0, help="dark_matter: about so many tokens to splice; 0 for none [65536]", show_default=False
     ),
     figures: Path | None = typer.Option(None, help="dark_matter: folder that receives figures"),
     device: str = typer.Option("auto", help="auto, cpu, cuda, mps"),
@@ -310,8 +310,13 @@ def _take_apart(
     """The suite dark_matter: prints one table and writes what was found."""
     from saekit.evals.dark_matter.figures import draw
     from saekit.evals.dark_matter.saved import DarkMatterJudge
-    from saekit.evals.report import to_json
+    from saekit.evals.report import groups_in, to_json
 
+    runs = [path for path in paths if (path / "config.yaml").is_file()]
+    for path in runs:
+        groups_in(path / "eval.json")  # better refused now than when all is done
+    if folder is not None:
+        writable_folder(folder, overwrite=True)
     with _opened_judge(quiet, settings) as judge:
         reports, compared = DarkMatterJudge(judge, **asked)(paths)
     _print(reports)
@@ -321,14 +326,11 @@ def _take_apart(
         everything: dict[str, Any] = {name: report.to_dict() for name, report in reports.items()}
         text = to_json({**everything, "compared": compared})
         replace_file(out, lambda part: part.write_text(text + "\n"))
-    for path, report in reports.items():
-        if (Path(path) / "config.yaml").is_file():
-            report.join(Path(path) / "eval.json")
-            print(f"added to {Path(path) / 'eval.json'}")
+    for path in runs:
+        reports[str(path)].join(path / "eval.json")
+        print(f"added to {path / 'eval.json'}")
     if folder is not None:
-        for file in draw(
-            {Path(path).name: report["dark_matter"] for path, report in reports.items()}, compared, folder
-        ):
+        for file in draw({path: report["dark_matter"] for path, report in reports.items()}, compared, folder):
             print(f"figure: {file}")
 
 

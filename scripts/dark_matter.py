@@ -13,10 +13,11 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from dark_matter_page import write_page
+from dark_matter_page import around, write_page
 from rich.console import Console
 from rich.progress import Progress, track
 
@@ -54,8 +55,10 @@ def main() -> None:
     parser.add_argument("--ce-tokens", type=int, default=60_000, help="of them spliced, for each dictionary")
     parser.add_argument("--pursuit-tokens", type=int, default=120_000, help="held-out tokens for gradient pursuit")
     arguments = parser.parse_args()
-    if MIDDLE not in arguments.expansion:
-        parser.error(f"--expansion needs {MIDDLE} among its widths")
+    if MIDDLE not in arguments.expansion or len(set(arguments.expansion)) < 3:
+        parser.error(f"--expansion needs three widths at least, {MIDDLE} among them")
+    if any(b <= 1.25 * a for a, b in pairwise(sorted(arguments.k))):
+        parser.error("--k needs values further apart than a quarter, or they count as the same sparsity")
     try:
         Study(arguments).run()
     except SaekitError as error:
@@ -79,6 +82,8 @@ class Study:
         """Do what is not done yet, and write the page."""
         self.out.mkdir(parents=True, exist_ok=True)
         self._remember()
+        if self.asked.page is not None:
+            around(self.asked.page)  # better refused now than when all is done
         steps: list[tuple[str, Path, Callable[[], Any]]] = [
             ("activations", self.cache / "manifest.json", self.harvest),
             *((name, self.out / name / "sae/cfg.json", lambda name=name: self.train(name)) for name in self.grid),
@@ -102,10 +107,9 @@ class Study:
         path = self.out / "settings.json"
         settings = {name: getattr(self.asked, name) for name in SETTINGS}
         if path.exists() and (before := json.loads(path.read_text())) != settings:
-            other = next(name for name in SETTINGS if before.get(name) != settings[name])
-            raise SaekitError(
-                f"'{self.out}' was made with {other} = {before.get(other)}, not {settings[other]}; choose another --out"
-            )
+            other = next((name for name in SETTINGS if before.get(name) != settings[name]), "other settings")
+            then, now = before.get(other), settings.get(other)
+            raise SaekitError(f"'{self.out}' was made with {other} = {then}, not {now}; choose another --out")
         self._save("settings", settings)
 
     def _save(self, name: str, value: Any) -> None:

@@ -72,7 +72,7 @@ class DarkMatter:
 
     def __post_init__(self) -> None:
         self._cells = {cell: Moments.zeros(self.d, self.d) for cell in range(4)}  # by half of either split
-        self._seen = self._documents = 0
+        self._seen = 0
         self._norms: dict[SplitKind, NormTest] = {}
         self._blocks = torch.zeros(3, BLOCKS, dtype=torch.float64)
         self._lengths = torch.zeros(3, dtype=torch.float64)
@@ -82,15 +82,17 @@ class DarkMatter:
         """First pass: count one batch.
 
         Raises:
-            SaekitError: x̂ has another shape than x, or x another width than expected.
+            SaekitError: x̂ has another shape than x, x another width than expected, or either is NaN or infinite.
         """
         self._check(batch)
+        batch = batch._replace(x=batch.x.detach(), x_hat=batch.x_hat.detach())
         halves = self._halves(batch)
         cell = halves["random"].long() + 2 * halves["document"].long()
-        error = (batch.x.float() - batch.x_hat.float()).cpu()
+        x = batch.x.cpu().double()
+        error = x - batch.x_hat.cpu().double()
         for each, moments in self._cells.items():
             rows = cell == each
-            moments.update(batch.x.cpu()[rows], error[rows])
+            moments.update(x[rows], error[rows])
 
     def moments(self, split: SplitKind) -> tuple[Moments, Moments]:
         """Of x → e on the half to fit on and on the half to test on."""
@@ -131,11 +133,12 @@ class DarkMatter:
             "fvu": _ratio(float(test.yy.sum()), test.x_variance),
             "plain": with_linear(test, self.b[split]),
             "with_intercept": with_linear(test, biased),
-            "shrinkage": shrinkage(train, test, self.b[split]),
+            "shrinkage": shrinkage(train, test, biased),
         }
 
     def examine(self, batch: ErrorBatch) -> Norms:
         """Second pass: squared norms of the same tokens and what predicts them."""
+        batch = batch._replace(x=batch.x.detach(), x_hat=batch.x_hat.detach())
         halves = self._halves(batch)
         for split, norms in self._norms.items():
             norms.update(batch, halves[split])
@@ -162,7 +165,13 @@ class DarkMatter:
             norm_shares: Σ‖linear‖ / Σ‖e‖ and Σ‖nonlinear‖ / Σ‖e‖, split by document (they add up to more than 1).
             blocks: Σ‖e‖², Σ‖nonlinear‖² and Σ‖x − x̄‖² in groups of documents, for intervals.
             sample: ‖e‖ and ‖nonlinear‖ of some tokens.
+
+        Raises:
+            SaekitError: the second pass had other tokens than the first.
         """
+        first = sum(moments.n for moments in self._cells.values())
+        if self._seen != first:
+            raise SaekitError(f"the second pass had {self._seen:,} tokens, the first {first:,}; they must be the same")
         figures: dict[str, Any] = {"tokens": self._seen, "d_in": self.d, "seed": self.seed}
         for split in SPLITS:
             figures[split] = {**self.explained(split), "norms": self._norms[split].result()}
@@ -180,6 +189,10 @@ class DarkMatter:
         check_shapes(batch.x, batch.x_hat)
         if batch.x.shape[1] != self.d:
             raise SaekitError(f"activations of width {batch.x.shape[1]} follow others of width {self.d}")
+        for name, x in (("x", batch.x), ("x̂", batch.x_hat)):
+            if not bool(torch.isfinite(x).all()):
+                row = int((~torch.isfinite(x)).any(1).nonzero()[0])
+                raise SaekitError(f"{name} is NaN or infinite at row {self._seen + row}")
         for name, column in batch._asdict().items():
             if column is not None and len(column) != len(batch.x):
                 raise SaekitError(f"{name} has {len(column)} entries for {len(batch.x)} tokens")
@@ -209,16 +222,21 @@ def with_linear(test: Moments, b: LinearMap) -> dict[str, Any]:
     return {"r2": r2.mean, "r2_pooled": r2.pooled, "fvu_nonlinear": _ratio(left, test.x_variance), "rank": b.rank}
 
 
-def shrinkage(train: Moments, test: Moments, b: LinearMap) -> dict[str, Any]:
+def shrinkage(train: Moments, test: Moments, biased: LinearMap) -> dict[str, Any]:
     """Controls: how much of the linear error is x̂ being too short (our reading).
 
-    A dictionary that is dead altogether has the error e = x, perfectly linear and worth nothing. Two controls see it.
+    A dictionary that is dead altogether has the error e = x − b_dec, perfectly linear and worth nothing. Its x̂ cannot
+    be rescaled; the second control sees it, because one number s explains all of its error.
+
+    Args:
+        train, test: moments of x → e on either half.
+        biased: the map x → e with an intercept, fitted on the first.
 
     Returns:
         scale: the best scalar for x̂, by least squares; None where x̂ = 0.
         r2, r2_pooled: of the error x − scale · x̂ on x, so without what was shrunk.
-        scalar: the best s in e ≈ s · x; scalar_r2_pooled: how much of e that one number explains.
-        r2_beyond_scalar: share of what s · x leaves of e that the whole map explains, pooled; 0 if it leaves nothing.
+        scalar: the best s in e ≈ s · x + constant; scalar_r2_pooled: how much of e's variance that number explains.
+        r2_beyond_scalar: share of what s leaves of it that the whole map explains; 0 if it leaves nothing.
     """
     x_x, x_e, e_e = float(train.xx.trace()), float(train.xy.trace()), float(train.yy.sum())
     x_hat_squared = x_x - 2 * x_e + e_e
@@ -228,12 +246,13 @@ def shrinkage(train: Moments, test: Moments, b: LinearMap) -> dict[str, Any]:
         again = [moments.mixed(1 - scale, scale) for moments in (train, test)]  # x − a·x̂ = (1 − a)·x + a·e
         r2 = again[1].r2(fit_linear(again[0], intercept=False, warn=False))
         figures = {"scale": scale, "r2": r2.mean, "r2_pooled": r2.pooled}
-    s = _ratio(x_e, x_x)
-    only = LinearMap(s * torch.eye(len(train.xx), dtype=torch.float64), torch.zeros_like(train.y_sum), 1)
-    left = float(test.residuals(only).sum())
-    figures |= {"scalar": s, "scalar_r2_pooled": 1 - _ratio(left, float(test.y_variance.sum()))}
+    centred = train.centred()
+    s = _ratio(float(centred.xy.trace()), train.x_variance)
+    only = LinearMap(s * torch.eye(len(train.xx), dtype=torch.float64), (train.y_sum - s * train.x_sum) / train.n, 1)
+    left, total = float(test.residuals(only).sum()), float(test.y_variance.sum())
+    figures |= {"scalar": s, "scalar_r2_pooled": 1 - _ratio(left, total)}
     nothing = left <= 1e-9 * float(test.yy.sum())
-    return figures | {"r2_beyond_scalar": 0.0 if nothing else 1 - float(test.residuals(b).sum()) / left}
+    return figures | {"r2_beyond_scalar": 0.0 if nothing else 1 - float(test.residuals(biased).sum()) / left}
 
 
 def dark_matter(

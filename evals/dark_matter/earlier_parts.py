@@ -42,8 +42,9 @@ class EarlierParts:
         test: Bool[Tensor, "m"],
     ) -> None:
         """Count one batch; ``test`` says which of its tokens are in the half to test on."""
-        z = torch.cat([reconstructions[name].cpu().float() for name in self.columns if name != TOGETHER], dim=1)
-        y = torch.cat([x, x - x_hat], dim=1).cpu()
+        z = torch.cat([reconstructions[name].cpu() for name in self.columns if name != TOGETHER], dim=1)
+        x, x_hat = x.cpu().double(), x_hat.cpu().double()
+        y = torch.cat([x, x - x_hat], dim=1)
         for moments, rows in zip(self.halves, (~test, test), strict=True):
             moments.update(z[rows], y[rows])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ from saekit.evals.downstream import Edit, costs
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
+_LEAST = 1e-4  # nats; shares of less are noise
 MASK = "spliced and scored at the kept positions of documents that b* was not fitted on"
 
 
@@ -42,7 +42,7 @@ def error_downstream(
         ce_clean, ce_reconstructed, ce_linear, ce_nonlinear: nats a token of the model as it is, with x̂, with
         x̂ + linear, with x̂ + nonlinear.
         recovered_linear, recovered_nonlinear: (CE_x̂ − CE) / (CE_x̂ − CE_clean) with that part of the error put back;
-        None where x̂ costs nothing.
+        None where x̂ costs less than a ten-thousandth of a nat.
 
     Raises:
         SaekitError: the model has no such hook, or there is no text to score.
@@ -61,8 +61,7 @@ def error_downstream(
     lost = ce["reconstructed"] - ce["clean"]
     figures: dict[str, Any] = {"tokens": tokens, "mask": MASK, **{f"ce_{name}": nats for name, nats in ce.items()}}
     for name in ("linear", "nonlinear"):
-        share = (ce["reconstructed"] - ce[name]) / lost if lost else math.nan
-        figures[f"recovered_{name}"] = share if math.isfinite(share) else None
+        figures[f"recovered_{name}"] = (ce["reconstructed"] - ce[name]) / lost if lost > _LEAST else None
     return figures
 
 

@@ -21,7 +21,7 @@ def fit_error(sae: SparseAutoencoder, cache: ActivationCache) -> LinearMap:
     """b*, the map from x to the dictionary's error without an intercept, fitted on a cache's training rows."""
     moments = Moments.zeros(cache.d_in, cache.d_in)
     for batch in cache.batches("train", _ROWS):
-        x = batch.x.to(sae.W_dec)
+        x = batch.x.float().to(sae.W_dec.device)
         moments.update(x, x - sae(x))
     return fit_linear(moments, intercept=False)
 
@@ -50,7 +50,7 @@ def write_error_part(
         for start in range(0, len(cache), _ROWS):
             batch = cache.read(start, min(start + _ROWS, len(cache)))
             with torch.no_grad():
-                x = batch.x.to(sae.W_dec)
+                x = batch.x.float().to(sae.W_dec.device)
                 linear = b(x)
                 error = linear if part == "linear" else x - sae(x) - linear
             yield batch._replace(x=error.cpu())

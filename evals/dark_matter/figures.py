@@ -22,7 +22,7 @@ _VECTOR = {
     "split by document": "document.plain.r2",
     "… pooled": "document.plain.r2_pooled",
     "… x̂ at its best length": "document.shrinkage.r2",
-    "… beyond e ≈ s·x": "document.shrinkage.r2_beyond_scalar",
+    "… beyond e ≈ s·x + c": "document.shrinkage.r2_beyond_scalar",
 }
 _PREDICTORS = {
     "x": "from_x_with_intercept",
@@ -110,7 +110,7 @@ def _r2(figures: Mapping[str, Figures], folder: Path) -> Path:
     last = names[-1]
     parts = [part.replace("_", " ").replace("x hat", "x̂").replace("plus", "+") for part in PARTS]
     values = {
-        label: [max(-0.2, at(figures[last], f"document.norms.{part}.{key}")) for part in PARTS]
+        label: [max(at(figures[last], f"document.norms.{part}.{key}"), -0.2) for part in PARTS]
         for label, key in _PREDICTORS.items()
     }
     _bars(right, values, parts)

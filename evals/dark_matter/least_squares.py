@@ -73,7 +73,7 @@ class Moments:
 
     def update(self, x: Float[Tensor, "n d"], y: Float[Tensor, "n p"]) -> None:
         """Count further tokens."""
-        x, y = x.cpu().double(), y.cpu().double()
+        x, y = x.detach().cpu().double(), y.detach().cpu().double()
         self.n += len(x)
         self.x_sum += x.sum(0)
         self.y_sum += y.sum(0)
@@ -97,6 +97,13 @@ class Moments:
         """Of the targets a·x + b·y, where there are as many targets as inputs."""
         yy = a * a * self.xx.diagonal() + 2 * a * b * self.xy.diagonal() + b * b * self.yy
         return Moments(self.n, self.x_sum, a * self.x_sum + b * self.y_sum, self.xx, a * self.xx + b * self.xy, yy)
+
+    def centred(self) -> Moments:
+        """Of x − x̄ and y − ȳ."""
+        x_mean, y_mean = self.x_sum / max(self.n, 1), self.y_sum / max(self.n, 1)
+        xx = self.xx - self.n * torch.outer(x_mean, x_mean)
+        xy = self.xy - self.n * torch.outer(x_mean, y_mean)
+        return Moments(self.n, torch.zeros_like(x_mean), torch.zeros_like(y_mean), xx, xy, self.y_variance)
 
     @property
     def x_variance(self) -> float:
@@ -136,18 +143,16 @@ def fit_linear(moments: Moments, *, intercept: bool, warn: bool = True) -> Linea
         intercept: whether the map has a bias.
         warn: whether to warn of missing rank.
     """
-    xx, xy = moments.xx, moments.xy
-    x_mean, y_mean = moments.x_sum / max(moments.n, 1), moments.y_sum / max(moments.n, 1)
-    if intercept:
-        xx = xx - moments.n * torch.outer(x_mean, x_mean)
-        xy = xy - moments.n * torch.outer(x_mean, y_mean)
-    weight, rank = _solve(xx, xy)
-    if warn and rank < len(xx):
+    solved = moments.centred() if intercept else moments
+    weight, rank = _solve(solved.xx, solved.xy)
+    if warn and rank < len(weight):
         warnings.warn(
-            f"x has rank {rank} of {len(xx)} on {moments.n:,} tokens; of the maps that fit equally well, one is taken",
+            f"x has rank {rank} of {len(weight)} on {moments.n:,} tokens; many maps fit equally well, one is taken",
             stacklevel=2,
         )
-    bias = y_mean - x_mean @ weight if intercept else torch.zeros_like(y_mean)
+    bias = (
+        (moments.y_sum - moments.x_sum @ weight) / max(moments.n, 1) if intercept else torch.zeros_like(moments.y_sum)
+    )
     return LinearMap(weight, bias, rank)
 
 

@@ -51,7 +51,7 @@ class NormTest:
             for name, column in known.items():
                 if column is not None:
                     self.by_baseline[name][half].update(column.cpu()[rows, None], targets[rows])
-            if batch.tokens is not None:
+            if batch.tokens is not None and bool((batch.tokens >= 0).all()):  # −1: not known
                 self.by_token[half].update(batch.tokens.cpu()[rows], targets[rows])
 
     def result(self) -> dict[str, dict[str, float | None]]:

@@ -11,6 +11,7 @@ from typing import Any
 import saekit
 from saekit.activations import ActivationCache, ActivationSource, ContextBatch, Harvest, harvest_hooks
 from saekit.activations.harvest import ActivationBatch
+from saekit.activations.model import check_hook, recorded
 from saekit.errors import SaekitError
 from saekit.evals.dark_matter.error_cost import error_downstream, only_tested, without_start
 from saekit.evals.dark_matter.study import SPLIT, ErrorStudy
@@ -30,7 +31,7 @@ class DarkMatterJudge:
         judge: by which model and text, or cache, and how many tokens.
         earlier: dictionaries of other hook points, to foretell the errors from.
         pursuit: whether to encode by gradient pursuit too.
-        ce_tokens: at most so many kept tokens for the cross-entropies; 0 for none.
+        ce_tokens: about so many tokens for the cross-entropies, where there is a model; 0 for none.
         seed: of the splits.
     """
 
@@ -51,6 +52,9 @@ class DarkMatterJudge:
             SaekitError: a dictionary, its model or its text is not found, they do not fit each other, the dictionaries
                 are of different hook points, or there are too few tokens or documents.
         """
+        places = [Path(path).resolve() for path in paths]
+        if twice := [path for path, place in zip(paths, places, strict=True) if places.count(place) > 1]:
+            raise SaekitError(f"the dictionary '{twice[0]}' is named twice")
         saes = {str(path): saekit.load(path, device=self.judge.device) for path in paths}
         first, sae = next(iter(saes.items()))
         cache = self.judge.cache_of(sae)
@@ -71,9 +75,9 @@ class DarkMatterJudge:
         """The dictionaries of earlier parts with their hook points.
 
         Raises:
-            SaekitError: one does not say its hook point, or is of the same one or of another model.
+            SaekitError: one does not say its hook point, or is of the same one, a later one or another model.
         """
-        found = {}
+        found: dict[str, tuple[str, SparseAutoencoder]] = {}
         for path in map(str, self.earlier):
             sae = saekit.load(path, device=self.judge.device)
             hook, model = sae.cfg.metadata.get("hook_name"), sae.cfg.metadata.get("model_name")
@@ -83,7 +87,12 @@ class DarkMatterJudge:
                 raise SaekitError(f"'{path}' is of '{hook}' itself, not of an earlier part")
             if model and model != source.name:
                 raise SaekitError(f"'{path}' is of the model '{model}', not of '{source.name}'")
+            check_hook(source.model, hook)
             found[path] = (hook, sae)
+        late = _after(source, {hook for hook, _ in found.values()})
+        for path, (hook, _) in found.items():
+            if hook in late:
+                raise SaekitError(f"'{path}' is of '{hook}', which comes after '{source.hook}': not an earlier part")
         return found
 
     def _by_text(
@@ -120,6 +129,15 @@ class DarkMatterJudge:
         return self.judge.on_contexts(name, contexts) if self.judge.on_contexts is not None else lambda done: None
 
 
+def _after(source: ActivationSource, hooks: set[str]) -> set[str]:
+    """Those of the hooks that a pass has not reached when it reaches the source's own."""
+    tokens = next(source.contexts("heldout", 1)).tokens.to(next(source.model.parameters()).device)
+    with recorded(source.model, [source.hook, *hooks]) as seen:
+        source.model(tokens, return_type=None)
+    order = list(seen)
+    return set(order[order.index(source.hook) :]) & hooks
+
+
 def _check_same(first: str, one: ActivationSource, path: str, other: ActivationSource) -> None:
     """Raise SaekitError unless both dictionaries are of one hook point, model and text."""
     for what in ("name", "hook", "context_length", "column", "split"):
@@ -127,6 +145,9 @@ def _check_same(first: str, one: ActivationSource, path: str, other: ActivationS
         if a != b:
             kind = {"name": "model"}.get(what, what)
             raise SaekitError(f"'{first}' has {kind} '{a}', '{path}' has '{b}'; errors are compared at one hook point")
+    a, b = (str(next(source.model.parameters()).dtype) for source in (one, other))
+    if a != b:
+        raise SaekitError(f"the models of '{first}' and '{path}' run in {a} and {b}; give --model-dtype")
     if one.text.fingerprint != other.text.fingerprint:
         raise SaekitError(f"'{first}' and '{path}' are of different texts ('{one.text.name}', '{other.text.name}')")
 
@@ -150,10 +171,10 @@ def _harvested(
 
 
 def _cached(cache: ActivationCache, hook: str, left: int) -> Iterator[Harvest]:
-    """The held-out rows of a cache, without the start of each context."""
-    length = int(cache.passport.get("context_length", 0))
+    """The held-out rows of a cache, without the start of each context (rows of a plain tensor have no places)."""
+    first = SKIPPED * (cache.passport.get("context_length") or 0) if cache.passport.get("model") else 0
     for batch in cache.batches("heldout", 1024):
-        kept = (batch.positions >= SKIPPED * length).nonzero()[:left, 0]
+        kept = (batch.positions >= first).nonzero()[:left, 0]
         left -= len(kept)
         if len(kept):
             x, tokens, documents, positions = (column[kept] for column in batch[:4])

@@ -59,7 +59,8 @@ class ErrorStudy:
         Returns:
             The figures of each dictionary (``DarkMatter.result``; l0; ``pursuit`` and ``earlier_parts`` where they were
             asked for), and those that compare dictionaries: ``width`` (FVU and FVU_nonlinear against width, for each
-            group of like L0) and ``token`` (one's error foretold from another's).
+            group of like L0), ``token`` (one's error foretold from another's) and ``left_out`` (which groups have no
+            comparison of widths, and why).
 
         Raises:
             SaekitError: a dictionary does not fit the activations, or there are too few tokens or documents.
@@ -90,6 +91,10 @@ class ErrorStudy:
                     foretold[name].update(before, batch.x, batch.x_hat, in_test_half(batch.documents, self.seed))
         if not tokens:
             raise SaekitError("there are no activations to take apart")
+        if tokens < (least := 4 * sum(parts.values())):
+            raise SaekitError(
+                f"{tokens:,} tokens are too few to regress on {len(parts)} earlier parts; give at least {least:,}"
+            )
         for analysis in [*self.analyses.values(), *pursued.values()]:
             analysis.fit()
         scaling = TokenScaling(list(self.dictionaries))
@@ -109,17 +114,17 @@ class ErrorStudy:
 
     def _batch(self, sae: SparseAutoencoder, found: Harvest) -> ErrorBatch:
         rows = found.batches[self.hook]
-        x = rows.x.to(sae.W_dec)
+        x = rows.x.to(sae.W_dec.device)  # in its own dtype: the error is of what the model has
         code = sae.encode_sparse(x)
         return ErrorBatch(x, sae.decode(code), rows.documents, rows.tokens, code.matches_per_token(), found.losses)
 
     def _reconstructions(self, found: Harvest) -> dict[str, Float[Tensor, "m w"]]:
-        return {name: sae(found.batches[hook].x.to(sae.W_dec)) for name, (hook, sae) in self.earlier.items()}
+        return {name: sae(found.batches[hook].x.to(sae.W_dec.device)) for name, (hook, sae) in self.earlier.items()}
 
     def _compared(self, figures: dict[str, Figures], scaling: TokenScaling) -> Figures:
         """What only several dictionaries show together."""
         widths = {name: sae.cfg.d_sae for name, sae in self.dictionaries.items()}
-        groups, token = [], []
+        groups, token, left_out = [], [], []
         for group in alike({name: found["l0"] for name, found in figures.items()}):
             names = sorted(group, key=lambda name: widths[name])
             token += [
@@ -130,7 +135,9 @@ class ErrorStudy:
             ]
             if len({widths[name] for name in names}) == len(names) > 1:
                 groups.append(self._against_width(names, [widths[name] for name in names], figures))
-        return {"width": groups, "token": token}
+            elif len(names) > 1:
+                left_out.append({"dictionaries": names, "why": "several have the same width"})
+        return {"width": groups, "token": token, "left_out": left_out}
 
     def _against_width(self, names: list[str], widths: list[int], figures: dict[str, Figures]) -> Figures:
         blocks = {name: {k: np.array(v) for k, v in figures[name]["blocks"].items()} for name in names}

@@ -49,7 +49,7 @@ def synthetic_control(
         nonlinear_over_introduced: 1 where the nonlinear error is just what was introduced, None where nothing was.
 
     Raises:
-        SaekitError: the split leaves one half empty.
+        SaekitError: there are fewer than 4·d tokens, or the split leaves one half empty.
     """
     generator = torch.Generator().manual_seed(seed)
     code = sae.encode_sparse(x)
@@ -65,8 +65,10 @@ def synthetic_control(
     halves = [Moments.zeros(x.shape[1], x.shape[1]) for _ in range(2)]
     for moments, rows in zip(halves, (~test, test), strict=True):
         moments.update(x_new[rows], (x_new - x_hat)[rows])
-    if not (halves[0].n and halves[1].n):
-        raise SaekitError("the split leaves one half empty; give more documents")
+    if not (halves[0].n and halves[1].n) or len(x) < 4 * x.shape[1]:
+        raise SaekitError(
+            f"{len(x):,} tokens, {halves[1].n:,} of them to test on, are too few for a control at width {x.shape[1]}"
+        )
     b = fit_linear(halves[0], intercept=False)
     planted = [float(part[test].square().sum(1).double().mean()) for part in (clean - kept, *noise)]
     nonlinear = float(halves[1].residuals(b).sum()) / halves[1].n

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import re
 import shutil
@@ -11,13 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 import saekit
 from saekit import SaekitError
 from saekit.activations import ActivationCache, ContextBatch, harvest_hooks
-from saekit.evals import Judge, encode_by_pursuit, heldout_contexts
+from saekit.evals import Judge, encode_by_pursuit, heldout_contexts, table
 from saekit.evals.dark_matter import dark_matter, error_downstream, without_start
 from saekit.evals.dark_matter.error_cost import only_tested
+from saekit.evals.dark_matter.figures import draw
 from saekit.evals.dark_matter.least_squares import LinearMap
 from saekit.evals.dark_matter.saved import DarkMatterJudge
 
@@ -113,32 +116,37 @@ def test_costs_at_the_ends(source, contexts):
     found = error_downstream(source.model, source.hook, [few], lambda x: 0.5 * x, half)
     assert found["recovered_linear"] == pytest.approx(1, abs=1e-3)
     assert found["recovered_nonlinear"] == pytest.approx(0, abs=1e-3)
-    tested = only_tested(few, seed=0)
-    assert 0 < int(tested.kept.sum()) < int(few.kept.sum())
-    assert not (set(few.documents[tested.kept].tolist()) & set(few.documents[few.kept & ~tested.kept].tolist()))
+    tested = only_tested(contexts, seed=0)
+    assert 0 < int(tested.kept.sum()) < int(contexts.kept.sum())
+    left_out = contexts.kept & ~tested.kept
+    assert not set(contexts.documents[tested.kept].tolist()) & set(contexts.documents[left_out].tolist())
 
 
 def test_several_dictionaries(run, other, tmp_path):
     """Two widths of like L0 are compared; another hook is refused."""
     sae = saekit.load(run)
-    narrow = saekit.SparseAutoencoder(saekit.SAEConfig(sae.cfg.d_in, 700, "jumprelu", affinity_scale="token_norm"))
+    narrow = saekit.SparseAutoencoder(saekit.SAEConfig(sae.cfg.d_in, 1000, "jumprelu", affinity_scale="token_norm"))
     with torch.no_grad():
         for name in ("W_enc", "W_dec", "b_enc", "threshold"):
             rows = getattr(sae, name)
-            getattr(narrow, name).copy_(rows[:, :700] if name == "W_enc" else rows[:700])
+            getattr(narrow, name).copy_(rows[:, :1000] if name == "W_enc" else rows[:1000])
         narrow.b_dec.copy_(sae.b_dec)
-        narrow.threshold.mul_(0.7)
     narrow.with_metadata(**sae.cfg.metadata).save(tmp_path / "narrow")
     paths = [str(tmp_path / "narrow"), str(run)]
     reports, compared = DarkMatterJudge(Judge(tokens=6000), ce_tokens=0)(paths)
     l0 = [reports[path]["dark_matter"]["l0"] for path in paths]
     assert max(l0) < 1.25 * min(l0), l0
     (group,), (pair,) = compared["width"], compared["token"]
-    assert group["total"]["widths"] == [700, 1024]
+    assert group["total"]["widths"] == [1000, 1024]
     fvu = [reports[path]["dark_matter"]["document"]["fvu"] for path in paths]
     assert group["total"]["fvu"] == pytest.approx(fvu, rel=1e-6)
     assert (pair["small"], pair["large"]) == tuple(paths)
     assert pair["r2"] > 0.5
+    drawn = draw({path: report["dark_matter"] for path, report in reports.items()}, compared, tmp_path / "figures")
+    assert len(drawn) == 4
+    shown = Console(width=120, file=io.StringIO())
+    shown.print(table(reports))
+    assert f"{fvu[0]:.4f}" in shown.file.getvalue()
     with pytest.raises(SaekitError, match="has hook 'blocks.1.hook_resid_post', .* has 'blocks.1.hook_mlp_out'"):
         DarkMatterJudge(Judge(tokens=6000))([run, other])
 
@@ -166,6 +174,10 @@ MISTAKES = {
     "two hooks": ("RUN OTHER", "has hook 'blocks.1.hook_resid_post', .* has 'blocks.1.hook_mlp_out'"),
     "itself as an earlier part": ("RUN --earlier RUN --tokens 2000", "itself, not of an earlier part"),
     "earlier parts without a model": ("CACHED --earlier OTHER", "need a model and text"),
+    "a later part": ("RUN --earlier LATER --tokens 2000", "comes after 'blocks.1.hook_resid_post'"),
+    "named twice": ("RUN RUN", "is named twice"),
+    "no report": ("RUN --tokens 2000", "is no report of an evaluation"),
+    "no folder for figures": ("RUN --figures RUN/config.yaml", "is a file, not a folder"),
     "unknown suite": ("RUN --suite dark_mater", "unknown suite 'dark_mater'; did you mean 'dark_matter'"),
     "a flag of the other suite": ("RUN --suite standard --pursuit", "--pursuit goes with --suite dark_matter"),
 }  # fmt: skip
@@ -179,6 +191,12 @@ def test_bad_input(mistake, run, other, saekit_command, tmp_path):
         sae = saekit.SparseAutoencoder(saekit.SAEConfig(8, 16, "topk", k=2))
         sae.with_metadata(saekit={"cache": str(tmp_path / "c")}).save(tmp_path / "sae")
         arguments = arguments.replace("CACHED", f"{tmp_path / 'sae'} --cache {tmp_path / 'c'}")
+    if mistake == "a later part":
+        later = saekit.load(run).with_metadata(hook_name="blocks.2.hook_resid_post").save(tmp_path / "later")
+        arguments = arguments.replace("LATER", str(later))
+    if mistake == "no report":
+        run = Path(shutil.copytree(run, tmp_path / "run"))
+        (run / "eval.json").write_text("[1, 2]")
     arguments = arguments.replace("RUN", str(run)).replace("OTHER", str(other))
     suite = [] if "--suite" in arguments else ["--suite", "dark_matter"]
     done = saekit_command("eval", *suite, *arguments.split(), "--quiet")

@@ -98,13 +98,15 @@ def test_the_mean_of_each_token_id_as_a_baseline():
     assert found["error"]["from_token"] > 0.5 > abs(found["error"]["from_x_with_intercept"])
 
 
-@pytest.mark.parametrize("constant", [0.0, 0.3])
-def test_a_dead_dictionary_is_exposed(constant):
-    x = torch.randn(20_000, 16, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("constant", [0.0, 0.3, 3.0])
+@pytest.mark.parametrize("mean", [0.0, 3.0])
+def test_a_dead_dictionary_is_exposed(constant, mean):
+    x = mean + torch.randn(20_000, 16, generator=torch.Generator().manual_seed(0))
     found = dark_matter(x, torch.full_like(x, constant))["random"]
     assert found["with_intercept"]["r2"] == pytest.approx(1, abs=1e-9), "as good as it gets, and worth nothing"
-    assert found["shrinkage"]["scalar_r2_pooled"] == pytest.approx(1, abs=0.1)
-    assert found["shrinkage"]["r2_beyond_scalar"] <= 0.01
+    assert found["shrinkage"]["scalar"] == pytest.approx(1)
+    assert found["shrinkage"]["scalar_r2_pooled"] == pytest.approx(1)
+    assert found["shrinkage"]["r2_beyond_scalar"] == 0
     if not constant:
         assert found["plain"]["r2"] == pytest.approx(1, abs=1e-12)
         assert found["shrinkage"]["scale"] is None
@@ -199,11 +201,26 @@ X = torch.randn(100, 8, generator=torch.Generator().manual_seed(0))
         ({"batches": X, "x_hat": X, "documents": torch.arange(50)}, "documents has 50 entries for 100 tokens"),
         ({"batches": X, "x_hat": 0 * X, "losses": torch.full((100,), torch.nan)}, "a loss is NaN"),
         ({"batches": lambda: iter(())}, "no activations"),
+        ({"batches": X, "x_hat": torch.where(X > 2, torch.nan, X)}, "x̂ is NaN or infinite at row"),
+        ({"batches": torch.where(X > 2, torch.inf, X), "x_hat": X}, "x is NaN or infinite at row"),
+        ({"batches": iter([[ErrorBatch(X, 0.5 * X)], []]).__next__}, "the second pass had 0 tokens, the first 100"),
     ],
 )
 def test_bad_input(arguments, message):
     with pytest.raises(SaekitError, match=message):
         dark_matter(**arguments)
+
+
+def test_gradients_are_not_kept():
+    weight = torch.eye(8).requires_grad_(True)
+    analysis = DarkMatter(8)
+    analysis.update(ErrorBatch(X, X @ weight))
+    assert not any(t.requires_grad for m in analysis.moments("random") for t in (m.xx, m.xy, m.yy))
+
+
+def test_unknown_token_ids_are_no_baseline():
+    found = dark_matter(X, 0.5 * X, tokens=torch.full((100,), -1))
+    assert found["random"]["norms"]["error"]["from_token"] is None
 
 
 def test_another_width_in_a_later_batch():
