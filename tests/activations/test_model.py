@@ -11,6 +11,7 @@ import torch
 import saekit
 from saekit import SaekitError
 from saekit.activations import ContextBatch, harvest, harvest_hooks, load_model
+from saekit.activations.attention import try_quick_attention
 from saekit.activations.model import default_hook, model_path, truncated
 
 EMBEDDED = Path(saekit.__file__).parent / "embedded"
@@ -66,6 +67,7 @@ PARTS = ["blocks.2.hook_resid_post", "blocks.0.hook_resid_post", "blocks.2.hook_
 @pytest.mark.parametrize("losses", [False, True])
 def test_several_hooks_from_one_pass(source, contexts, losses):
     few = ContextBatch(*(column[:4] for column in contexts))
+    try_quick_attention(source.model)  # that runs the model once
     reached = []
     watch = [("blocks.3.hook_resid_pre", lambda x, hook: reached.append(hook))]
     with source.model.hooks(fwd_hooks=watch):
