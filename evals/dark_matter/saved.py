@@ -101,7 +101,10 @@ class DarkMatterJudge:
         study = ErrorStudy(saes, source.hook, self._earlier(source), self.pursuit, self.seed)
         contexts = heldout_contexts(source, self.judge.tokens, partial(without_start, share=SKIPPED))
         tell = self._bar(f"errors at {source.hook}", 2 * len(contexts.tokens))
-        batches = partial(_harvested, source, study.hooks, contexts, tell)
+
+        def batches(hooks: list[str]) -> Iterator[Harvest]:
+            return harvest_hooks(source.model, hooks, _parts(contexts, tell), losses=True)
+
         figures, compared = study.run(batches)
         if self.ce_tokens:
             few = _first(only_tested(contexts, self.seed), self.ce_tokens)
@@ -121,7 +124,7 @@ class DarkMatterJudge:
             raise SaekitError("these dictionaries are of different caches; judge each alone, or give --cache")
         hook = str(caches[0].passport.get("hook", path))
         study = ErrorStudy(saes, hook, {}, self.pursuit, self.seed)
-        figures, compared = study.run(partial(_cached, caches[0], hook, self.judge.tokens))
+        figures, compared = study.run(lambda _: _cached(caches[0], hook, self.judge.tokens))
         about = {"cache": str(path), "part": "heldout"}
         return {name: _report(name, sae, figures[name], about) for name, sae in saes.items()}, compared
 
@@ -162,12 +165,6 @@ def _parts(contexts: ContextBatch, tell: Callable[[int], object]) -> Iterator[Co
         part = ContextBatch(*(column[start : start + _CONTEXTS] for column in contexts))
         yield part
         tell(len(part.tokens))
-
-
-def _harvested(
-    source: ActivationSource, hooks: list[str], contexts: ContextBatch, tell: Callable[[int], object]
-) -> Iterator[Harvest]:
-    return harvest_hooks(source.model, hooks, _parts(contexts, tell), losses=True)
 
 
 def _cached(cache: ActivationCache, hook: str, left: int) -> Iterator[Harvest]:

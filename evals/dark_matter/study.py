@@ -44,17 +44,12 @@ class ErrorStudy:
     seed: int = 0
     analyses: dict[str, DarkMatter] = field(default_factory=dict, init=False)
 
-    @property
-    def hooks(self) -> list[str]:
-        """The hook points whose activations are needed, each once."""
-        return list(dict.fromkeys([self.hook, *(hook for hook, _ in self.earlier.values())]))
-
     @torch.no_grad()
-    def run(self, batches: Callable[[], Iterable[Harvest]]) -> tuple[dict[str, Figures], Figures]:
+    def run(self, batches: Callable[[list[str]], Iterable[Harvest]]) -> tuple[dict[str, Figures], Figures]:
         """Go over the tokens twice.
 
         Args:
-            batches: makes the same batches each time it is called, with activations of all ``hooks``.
+            batches: makes the same batches each time it is called, with activations of the hook points asked for.
 
         Returns:
             The figures of each dictionary (``DarkMatter.result``; l0; ``pursuit`` and ``earlier_parts`` where they were
@@ -75,7 +70,7 @@ class ErrorStudy:
         foretold = {name: EarlierParts(parts, width) for name in self.dictionaries} if parts else {}
         matches = {name: [0, 0] for name in self.dictionaries}  # of the dictionary's own encoder, and of pursuit
         tokens = 0
-        for found in batches():
+        for found in batches(list(dict.fromkeys([self.hook, *(hook for hook, _ in self.earlier.values())]))):
             before = self._reconstructions(found)
             tokens += len(found.batches[self.hook].x)
             for name, sae in self.dictionaries.items():
@@ -98,7 +93,7 @@ class ErrorStudy:
         for analysis in [*self.analyses.values(), *pursued.values()]:
             analysis.fit()
         scaling = TokenScaling(list(self.dictionaries))
-        for found in batches():
+        for found in batches([self.hook]):
             norms = {
                 name: self.analyses[name].examine(self._batch(sae, found)) for name, sae in self.dictionaries.items()
             }
