@@ -29,6 +29,14 @@ class ContextBatch(NamedTuple):
     documents: Int[Tensor, "b t"]
     kept: Bool[Tensor, "b t"]
 
+    def rows(self, start: int, stop: int) -> ContextBatch:
+        """Some of the contexts."""
+        return ContextBatch(*(column[start:stop] for column in self))
+
+    def split(self, size: int) -> Iterator[ContextBatch]:
+        """The contexts in batches of at most ``size``."""
+        return (self.rows(start, start + size) for start in range(0, len(self.tokens), size))
+
 
 def pack(
     documents: Iterable[str], tokenizer: Any, context_length: int, *, prepend_bos: bool, contexts: int = 32

@@ -172,8 +172,12 @@ def _shown(value: Any, shape: str) -> str:
 
 
 def _found(report: Report, group: str, key: str) -> Any:
-    """A figure; dots in its key lead into groups within the group. None where it is not there."""
-    value: Any = report.groups.get(group)
+    return lookup(report.groups, f"{group}.{key}")
+
+
+def lookup(figures: Mapping[str, Any], key: str) -> Any:
+    """The figure at a dotted key, which leads through groups; None where it is not there."""
+    value: Any = figures
     for part in key.split("."):
         value = value.get(part) if value is not None else None
     return value

@@ -177,7 +177,7 @@ def heldout_contexts(
     for batch in source.contexts("heldout") if narrow is None else map(narrow, source.contexts("heldout")):
         reached = batch.kept.sum(1).cumsum(0) + count
         needed = int((reached < tokens).sum()) + 1
-        parts.append(ContextBatch(*(column[:needed] for column in batch)))
+        parts.append(batch.rows(0, needed))
         count = int(reached[min(needed, len(reached)) - 1])
         if count >= tokens:
             break

@@ -59,10 +59,10 @@ def evaluate(
         raise SaekitError("there is no held-out text to evaluate on")
 
     def parts() -> Iterator[ContextBatch]:
-        for start in range(0, len(contexts.tokens), batch):
-            yield ContextBatch(*(column[start : start + batch] for column in contexts))
+        for part in contexts.split(batch):
+            yield part
             if on_batch is not None:
-                on_batch(len(contexts.tokens[start : start + batch]))
+                on_batch(len(part.tokens))
 
     sparsity, reconstruction = _explained(sae, (found.x for found in harvest(model, hook, parts())), hook)
     cost = downstream(model, hook, parts(), _reconstruct(sae), reconstruction.mean())

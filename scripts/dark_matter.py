@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import Progress, track
 
 import saekit
-from saekit.activations import ActivationBatch, ActivationCache, ActivationSource, ContextBatch, harvest
+from saekit.activations import ActivationBatch, ActivationCache, ActivationSource, harvest
 from saekit.errors import SaekitError
 from saekit.evals import Judge, heldout_contexts
 from saekit.evals.dark_matter import without_start
@@ -189,7 +189,7 @@ class Study:
         sae = saekit.load(path)
         source = Judge().source_of(sae, str(path))
         contexts = heldout_contexts(source, self.asked.pursuit_tokens, without_start)
-        batch = ActivationBatch.concatenate(list(harvest(source.model, source.hook, _parts(contexts))))
+        batch = ActivationBatch.concatenate(list(harvest(source.model, source.hook, contexts.split(32))))
         figures = [
             {
                 "activation_noise": noise[0],
@@ -208,11 +208,6 @@ class Study:
             for removed in track(REMOVED, description=f"noise {noise}")
         ]
         self._save("synthetic", figures)
-
-
-def _parts(contexts: ContextBatch) -> Iterator[ContextBatch]:
-    for start in range(0, len(contexts.tokens), 32):
-        yield ContextBatch(*(column[start : start + 32] for column in contexts))
 
 
 def _short(value: Any) -> Any:

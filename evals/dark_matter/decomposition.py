@@ -78,6 +78,7 @@ class DarkMatter:
         self._lengths = torch.zeros(3, dtype=torch.float64)
         self._sample: list[Tensor] = []
 
+    @torch.no_grad()
     def update(self, batch: ErrorBatch) -> None:
         """First pass: count one batch.
 
@@ -85,7 +86,6 @@ class DarkMatter:
             SaekitError: x̂ has another shape than x, x another width than expected, or either is NaN or infinite.
         """
         self._check(batch)
-        batch = batch._replace(x=batch.x.detach(), x_hat=batch.x_hat.detach())
         halves = self._halves(batch)
         cell = halves["random"].long() + 2 * halves["document"].long()
         x = batch.x.cpu().double()
@@ -136,9 +136,9 @@ class DarkMatter:
             "shrinkage": shrinkage(train, test, biased),
         }
 
+    @torch.no_grad()
     def examine(self, batch: ErrorBatch) -> Norms:
         """Second pass: squared norms of the same tokens and what predicts them."""
-        batch = batch._replace(x=batch.x.detach(), x_hat=batch.x_hat.detach())
         halves = self._halves(batch)
         for split, norms in self._norms.items():
             norms.update(batch, halves[split])
@@ -160,7 +160,7 @@ class DarkMatter:
         Keys:
             tokens, d_in, seed.
             random, document (the two splits): tokens_fit and tokens_test; fvu; ``plain`` and ``with_intercept``, each
-            with r2 (unweighted mean over dimensions), r2_pooled and fvu_nonlinear (the FVU of x̂ + x b*);
+            with r2 (unweighted mean over dimensions), r2_pooled, fvu_nonlinear (the FVU of x̂ + x b*) and rank (of x);
             ``shrinkage`` (see ``shrinkage``); ``norms`` (see ``NormTest.result``).
             norm_shares: Σ‖linear‖ / Σ‖e‖ and Σ‖nonlinear‖ / Σ‖e‖, split by document (they add up to more than 1).
             blocks: Σ‖e‖², Σ‖nonlinear‖² and Σ‖x − x̄‖² in groups of documents, for intervals.

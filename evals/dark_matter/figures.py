@@ -10,6 +10,7 @@ import numpy as np
 
 from saekit.evals.dark_matter.norm_test import PARTS
 from saekit.evals.dark_matter.scaling import WidthLaw
+from saekit.evals.report import lookup
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -68,9 +69,7 @@ def _renamed(value: Any, names: Mapping[str, str]) -> Any:
 
 def at(figures: Figures, key: str) -> float:
     """The figure at a dotted key; NaN where there is none."""
-    value: Any = figures
-    for part in key.split("."):
-        value = value.get(part) if value is not None else None
+    value = lookup(figures, key)
     return float("nan") if value is None else float(value)
 
 

@@ -161,8 +161,7 @@ def _report(path: str, sae: SparseAutoencoder, figures: dict[str, Any], about: d
 
 
 def _parts(contexts: ContextBatch, tell: Callable[[int], object]) -> Iterator[ContextBatch]:
-    for start in range(0, len(contexts.tokens), _CONTEXTS):
-        part = ContextBatch(*(column[start : start + _CONTEXTS] for column in contexts))
+    for part in contexts.split(_CONTEXTS):
         yield part
         tell(len(part.tokens))
 
@@ -184,4 +183,4 @@ def _first(contexts: ContextBatch, tokens: int) -> ContextBatch:
     """The first contexts that hold at least this many kept tokens, without those that hold none."""
     contexts = ContextBatch(*(column[contexts.kept.any(1)] for column in contexts))
     needed = int((contexts.kept.sum(1).cumsum(0) < tokens).sum()) + 1
-    return ContextBatch(*(column[:needed] for column in contexts))
+    return contexts.rows(0, needed)
