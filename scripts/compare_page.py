@@ -8,6 +8,7 @@ from statistics import mean
 from typing import Any
 
 import numpy as np
+from studies import MarkedPage
 
 Result = dict[str, Any]
 Groups = dict[tuple[str, str, int], list[Result]]  # by arm, auxiliary loss and k
@@ -19,18 +20,14 @@ COLOURS = {
     "gradient_topk": "#009e73",
 }
 LOSSES = {"none": "", "aux_k": " + aux_k", "aux_zipf": " + aux_zipf"}
-BEGIN, END = "<!-- written by scripts/compare_variants: begin -->", "<!-- end -->"
+BEGIN = "<!-- written by scripts/compare_variants: begin -->"
 
 
 def write_page(results: list[Result], folder: Path, planned: int) -> None:
     """Put the table into ``variants.md`` between its marks (what stands around them stays) and draw the figure."""
-    folder.mkdir(parents=True, exist_ok=True)
+    page = MarkedPage(folder / "variants.md", BEGIN, "The variants compared")
     draw(results, folder / "variants.png")
-    page = folder / "variants.md"
-    text = page.read_text() if page.exists() else f"# The variants compared\n\n{BEGIN}\n{END}\n"
-    before, rest = text.split(BEGIN)
-    after = rest.split(END, 1)[1]
-    page.write_text(f"{before}{BEGIN}\n{table(results, planned)}\n{END}{after}")
+    page.write(table(results, planned))
 
 
 def grouped(results: list[Result]) -> Groups:

@@ -16,7 +16,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import sys
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -26,6 +25,7 @@ from typing import Any
 import torch
 from compare_page import write_page
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, track
+from studies import told
 
 import saekit
 from saekit.activations import ActivationCache, ActivationSource
@@ -89,14 +89,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.headline not in arguments.k:
         parser.error(f"--headline {arguments.headline} is none of --k {' '.join(map(str, arguments.k))}")
-    try:
+    with told("compare_variants", BrokenProcessPool):
         compare(arguments)
-    except SaekitError as error:
-        print(f"compare_variants: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (KeyboardInterrupt, BrokenProcessPool):
-        print("\ncompare_variants: stopped; the same command goes on", file=sys.stderr)
-        sys.exit(130)
 
 
 def compare(arguments: argparse.Namespace) -> None:

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from dark_matter_page import around, write_page
+from dark_matter_page import page_in, write_page
 from rich.console import Console
 from rich.progress import Progress, track
+from studies import told
 
 import saekit
 from saekit.activations import ActivationBatch, ActivationCache, ActivationSource, harvest
@@ -32,7 +32,6 @@ from saekit.evals.dark_matter.synthetic import synthetic_control
 from saekit.evals.report import to_json
 from saekit.files import replace_file
 from saekit.trainers import TrainConfig, train, train_hooks
-from saekit.trainers.interrupt import Interrupted
 
 HOOK = "blocks.1.hook_resid_post"
 EARLIER = ("blocks.0.hook_resid_post", "blocks.1.hook_attn_out", "blocks.1.hook_mlp_out")
@@ -59,14 +58,8 @@ def main() -> None:
         parser.error(f"--expansion needs three widths at least, {MIDDLE} among them")
     if any(b <= 1.25 * a for a, b in pairwise(sorted(arguments.k))):
         parser.error("--k needs values further apart than a quarter, or they count as the same sparsity")
-    try:
+    with told("dark_matter"):
         Study(arguments).run()
-    except SaekitError as error:
-        print(f"dark_matter: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (KeyboardInterrupt, Interrupted):
-        print("\ndark_matter: stopped; the same command goes on", file=sys.stderr)
-        sys.exit(130)
 
 
 class Study:
@@ -83,7 +76,7 @@ class Study:
         self.out.mkdir(parents=True, exist_ok=True)
         self._remember()
         if self.asked.page is not None:
-            around(self.asked.page)  # better refused now than when all is done
+            page_in(self.asked.page)  # better refused now than when all is done
         steps: list[tuple[str, Path, Callable[[], Any]]] = [
             ("activations", self.cache / "manifest.json", self.harvest),
             *((name, self.out / name / "sae/cfg.json", lambda name=name: self.train(name)) for name in self.grid),

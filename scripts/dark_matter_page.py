@@ -7,11 +7,11 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from saekit.errors import SaekitError
-from saekit.evals.dark_matter.figures import at, draw
-from saekit.files import replace_file
+from studies import MarkedPage
 
-BEGIN, END = "<!-- written by scripts/dark_matter: begin -->", "<!-- end -->"
+from saekit.evals.dark_matter.figures import at, draw
+
+BEGIN = "<!-- written by scripts/dark_matter: begin -->"
 Found = dict[str, Any]
 PICTURES = {
     "r2": "R² of the error with its controls; R² of squared norms",
@@ -23,29 +23,22 @@ PICTURES = {
 
 def write_page(found: Found, folder: Path) -> None:
     """Put verdicts and tables into ``dark_matter.md`` between its marks (what stands around them stays), and draw."""
-    before, after = around(folder)
+    page = page_in(folder)
     draw(found["study"]["dictionaries"], found["study"]["compared"], folder)
     parts = (
         claims, pictures, vectors, norms, widths, tokens, costs, pursuit, earlier, error_parts, synthetic
     )  # fmt: skip
     body = "\n\n".join("\n".join(part(found)) for part in parts)
-    text = f"{before}{BEGIN}\n{settings(found)}\n\n{body}\n{END}{after}"
-    replace_file(folder / "dark_matter.md", lambda part: part.write_text(text))
+    page.write(f"{settings(found)}\n\n{body}")
 
 
-def around(folder: Path) -> tuple[str, str]:
-    """What stands before and after the marks of the page in a folder.
+def page_in(folder: Path) -> MarkedPage:
+    """The page in a folder.
 
     Raises:
-        SaekitError: there is a page without the marks.
+        SaekitError: there is one without the marks.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    page = folder / "dark_matter.md"
-    text = page.read_text() if page.exists() else f"# The dark matter of dictionaries\n\n{BEGIN}\n{END}\n"
-    if not (text.count(BEGIN) == text.count(END) == 1):
-        raise SaekitError(f"'{page}' does not have the marks '{BEGIN}' and '{END}' once each")
-    before, rest = text.split(BEGIN)
-    return before, rest.split(END)[1]
+    return MarkedPage(folder / "dark_matter.md", BEGIN, "The dark matter of dictionaries")
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[object]], words: int = 1) -> list[str]:

@@ -54,7 +54,7 @@ def test_table_and_figure(scripts, tmp_path):
     # between TopK's runs, and before the first one, the ratio is what was put in
     assert page.topk_at(results, 45.0, "reconstruction", "fvu") == pytest.approx(2 / 45)
     assert page.topk_at(results, 10.0, "reconstruction", "fvu") == pytest.approx(2 / 10)
-    (tmp_path / "variants.md").write_text(f"words before\n{page.BEGIN}\nold\n{page.END}\nwords after\n")
+    (tmp_path / "variants.md").write_text(f"words before\n{page.BEGIN}\nold\n<!-- end -->\nwords after\n")
     page.write_page(results, tmp_path, planned=len(results))
     text = (tmp_path / "variants.md").read_text()
     assert text.startswith("words before")
