@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +13,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saekit.activations.harvest import ActivationBatch, check_finite
+from saekit.activations.finite import check_finite
+from saekit.activations.harvest import ActivationBatch
+from saekit.activations.manifest import MANIFEST, Manifest, Shard, check_passport, checked
 from saekit.activations.model import DTYPES
 from saekit.activations.python_source import Split
-from saekit.activations.shards import ShardWriter, read_shard
-from saekit.errors import SaekitError, did_you_mean
-from saekit.files import check_free, replace_file, writable_folder
+from saekit.activations.shards import ShardWriter, damaged, read_shard
+from saekit.activations.unfinished import JOURNAL, begun, finish, regrouped, unfinished
+from saekit.errors import SaekitError
+from saekit.reading import check_inside
 
-MANIFEST = "manifest.json"
-FORMAT = 1
 SHARD_ROWS = 1 << 16
 
 
@@ -48,7 +48,7 @@ class ActivationCache:
     passport: dict[str, Any]
     d_in: int
     dtype: str
-    shards: tuple[dict[str, Any], ...]
+    shards: tuple[Shard, ...]
     gradients: bool = False
 
     def __len__(self) -> int:
@@ -57,39 +57,33 @@ class ActivationCache:
     @property
     def fingerprint(self) -> str:
         """What tells this cache from another in the same folder: a digest of its shards' sizes and checksums."""
-        return hashlib.blake2b(json.dumps([self.d_in, self.shards]).encode(), digest_size=16).hexdigest()
+        facts = [{key: shard[key] for key in ("file", "rows", "bytes", "xxh3_128")} for shard in self.shards]
+        return hashlib.blake2b(json.dumps([self.d_in, facts]).encode(), digest_size=16).hexdigest()
 
     @classmethod
-    def open(cls, path: str | Path) -> ActivationCache:
-        """Open a cache.
+    def open(cls, path: str | Path, *, complete: bool = True) -> ActivationCache:
+        """Open a cache. What is read from it later is compared with its checksums.
+
+        Args:
+            path: the folder.
+            complete: whether every shard must be there, in the size it was written in.
 
         Raises:
-            SaekitError: there is none, it is unfinished, or a shard is missing or of another size than was written.
+            SaekitError: there is no cache, it is unfinished, its manifest is damaged, or a shard is missing or of
+                another size.
         """
         folder = Path(path).expanduser().resolve()
         if not (folder / MANIFEST).is_file():
-            unfinished = " (only an unfinished harvest)" if folder.with_name(folder.name + ".part").is_dir() else ""
-            raise SaekitError(f"there is no activation cache at '{path}'{unfinished}: {MANIFEST} is missing")
-        try:
-            manifest = json.loads((folder / MANIFEST).read_text())
-            if manifest["format"] != FORMAT:
-                raise SaekitError(f"the cache '{path}' has format {manifest['format']}; this saekit reads {FORMAT}")
-            cache = cls(
-                folder,
-                dict(manifest["passport"]),
-                int(manifest["d_in"]),
-                str(manifest["dtype"]),
-                tuple(dict(shard) for shard in manifest["shards"]),
-                bool(manifest.get("gradients", False)),
-            )
-            for shard in cache.shards:
-                file = folder / Path(shard["file"]).name
-                if not file.is_file() or file.stat().st_size != shard["bytes"]:
-                    raise SaekitError(f"shard '{shard['file']}' of the cache '{path}' is missing or damaged")
-        except (KeyError, TypeError, ValueError) as error:
-            if isinstance(error, SaekitError):
-                raise
-            raise SaekitError(f"the manifest of the cache '{path}' is damaged: {error}") from None
+            begun = any((unfinished(folder) / name).is_file() for name in (MANIFEST, JOURNAL))
+            hint = f", only an unfinished harvest; `saekit cache --out {path} --resume` goes on with it"
+            raise SaekitError(f"there is no activation cache at '{path}': no {MANIFEST}{hint if begun else ''}")
+        found = Manifest.read(folder)
+        cache = cls(folder, dict(found.passport), found.d_in, found.dtype, tuple(found.shards), found.gradients)
+        for shard in cache.shards if complete else ():
+            file = folder / shard["file"]
+            if not file.is_file() or file.stat().st_size != shard["bytes"]:
+                raise SaekitError(damaged(shard["file"], folder))
+            check_inside(file, folder)
         return cache
 
     @classmethod
@@ -139,25 +133,23 @@ class ActivationCache:
         """Write batches to shards of equal length; the manifest comes last and makes the cache valid.
 
         Raises:
-            SaekitError: unknown dtype, no or non-finite activations, or a folder that holds something.
+            SaekitError: unknown dtype, no or non-finite activations, impossible facts in the passport, a folder that
+                holds something, or another process that writes there.
+            WriteError: the disk is full or not to be written to.
         """
-        target = check_writable(path, dtype, overwrite)
-        folder = target.with_name(target.name + ".part")  # moved into place once it is whole
-        writable_folder(folder, overwrite=True)
+        check_passport(passport)
         d_in, gradients, rows = 0, False, 0
-        with ShardWriter(folder, DTYPES[dtype]) as writer:
-            for batch in _regrouped(batches, SHARD_ROWS):
-                check_finite(batch, str(passport.get("hook", path)), f"rows from {rows}")
-                d_in, gradients, rows = batch.x.shape[1], batch.gradients is not None, rows + len(batch.x)
-                writer.add(batch)
-        shards = writer.shards
-        if not shards:
-            raise SaekitError(f"no activations to write to '{path}': the text is empty or shorter than one context")
-        manifest = {"format": FORMAT, "passport": passport, "d_in": d_in, "dtype": dtype, "gradients": gradients}
-        manifest["shards"] = shards
-        replace_file(folder / MANIFEST, lambda file: file.write_text(json.dumps(manifest, indent=2) + "\n"))
-        _move_into(target, folder, [shard["file"] for shard in shards])
-        return cls(target, passport, d_in, dtype, tuple(shards), gradients)
+        with begun(path, dtype, overwrite=overwrite) as (target, folder):
+            with ShardWriter(folder, DTYPES[dtype]) as writer:
+                for batch, _ in regrouped(batches, SHARD_ROWS):
+                    check_finite(batch, str(passport.get("hook", path)), f"rows from {rows}")
+                    d_in, gradients, rows = batch.x.shape[1], batch.gradients is not None, rows + len(batch.x)
+                    writer.add(batch)
+            if not writer.shards:
+                raise SaekitError(f"no activations to write to '{path}': the text is empty or shorter than one context")
+            facts: Any = {"passport": passport, "d_in": d_in, "dtype": dtype, "gradients": gradients}
+            finish(target, folder, checked(Manifest, {**facts, "shards": writer.shards}, target / MANIFEST))
+        return cls.open(target)
 
     def check_gradients(self) -> None:
         """Raise SaekitError where the cache holds no gradients."""
@@ -193,55 +185,8 @@ class ActivationCache:
         for shard in self.shards:
             low, high = max(start - first, 0), min(stop - first, shard["rows"])
             if low < high:
-                parts.append(read_shard(self.path / Path(shard["file"]).name, low, high, gradients))
+                parts.append(read_shard(self.path, shard, self.d_in, low, high, gradients))
             first += shard["rows"]
         if not parts:
             raise SaekitError(f"the cache '{self.path}' has no rows {start} to {stop}: it holds {len(self)}")
         return parts[0] if len(parts) == 1 else ActivationBatch.concatenate(parts)
-
-
-def check_writable(path: str | Path, dtype: str, overwrite: bool) -> Path:
-    """The folder, once it is sure that a cache may be written there.
-
-    Raises:
-        SaekitError: unknown dtype, or a folder that holds something without ``overwrite``.
-    """
-    if dtype not in DTYPES:
-        raise SaekitError(f"unknown dtype '{dtype}'{did_you_mean(dtype, DTYPES)}")
-    folder = Path(path).expanduser().resolve()
-    unfinished = folder.with_name(folder.name + ".part")
-    if foreign := [p.name for p in unfinished.glob("*") if not p.name.startswith(("shard-", MANIFEST))]:
-        raise SaekitError(
-            f"'{unfinished}' is needed while the cache is written, but holds '{foreign[0]}'; move it away"
-        )
-    check_free(folder, overwrite=overwrite, hint="choose another folder or ask to overwrite (--overwrite)")
-    return folder
-
-
-def _move_into(target: Path, folder: Path, shards: list[str]) -> None:
-    """Move a finished cache to its place; an old cache there goes, other files stay."""
-    writable_folder(target, overwrite=True)
-    (target / MANIFEST).unlink(missing_ok=True)
-    for old in target.glob("shard-*.safetensors"):
-        old.unlink()
-    for name in [*shards, MANIFEST]:
-        (folder / name).replace(target / name)
-    shutil.rmtree(folder)
-
-
-def _regrouped(batches: Iterable[ActivationBatch], rows: int) -> Iterator[ActivationBatch]:
-    """The same rows in batches of exactly ``rows``; the last may be smaller."""
-    waiting: list[ActivationBatch] = []
-    count = 0
-    for batch in batches:
-        waiting.append(batch)
-        count += len(batch.x)
-        if count >= rows:
-            whole = ActivationBatch.concatenate(waiting)
-            while count >= rows:
-                yield whole.rows(0, rows)
-                whole = whole.rows(rows, len(whole.x))
-                count -= rows
-            waiting = [whole]
-    if count:
-        yield ActivationBatch.concatenate(waiting)

@@ -8,15 +8,15 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from saekit.activations.attention import quick_attention
+from saekit.activations.finite import BadTokens
 from saekit.activations.gradients import with_gradients
 from saekit.activations.model import activations_of, recorded, truncated
 from saekit.activations.tokens import ContextBatch
-from saekit.errors import SaekitError
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -45,6 +45,12 @@ class ActivationBatch(NamedTuple):
         gradients = None if self.gradients is None else self.gradients[start:stop]
         return ActivationBatch(x, tokens, documents, positions, gradients)
 
+    def where(self, kept: Bool[Tensor, "m"]) -> ActivationBatch:
+        """The tokens that a mask marks."""
+        x, tokens, documents, positions = (column[kept.to(column.device)] for column in self[:4])
+        gradients = None if self.gradients is None else self.gradients[kept.to(self.gradients.device)]
+        return ActivationBatch(x, tokens, documents, positions, gradients)
+
     @staticmethod
     def concatenate(batches: Sequence[ActivationBatch]) -> ActivationBatch:
         """One batch of several, all with gradients or none."""
@@ -54,26 +60,40 @@ class ActivationBatch(NamedTuple):
 
 
 def harvest(
-    model: TransformerBridge, hook: str, contexts: Iterable[ContextBatch], *, gradients: bool = False
+    model: TransformerBridge,
+    hook: str,
+    contexts: Iterable[ContextBatch],
+    *,
+    gradients: bool = False,
+    bad: BadTokens | None = None,
+    first: int = 0,
 ) -> Iterator[ActivationBatch]:
     """Yield the activations at the hook of each batch of contexts, kept positions only.
 
     The model runs up to the hook; with ``gradients``, through all of it and back.
 
+    Args:
+        model: the hooked model.
+        hook: the hook point.
+        contexts: batches of contexts.
+        gradients: whether those of the loss are taken too.
+        bad: what becomes of tokens that are NaN or infinite; an error if not given.
+        first: number of the first batch, for messages.
+
     Raises:
         SaekitError: the model has no such hook, gradients are asked of a model that is not causal, or an activation is
             NaN or infinite (the token is named).
     """
+    bad = bad or BadTokens()
     device = next(model.parameters()).device
     with _passes(model, hook, gradients) as run:
-        for number, batch in enumerate(contexts):
+        for number, batch in enumerate(contexts, first):
             kept = batch.kept
             x, gradient = (None if part is None else part[kept.to(device)] for part in run(batch.tokens.to(device)))
             assert x is not None
             positions = torch.arange(kept.shape[1]).expand(kept.shape)[kept]
             found = ActivationBatch(x, batch.tokens[kept], batch.documents[kept], positions, gradient)
-            check_finite(found, hook, f"batch {number} of contexts")
-            yield found
+            yield from bad.sift([found], [hook], f"batch {number} of contexts")
 
 
 @contextmanager
@@ -101,28 +121,35 @@ class Harvest(NamedTuple):
 
 
 def harvest_hooks(
-    model: TransformerBridge, hooks: Sequence[str], contexts: Iterable[ContextBatch], *, losses: bool = False
+    model: TransformerBridge,
+    hooks: Sequence[str],
+    contexts: Iterable[ContextBatch],
+    *,
+    losses: bool = False,
+    bad: BadTokens | None = None,
+    first: int = 0,
 ) -> Iterator[Harvest]:
     """Yield the activations at several hooks, kept positions only, by one pass of the model for each batch of contexts.
 
-    The pass ends at the last of the hooks or, with ``losses``, goes through all of the model.
+    The pass ends at the last of the hooks or, with ``losses``, goes through all of the model. Further arguments are
+    those of ``harvest``; a token that is bad at one hook is left out at all (but not with ``losses``).
 
     Raises:
         SaekitError: the model has no such hook, or an activation is NaN or infinite (the token is named).
     """
+    bad = BadTokens() if bad is None or losses else bad
     device = next(model.parameters()).device
     with _losses(model, hooks) if losses else truncated(model, hooks) as run:
-        for number, batch in enumerate(contexts):
+        for number, batch in enumerate(contexts, first):
             found = run(batch.tokens.to(device))
             where, kept = batch.kept.to(device), batch.kept
             positions = torch.arange(kept.shape[1]).expand(kept.shape)[kept]
-            rows = {
-                hook: ActivationBatch(x[where], batch.tokens[kept], batch.documents[kept], positions)
-                for hook, x in zip(hooks, found, strict=False)
-            }
-            for hook, each in rows.items():
-                check_finite(each, hook, f"batch {number} of contexts")
-            yield Harvest(rows, found[-1][where] if losses else None)
+            rows = [
+                ActivationBatch(x[where], batch.tokens[kept], batch.documents[kept], positions)
+                for x in found[: len(hooks)]
+            ]
+            rows = bad.sift(rows, hooks, f"batch {number} of contexts")
+            yield Harvest(dict(zip(hooks, rows, strict=True)), found[-1][where] if losses else None)
 
 
 @contextmanager
@@ -139,17 +166,3 @@ def _losses(model: TransformerBridge, hooks: Sequence[str]) -> Iterator[Callable
             return [*activations_of(seen, hooks, tokens), nats]
 
         yield run
-
-
-def check_finite(batch: ActivationBatch, hook: str, where: str) -> None:
-    """Raise SaekitError where an activation or a gradient is NaN or infinite, naming its token."""
-    for kind, values in (("activations", batch.x), ("gradients", batch.gradients)):
-        if values is None or bool(torch.isfinite(values.sum())):  # one pass; an overflow of the sum is told apart below
-            continue
-        bad = (~torch.isfinite(values)).any(1).nonzero().flatten()
-        if bad.numel():
-            i = int(bad[0])
-            raise SaekitError(
-                f"NaN or inf in the {kind} of '{hook}' at {where}, row {i} (token id {int(batch.tokens[i])}, document "
-                f"{int(batch.documents[i])}, position {int(batch.positions[i])}); {bad.numel()} such tokens here"
-            )

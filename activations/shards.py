@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from functools import lru_cache
 from io import FileIO
 from pathlib import Path
@@ -18,12 +20,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from saekit.activations.harvest import ActivationBatch
-from saekit.errors import SaekitError
+from saekit.activations.manifest import Shard
+from saekit.errors import SaekitError, first_line
 from saekit.files import replace_file
 
 _BLOCK = 1 << 22  # bytes read at a time for a checksum
 _AT_ONCE = 2  # shards being written: one waits for the disk while the other is hashed
 _LONGEST_HEADER = 1 << 16
+_ROWS = 2048  # that have a checksum of their own
+_SUMS = "saekit_xxh3_64"
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I32": torch.int32, "I64": torch.int64}
 
 
@@ -31,31 +36,55 @@ class ShardWriter:
     """Writes batches as shards of a folder; leave it to be sure that they are on the disk.
 
     Attributes:
-        shards: name, rows, size and checksum of each shard that is written.
+        shards: what the manifest tells of each shard that is written.
     """
 
-    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
-        self.folder, self.dtype = folder, dtype
-        self.shards: list[dict[str, Any]] = []
-        self._count = 0
-        self._pending: deque[Future[dict[str, Any]]] = deque()
+    def __init__(
+        self,
+        folder: Path,
+        dtype: torch.dtype,
+        shards: Sequence[Shard] = (),
+        on_written: Callable[[Shard], object] | None = None,
+    ) -> None:
+        """Begin to write.
+
+        Args:
+            folder: exists.
+            dtype: in which activations are stored.
+            shards: those that are there already.
+            on_written: is told of each shard, in their order, once it is on the disk.
+        """
+        self.folder, self.dtype, self.on_written = folder, dtype, on_written
+        self.shards = list(shards)
+        self._count = len(self.shards)
+        self._pending: deque[Future[Shard]] = deque()
         self._threads = ThreadPoolExecutor(_AT_ONCE)
 
-    def add(self, batch: ActivationBatch) -> None:
-        """Write one more shard, once there are not too many before it.
+    def add(self, batch: ActivationBatch, facts: dict[str, Any] | None = None) -> None:
+        """Write one more shard, once there are not too many before it; facts go beside its checksum.
 
         Raises:
-            SaekitError: a shard before it exceeds its dtype.
-            OSError: a shard before it cannot be written.
+            SaekitError: a shard before it exceeds its dtype, or cannot be written.
         """
         self._wait(_AT_ONCE - 1)
         path = self.folder / f"shard-{self._count:05d}.safetensors"
-        self._pending.append(self._threads.submit(_write_shard, path, batch, self.dtype))
+        self._pending.append(self._threads.submit(write_shard, path, batch, self.dtype, facts or {}))
         self._count += 1
+
+    def settle(self) -> None:
+        """Take note of shards that are on the disk by now.
+
+        Raises:
+            SaekitError: as ``add``.
+        """
+        while self._pending and self._pending[0].done():
+            self._wait(len(self._pending) - 1)
 
     def _wait(self, left: int = 0) -> None:
         while len(self._pending) > left:
             self.shards.append(self._pending.popleft().result())
+            if self.on_written is not None:
+                self.on_written(self.shards[-1])
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -63,15 +92,36 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            if error is None:
-                self._wait()
-        finally:
-            self._threads.shutdown()
+        # what was harvested before an error or Ctrl-C is kept; a second error would hide the first
+        with self._threads, suppress(SaekitError) if error is not None else nullcontext():
+            self._wait()
 
 
-def _write_shard(path: Path, batch: ActivationBatch, dtype: torch.dtype) -> dict[str, Any]:
-    stored = batch.x.detach().to("cpu", dtype).contiguous()
+def write_shard(
+    path: Path,
+    batch: ActivationBatch,
+    dtype: torch.dtype,
+    facts: dict[str, Any],
+    *,
+    expected: str | None = None,
+    sums: bool = True,
+) -> Shard:
+    """Write a shard, and tell what the manifest tells of it.
+
+    Its header has the XXH3 (64 bits) of every 2,048 rows of each tensor, so that rows are checked as they are read.
+
+    Args:
+        path: the file.
+        batch: its rows.
+        dtype: in which activations are stored.
+        facts: to tell besides.
+        expected: checksum that the file must have to be put in place.
+        sums: whether the header has them; those of format 1 do not.
+
+    Raises:
+        SaekitError: the activations exceed the dtype, the checksum is another, or the disk does not take the file.
+    """
+    stored = batch.x.detach().to("cpu", dtype)
     if dtype == torch.float16 and bool(stored.isinf().any()):
         raise SaekitError("activations exceed float16's range (65,504); store them as bfloat16 or float32")
     tensors = {
@@ -83,8 +133,31 @@ def _write_shard(path: Path, batch: ActivationBatch, dtype: torch.dtype) -> dict
     if batch.gradients is not None:  # float16 would lose small ones
         kept_as = torch.bfloat16 if dtype == torch.float16 else dtype
         tensors["gradients"] = batch.gradients.detach().to("cpu", kept_as)
-    replace_file(path, lambda part: save_file({k: v.contiguous() for k, v in tensors.items()}, part))
-    return {"file": path.name, "rows": len(batch.x), "bytes": path.stat().st_size, "xxh3_128": checksum(path)}
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    blocks = {name: [_sum(block) for block in torch.split(tensor, _ROWS)] for name, tensor in tensors.items()}
+    metadata = {_SUMS: json.dumps({"rows": _ROWS, **blocks})} if sums else None
+    found = ""
+
+    def write(part: Path) -> None:
+        nonlocal found
+        save_file(tensors, part, metadata)
+        found = checksum(part)
+        if expected not in (None, found):
+            raise SaekitError(
+                f"'{path.name}' came out otherwise than when it was first harvested, as on another machine or with "
+                f"another version of torch; harvest the cache again (--overwrite)"
+            )
+
+    replace_file(path, write)
+    return {"file": path.name, "rows": len(batch.x), "bytes": path.stat().st_size, "xxh3_128": found, **facts}  # type: ignore[typeddict-item]
+
+
+def _sum(block: Tensor) -> str:
+    return str(xxhash.xxh3_64_hexdigest(_bytes(block)))
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.view(torch.uint8).numpy().data.cast("B")
 
 
 def checksum(path: Path) -> str:
@@ -97,20 +170,42 @@ def checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
-def read_shard(path: Path, low: int, high: int, gradients: bool) -> ActivationBatch:
+def read_shard(folder: Path, shard: Shard, d_in: int, low: int, high: int, gradients: bool) -> ActivationBatch:
     """Some rows of a shard, read straight into fresh tensors; mapping the file would cost twice the time.
 
+    What is read is compared with its checksums; a shard of an old cache, which has none of single rows, is compared as
+    a whole when it is first touched.
+
     Raises:
-        SaekitError: the file is damaged.
+        SaekitError: the file is missing or damaged.
     """
+    path = folder / shard["file"]
     try:
         found = path.stat()
         start, header = _header(path, found.st_size, found.st_mtime_ns)
+        sums = json.loads(header.get("__metadata__", {}).get(_SUMS, "null"))
+        if sums is not None and not (isinstance(sums["rows"], int) and sums["rows"] > 0):
+            raise ValueError("its checksums are of no rows")
+        if sums is None and _checksum_of(path, found.st_size, found.st_mtime_ns) != shard["xxh3_128"]:
+            raise ValueError("its checksum is another")
         names = ["activations", "tokens", "documents", "positions", *["gradients"] * gradients]
         with path.open("rb", buffering=0) as file:
-            return ActivationBatch(*(_read_rows(file, header[name], start, low, high) for name in names))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SaekitError(f"the shard '{path}' is damaged: {type(error).__name__} {error}") from None
+            read = []
+            for name in names:
+                shape = [shard["rows"], d_in] if name in ("activations", "gradients") else [shard["rows"]]
+                if header[name]["shape"] != shape:
+                    raise ValueError(f"{name} of shape {header[name]['shape']}, not {shape}")
+                read.append(_read_rows(file, header[name], start, low, high, sums and (sums["rows"], sums[name])))
+            return ActivationBatch(*read)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        if isinstance(error, SaekitError):
+            raise
+        raise SaekitError(f"{damaged(shard['file'], folder)} ({type(error).__name__}: {first_line(error)})") from None
+
+
+def damaged(file: str, folder: Path) -> str:
+    """What is said of a damaged shard."""
+    return f"the shard '{file}' of the cache '{folder}' is missing or damaged; `saekit cache repair` harvests it again"
 
 
 @lru_cache(1024)
@@ -121,20 +216,32 @@ def _header(path: Path, size: int, changed: int) -> tuple[int, dict[str, Any]]:
         return 8 + length, json.loads(file.read(min(length, _LONGEST_HEADER)))
 
 
-def _read_rows(file: FileIO, entry: dict[str, Any], start: int, low: int, high: int) -> Tensor:
-    """Rows of one tensor of a safetensors file whose data begins at byte ``start``."""
+@lru_cache(4096)
+def _checksum_of(path: Path, size: int, changed: int) -> str:
+    return checksum(path)
+
+
+def _read_rows(
+    file: FileIO, entry: dict[str, Any], start: int, low: int, high: int, sums: tuple[int, list[str]] | None
+) -> Tensor:
+    """Rows of one tensor of a safetensors file whose data begins at byte ``start``, compared with their checksums."""
     (rows, *rest), (begin, end) = entry["shape"], entry["data_offsets"]
     dtype = _DTYPES[entry["dtype"]]
     size = math.prod(rest) * dtype.itemsize
     whole = min([rows, begin + 1, *rest]) > 0 and end - begin == rows * size and start + end <= file.seek(0, 2)
     if not (whole and 0 <= low < high <= rows):  # before anything of that size is made
         raise ValueError(f"{rows} rows of {rest} in {end - begin} bytes")
-    tensor = torch.empty((high - low, *rest), dtype=dtype)
-    file.seek(start + begin + low * size)
-    view = tensor.view(torch.uint8).numpy().data.cast("B")
+    step = sums[0] if sums else 1
+    first, last = low // step * step, min(-(-high // step) * step, rows)  # whole blocks
+    tensor = torch.empty((last - first, *rest), dtype=dtype)
+    file.seek(start + begin + first * size)
+    view = _bytes(tensor)
     while view:
         read = file.readinto(view)
         if not read:
             raise ValueError("it ends early")
         view = view[read:]
-    return tensor
+    for number, block in enumerate(torch.split(tensor, step) if sums else (), first // step):
+        if sums and _sum(block) != sums[1][number]:
+            raise ValueError(f"rows from {number * step} have changed")
+    return tensor[low - first : high - first]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from saekit.activations.finite import BadTokens
 from saekit.activations.gradients import LOSS
 from saekit.activations.harvest import ActivationBatch, harvest
 from saekit.activations.model import (
@@ -25,6 +27,11 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 DEFAULT_CONTEXT = 256
+
+
+def contexts_at_once(gradients: bool) -> int:
+    """Contexts that the model takes in one pass; a backward pass holds the logits and more of each of them."""
+    return 8 if gradients else 32
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,7 @@ class ActivationSource:
         device: str | None = None,
         dtype: str = "float32",
         loaded: TransformerBridge | None = None,
+        trust_remote_code: bool = False,
     ) -> ActivationSource:
         """Open the text, load the model and check that they fit.
 
@@ -66,12 +74,15 @@ class ActivationSource:
             device: where the model runs.
             dtype: of the model.
             loaded: the model itself, where it is loaded already.
+            trust_remote_code: whether code that comes with the model may run.
 
         Raises:
             SaekitError: one of them does not exist, or the context is longer than the model's.
         """
         text = open_text(dataset, column=column, split=split, streaming=streaming)
-        bridge = load_model(model, device=device, dtype=dtype) if loaded is None else loaded
+        if loaded is None:
+            loaded = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        bridge = loaded
         hook = hook or default_hook(bridge)
         check_hook(bridge, hook)
         longest = context_length_of(bridge)
@@ -113,12 +124,23 @@ class ActivationSource:
                 f"{self.context_length} tokens"
             )
 
-    def batches(self, part: Split, tokens: int | None = None, *, gradients: bool = False) -> Iterator[ActivationBatch]:
-        """Activations of one part of the text, cut after exactly ``tokens`` rows where that is given."""
+    def batches(
+        self,
+        part: Split,
+        tokens: int | None = None,
+        *,
+        gradients: bool = False,
+        bad: BadTokens | None = None,
+        first: int = 0,
+    ) -> Iterator[ActivationBatch]:
+        """Activations of one part of the text, cut after exactly ``tokens`` rows where that is given.
+
+        The first ``first`` batches of contexts are passed over, without the model. Further arguments are those of
+        ``harvest``.
+        """
         left = tokens
-        # a backward pass holds the logits and more of every context: fewer at a time
-        contexts = self.contexts(part, 8 if gradients else 32)
-        for batch in harvest(self.model, self.hook, contexts, gradients=gradients):
+        contexts = islice(self.contexts(part, contexts_at_once(gradients)), first, None)
+        for batch in harvest(self.model, self.hook, contexts, gradients=gradients, bad=bad, first=first):
             if left is not None and len(batch.x) >= left:
                 yield batch.rows(0, left)
                 return

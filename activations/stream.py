@@ -6,20 +6,23 @@ tokens of one context meet in a batch as often as chance within a fill says. The
 
 from __future__ import annotations
 
-import itertools
 import queue
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain, islice
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from saekit.activations.cache import ActivationCache
-from saekit.activations.harvest import ActivationBatch, Harvest, check_finite, harvest_hooks
-from saekit.activations.source import ActivationSource
+from saekit.activations.finite import BadTokens
+from saekit.activations.harvest import ActivationBatch, harvest, harvest_hooks
+from saekit.activations.source import ActivationSource, contexts_at_once
+from saekit.activations.tokens import ContextBatch
 
 _BLOCK = 2048  # rows read from a cache in one piece
 
@@ -34,37 +37,52 @@ def _row(batch: ActivationBatch) -> Float[Tensor, "m w"]:
     return x if batch.gradients is None else torch.cat([x, batch.gradients.float().cpu()], dim=1)
 
 
-def cache_rows(cache: ActivationCache, seed: int, gradients: bool = False) -> Iterator[Float[Tensor, "m w"]]:
+def cache_rows(
+    cache: ActivationCache, seed: int, gradients: bool = False, *, first: int = 0, bad: BadTokens | None = None
+) -> Iterator[Float[Tensor, "m w"]]:
     """The training rows of a cache in blocks, without end; each epoch has a random order of blocks of its own.
 
     Rows are activations [m, d] or, with ``gradients``, activations and gradients side by side [m, 2·d].
 
+    Args:
+        cache: the data.
+        seed: of the orders.
+        gradients: whether they stand beside the activations.
+        first: blocks to pass over, which are not read.
+        bad: what becomes of tokens that are NaN or infinite; an error if not given.
+
     Raises:
         SaekitError: a shard is damaged, or an activation is not finite.
     """
+    bad, name = bad or BadTokens(), str(cache.passport.get("hook", cache.path))
     rows = cache.rows_of("train").stop
     starts = torch.arange(0, rows, _BLOCK)
-    epoch = 0
+    epoch, passed = divmod(first, len(starts))
     while True:
-        for start in starts[torch.randperm(len(starts), generator=_generator(seed, -1 - epoch))].tolist():
+        order = starts[torch.randperm(len(starts), generator=_generator(seed, -1 - epoch))]
+        for start in order[passed:].tolist():
             batch = cache.read(start, min(start + _BLOCK, rows), gradients=gradients)
-            check_finite(batch, str(cache.passport.get("hook", cache.path)), f"cache rows from {start}")
-            yield _row(batch)
-        epoch += 1
+            yield _row(*bad.sift([batch], [name], f"cache rows from {start}"))
+        epoch, passed = epoch + 1, 0
 
 
-def live_rows(source: ActivationSource, gradients: bool = False) -> Iterator[Float[Tensor, "m w"]]:
-    """Rows, as in ``cache_rows``, of the training text as the model makes them.
+def live_rows(
+    source: ActivationSource, gradients: bool = False, *, first: int = 0, bad: BadTokens | None = None
+) -> Iterator[Float[Tensor, "m w"]]:
+    """Rows, as in ``cache_rows``, of the training text as the model makes them, one piece a batch of contexts.
 
-    Text that runs out begins again, with a warning.
+    Text that runs out begins again, with a warning. The first ``first`` batches are passed over, without the model.
 
     Raises:
         SaekitError: the text does not fill one context, or an activation is not finite.
     """
-    return _endless(lambda: map(_row, source.batches("train", gradients=gradients)))
+    contexts = islice(_endless(source, gradients), first, None)
+    return map(_row, harvest(source.model, source.hook, contexts, gradients=gradients, bad=bad, first=first))
 
 
-def live_rows_of_hooks(source: ActivationSource, hooks: Sequence[str]) -> Iterator[Float[Tensor, "m w"]]:
+def live_rows_of_hooks(
+    source: ActivationSource, hooks: Sequence[str], *, first: int = 0, bad: BadTokens | None = None
+) -> Iterator[Float[Tensor, "m w"]]:
     """Rows of the training text as in ``live_rows``, the activations at several hook points side by side.
 
     Each token has one row [d₁ + d₂ + ...], the hooks in the order asked for; the model goes over the text once.
@@ -72,29 +90,39 @@ def live_rows_of_hooks(source: ActivationSource, hooks: Sequence[str]) -> Iterat
     Raises:
         SaekitError: as ``live_rows``.
     """
-
-    def row(found: Harvest) -> Tensor:
-        return torch.cat([_row(batch) for batch in found.batches.values()], dim=1)
-
-    return _endless(lambda: map(row, harvest_hooks(source.model, hooks, source.contexts("train"))))
+    contexts = islice(_endless(source), first, None)
+    for found in harvest_hooks(source.model, hooks, contexts, bad=bad, first=first):
+        yield torch.cat([_row(batch) for batch in found.batches.values()], dim=1)
 
 
-def _endless(text: Callable[[], Iterator[Float[Tensor, "m w"]]]) -> Iterator[Float[Tensor, "m w"]]:
+def _endless(source: ActivationSource, gradients: bool = False) -> Iterator[ContextBatch]:
+    """The training text over and over."""
     while True:
         total = 0
-        for rows in text():
-            yield rows
-            total += len(rows)
+        for contexts in source.contexts("train", contexts_at_once(gradients)):
+            yield contexts
+            total += int(contexts.kept.sum())
         warnings.warn(f"the text ran out after {total:,} tokens and begins again", stacklevel=2)
 
 
-def first_rows(pieces: Iterator[Float[Tensor, "m w"]], count: int) -> Iterator[Float[Tensor, "m w"]]:
-    """The first ``count`` rows of the pieces, in pieces."""
-    for piece in pieces:
-        yield piece[:count]
-        count -= len(piece)
-        if count <= 0:
-            return
+class StreamPlace(NamedTuple):
+    """A place between two batches of a stream, from which it can go on.
+
+    Attributes:
+        pieces: of the source that lie before the fill of the next batch.
+        rows: in these pieces.
+        fill: number of that fill.
+        taken: batches of it that lie before the place.
+        skipped: tokens in these pieces that were left out, being NaN or infinite.
+        rest: [m, w] rows of the fill before that joined this one; None for none.
+    """
+
+    pieces: int = 0
+    rows: int = 0
+    fill: int = 0
+    taken: int = 0
+    skipped: int = 0
+    rest: Float[Tensor, "m w"] | None = None
 
 
 class ShuffledStream:
@@ -102,9 +130,20 @@ class ShuffledStream:
 
     Attributes:
         waited: seconds that the consumer has waited for data.
+        place: after the last batch that was taken.
     """
 
-    def __init__(self, rows: Iterator[Float[Tensor, "m w"]], batch_size: int, buffer: int, seed: int) -> None:
+    def __init__(
+        self,
+        rows: Iterator[Float[Tensor, "m w"]],
+        batch_size: int,
+        buffer: int,
+        seed: int,
+        *,
+        limit: int | None = None,
+        place: StreamPlace | None = None,
+        bad: BadTokens | None = None,
+    ) -> None:
         """Start to prepare batches.
 
         Args:
@@ -112,42 +151,48 @@ class ShuffledStream:
             batch_size: rows a batch.
             buffer: rows that are permuted together, at least; what does not fill a batch joins the next fill.
             seed: of the permutations.
+            limit: rows to take in all; nothing is read or harvested in vain.
+            place: where to go on; ``rows`` then begins with piece number ``place.pieces``.
+            bad: counts the tokens that ``rows`` leaves out.
         """
         self.waited = 0.0
+        self.place = place or StreamPlace()
         self._rows, self._batch_size, self._buffer, self._seed = rows, batch_size, max(buffer, batch_size), seed
-        self._ready: queue.Queue[Tensor | BaseException | None] = queue.Queue(maxsize=1)
+        self._limit, self._bad = limit, bad or BadTokens()
+        self._ready: queue.Queue[_Fill | BaseException | None] = queue.Queue(maxsize=1)
         self._stop = threading.Event()
-        self._batches: Iterator[Tensor] = self._take()
-        self._thread = threading.Thread(target=self._prepare, daemon=True)
+        self._batches: Iterator[tuple[Tensor, StreamPlace]] = self._take()
+        self._thread = threading.Thread(target=self._prepare, args=[self.place], daemon=True)
         self._thread.start()
 
-    def _prepare(self) -> None:
+    def _prepare(self, place: StreamPlace) -> None:
         try:
-            parts: list[Tensor] = []
-            count = fills = 0
-            for piece in self._rows:
+            parts = [] if place.rest is None else [place.rest]
+            pieces, rows = place.pieces, place.rows
+            while (self._limit is None or rows < self._limit) and (piece := next(self._rows, None)) is not None:
                 if self._stop.is_set():
                     return
-                parts.append(piece)
-                count += len(piece)
-                if count >= self._buffer:
-                    parts = [self._deliver(parts, fills)]
-                    count, fills = len(parts[0]), fills + 1
-            self._deliver(parts, fills)
+                parts.append(piece if self._limit is None else piece[: self._limit - rows])
+                pieces, rows = pieces + 1, rows + len(parts[-1])
+                if sum(map(len, parts)) >= self._buffer:
+                    place = self._deliver(parts, place, pieces, rows)
+                    parts = [] if place.rest is None else [place.rest]
+            self._deliver(parts, place, pieces, rows)
             self._put(None)
         except BaseException as error:  # handed to the consumer, who raises it
             self._put(error)
 
-    def _deliver(self, parts: list[Tensor], number: int) -> Tensor:
-        """Permute a fill and hand on its whole batches; returns the rest."""
-        rows = torch.cat(parts)
-        rows = rows[torch.randperm(len(rows), generator=_generator(self._seed, number))]
-        whole = len(rows) // self._batch_size * self._batch_size
+    def _deliver(self, parts: list[Tensor], place: StreamPlace, pieces: int, rows: int) -> StreamPlace:
+        """Permute a fill and hand on its whole batches; returns the place after them."""
+        filled = torch.cat(parts) if parts else torch.empty(0, 0)
+        filled = filled[torch.randperm(len(filled), generator=_generator(self._seed, place.fill))]
+        whole = len(filled) // self._batch_size * self._batch_size
+        after = StreamPlace(pieces, rows, place.fill + 1, 0, self._bad.count, filled[whole:].clone())
         if whole:
-            self._put(rows[:whole])
-        return rows[whole:].clone()
+            self._put(_Fill(filled[:whole], place, after))
+        return after
 
-    def _put(self, item: Tensor | BaseException | None) -> None:
+    def _put(self, item: _Fill | BaseException | None) -> None:
         while not self._stop.is_set():
             try:
                 self._ready.put(item, timeout=0.2)
@@ -157,19 +202,21 @@ class ShuffledStream:
 
     def __iter__(self) -> Iterator[Float[Tensor, "b w"]]:
         """The batches that were not taken yet, in an order that the seed decides."""
-        return self._batches
+        for batch, place in self._batches:
+            self.place = place
+            yield batch
 
     def peek(self, rows: int) -> Float[Tensor, "m w"]:
         """The first ``rows`` rows, or as many as there are; no batch is taken by that."""
-        first: list[Tensor] = []
+        first: list[tuple[Tensor, StreamPlace]] = []
         for batch in self._batches:
             first.append(batch)
-            if sum(map(len, first)) >= rows:
+            if sum(len(each) for each, _ in first) >= rows:
                 break
-        self._batches = itertools.chain(first, self._batches)
-        return torch.cat(first)[:rows]
+        self._batches = chain(first, self._batches)
+        return torch.cat([each for each, _ in first])[:rows]
 
-    def _take(self) -> Iterator[Tensor]:
+    def _take(self) -> Iterator[tuple[Tensor, StreamPlace]]:
         while True:
             start = time.perf_counter()
             item = self._ready.get()
@@ -178,10 +225,21 @@ class ShuffledStream:
                 return
             if isinstance(item, BaseException):
                 raise item
-            yield from torch.split(item, self._batch_size)
+            batches = torch.split(item.rows, self._batch_size)
+            for number, batch in enumerate(batches, 1):
+                if number > item.before.taken:
+                    yield batch, item.after if number == len(batches) else item.before._replace(taken=number)
 
     def close(self) -> None:
         """Stop the thread, wait until it no longer uses the model, and let go of the rows."""
         self._stop.set()
         self._thread.join()
         self._rows = iter(())  # a harvest that has not ended takes its hooks off the model when it is let go
+
+
+class _Fill(NamedTuple):
+    """Whole batches, one after the other, with the places of the stream before and after them."""
+
+    rows: Tensor
+    before: StreamPlace
+    after: StreamPlace

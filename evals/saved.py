@@ -36,6 +36,7 @@ class Judge:
         cache: judge by the held-out rows of this activation cache instead of a model and text.
         tokens: text tokens to evaluate on.
         device: where model and dictionary run.
+        trust_remote_code: whether code that comes with the model may run.
         on_contexts: makes a progress callback from a description and a number of contexts.
     """
 
@@ -49,6 +50,7 @@ class Judge:
     cache: Path | None = None
     tokens: int = 131_072
     device: str = "cpu"
+    trust_remote_code: bool = False
     on_contexts: Callable[[str, int], Callable[[int], object]] | None = None
     _models: dict[tuple[str, str], TransformerBridge] = field(default_factory=dict, init=False)
     _contexts: dict[Any, ContextBatch] = field(default_factory=dict, init=False)
@@ -139,6 +141,7 @@ class Judge:
             device=self.device,
             dtype=dtype,
             loaded=self._models.get((model, dtype)),
+            trust_remote_code=self.trust_remote_code,
         )
         self._models[model, dtype] = source.model
         return source

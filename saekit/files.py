@@ -3,19 +3,69 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from saekit.errors import SaekitError
+from saekit.errors import SaekitError, first_line
+
+PART = ".part"  # ends the names of files and folders that are not finished
+
+
+class WriteError(SaekitError):
+    """The disk is full, or does not let itself be written; what was finished before is as it was."""
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file under a temporary name beside it, flush it to the disk, and rename it into place."""
-    temporary = path.with_name(path.name + ".part")
-    write(temporary)
-    with temporary.open("rb+") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    """Write a file under a temporary name beside it, flush it to the disk, and rename it into place.
+
+    Args:
+        path: the file, which is either as before or new and whole, whatever happens.
+        write: writes the file whose name it is given.
+
+    Raises:
+        WriteError: it cannot be written; the temporary file is gone again.
+    """
+    temporary = path.with_name(path.name + PART)
+    with writing(path):
+        try:
+            write(temporary)
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        flush_folder(path.parent)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """While it is entered, what the system says against writing a file becomes one line that names it.
+
+    Raises:
+        WriteError: in place of an OSError, or of what safetensors makes of one.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise WriteError(f"cannot write '{path}': {error.strerror or first_line(error)}") from error
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError" or "os error" not in str(error):
+            raise
+        raise WriteError(f"cannot write '{path}': {first_line(error)}") from error
+
+
+def flush_folder(folder: Path) -> None:
+    """Make the names in a folder as lasting as the files, where the system can."""
+    if os.name == "posix":
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
 
 
 def check_free(folder: Path, *, overwrite: bool, hint: str = "") -> None:
@@ -39,10 +89,95 @@ def writable_folder(folder: Path, *, overwrite: bool) -> None:
     """Make a folder to write into, with its parents; what it holds is left there. Arguments as for ``check_free``.
 
     Raises:
-        SaekitError: it is a file, holds something without ``overwrite``, or cannot be made.
+        SaekitError: it is a file, holds something without ``overwrite``, cannot be made, or takes no files.
     """
     check_free(folder, overwrite=overwrite)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SaekitError(f"cannot make the folder '{folder}': {error.strerror}") from None
+        raise WriteError(f"cannot make the folder '{folder}': {error.strerror}") from None
+    check_writable(folder)
+
+
+def check_writable(folder: Path) -> None:
+    """Make sure that files can be written below a folder; where it does not exist yet, below the nearest that does.
+
+    Raises:
+        WriteError: they cannot.
+    """
+    existing = next((place for place in (folder, *folder.absolute().parents) if place.exists()), folder)
+    try:
+        with tempfile.TemporaryFile(dir=existing):  # asked by doing: permissions alone do not tell all
+            pass
+    except OSError as error:
+        raise WriteError(f"cannot write into the folder '{existing}': {error.strerror}") from None
+
+
+def free_space(folder: Path) -> int:
+    """Bytes that may still be written below a folder, which need not exist yet."""
+    existing = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
+    return shutil.disk_usage(existing).free
+
+
+def check_space(folder: Path, needed: int, what: str) -> str:
+    """``"1.3 GiB, of 39.1 GiB free"``, once it is sure that so many bytes can be written.
+
+    Raises:
+        WriteError: they cannot.
+    """
+    free = free_space(folder)
+    told = f"{in_bytes(needed)}, of {in_bytes(free)} free"
+    if needed > free:
+        raise WriteError(f"{what} needs {told}, at '{folder}'; make space or choose another folder")
+    return told
+
+
+def in_bytes(count: int) -> str:
+    """A size as people read it: ``"1.3 GiB"``."""
+    size = float(count)
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+@contextmanager
+def locked(folder: Path, doing: str) -> Iterator[None]:
+    """Keep other processes out of a folder while it is entered.
+
+    The lock goes with the process, however that ends, and leaves no file behind. Systems and file systems that have no
+    such locks are not guarded.
+
+    Args:
+        folder: exists.
+        doing: what the other process does, for the message.
+
+    Raises:
+        SaekitError: another process holds the lock.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SaekitError(f"another process is {doing} in '{folder}'; wait until it ends") from None
+        except OSError:  # a file system without locks
+            pass
+        if not (folder.exists() and os.path.samestat(os.fstat(number), folder.stat())):
+            raise SaekitError(f"another process has just been {doing} in '{folder}'; try again")
+        yield
+    finally:
+        os.close(number)
+
+
+def remove_unfinished(folder: Path, names: list[str]) -> None:
+    """Delete temporary files that a killed process left: those of files of these names (patterns) in a folder."""
+    for name in names:
+        for path in folder.glob(name + PART):
+            path.unlink(missing_ok=True)

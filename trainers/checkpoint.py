@@ -1,51 +1,127 @@
-"""Checkpoints: everything that the next step depends on, the newest two kept."""
+"""Checkpoints: everything that the next step depends on, the newest two kept.
+
+One file of safetensors each: the tensors by their path in the state (``adam.moments.W_dec.0``), all else as JSON in the
+metadata, and a seal over every byte. Nothing in it can be executed.
+"""
 
 from __future__ import annotations
 
+import json
 import re
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from saekit.errors import SaekitError
-from saekit.files import replace_file
+from saekit.files import remove_unfinished, replace_file
+from saekit.seal import BLANK, file_unbroken, stamp_file
 
-_FORMAT = 2  # of what a checkpoint holds
-_NAME = re.compile(r"step-(\d+)\.pt")
+_FORMAT = 3  # of what a checkpoint holds; 1 and 2 were .pt files
+_NAME = re.compile(r"step-(\d{1,18})\.safetensors")
+_FACTS = "saekit"  # key of the metadata
+_KEPT = 2
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """The finished checkpoints of a run's ``checkpoints/`` folder, oldest first."""
-    found = [(int(match.group(1)), path) for path in folder.glob("*.pt") if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
+def checkpoints(folder: Path) -> dict[int, Path]:
+    """The finished checkpoints of a run's ``checkpoints/`` folder by their step, oldest first."""
+    found = {int(match.group(1)): path for path in folder.glob("*") if (match := _NAME.fullmatch(path.name))}
+    return dict(sorted(found.items()))
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
-    """Write the state after ``step`` steps, then delete all but the newest two."""
+    """Write the state after ``step`` steps, then delete all but the newest two.
+
+    Args:
+        folder: is made where it is missing.
+        step: names the file.
+        state: nested dictionaries and lists of tensors, numbers, texts and None.
+
+    Raises:
+        WriteError: the disk is full or not to be written to; the checkpoints before are as they were.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"step-{step}.pt"
-    replace_file(path, lambda part: torch.save({"format": _FORMAT, "step": step, **state}, part))
-    for old in checkpoints(folder)[:-2]:
+    tensors: dict[str, Tensor] = {}
+    facts = _without_tensors(state, "", tensors)
+    metadata = {_FACTS: json.dumps({"seal": BLANK, "format": _FORMAT, "step": step, "state": facts})}
+
+    def write(path: Path) -> None:
+        save_file(tensors, path, metadata)
+        stamp_file(path)
+
+    path = folder / f"step-{step}.safetensors"
+    replace_file(path, write)
+    for old in list(checkpoints(folder).values())[:-_KEPT]:
         old.unlink()
     return path
 
 
-def load_checkpoint(folder: Path, device: torch.device) -> dict[str, Any] | None:
-    """The newest state, or None where there is none.
+def load_checkpoints(folders: Sequence[Path], device: torch.device) -> tuple[int, list[dict[str, Any]]] | None:
+    """The newest step of which every folder has a whole checkpoint, and these states; None where there is none yet.
+
+    A damaged checkpoint is named on standard error, and the one before it is used.
 
     Raises:
-        SaekitError: the file is damaged, or another version of saekit wrote it.
+        SaekitError: all are damaged, or another version of saekit wrote them.
     """
-    found = checkpoints(folder)
-    if not found:
-        return None
+    for folder in folders:
+        remove_unfinished(folder, ["step-*.safetensors"])
+        if old := sorted(folder.glob("step-*.pt")):
+            raise SaekitError(
+                f"another version of saekit wrote the checkpoint '{old[-1]}'; this one cannot go on from it"
+            )
+    found = [checkpoints(folder) for folder in folders]
+    damaged: list[str] = []
+    for step in sorted(set[int].intersection(*map(set, found)), reverse=True):
+        states = [_load(each[step], device, damaged) for each in found]
+        if all(states):
+            return step, [state for state in states if state]
+    if damaged:
+        raise SaekitError(f"every checkpoint is damaged ({', '.join(damaged)}); --overwrite begins the run anew")
+    return None
+
+
+def _load(path: Path, device: torch.device, damaged: list[str]) -> dict[str, Any] | None:
+    """The state in a file, or None where it is damaged, which is told."""
     try:
-        state: dict[str, Any] = torch.load(found[-1], map_location=device, weights_only=True)
-    except Exception as error:  # torch raises many kinds for damaged files
-        raise SaekitError(f"the checkpoint '{found[-1]}' is damaged; delete it to use the one before") from error
-    if state.get("format") != _FORMAT:
-        raise SaekitError(
-            f"another version of saekit wrote the checkpoint '{found[-1]}'; this one cannot go on from it"
-        )
-    return state
+        if not file_unbroken(path):
+            raise ValueError("its seal is broken")
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            facts = json.loads(file.metadata()[_FACTS])
+            if facts["format"] == _FORMAT:
+                state: dict[str, Any] = _with_tensors(facts["state"], file)
+                return state
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        damaged.append(f"'{path}'")
+        print(f"saekit: the checkpoint '{path}' is damaged ({error}); looking for one before it", file=sys.stderr)
+        return None
+    raise SaekitError(f"another version of saekit wrote the checkpoint '{path}'; this one cannot go on from it")
+
+
+def _without_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """The value as JSON can hold it; its tensors go into ``tensors``, each under its path."""
+    if isinstance(value, Tensor):
+        tensors[name] = value.detach().cpu().contiguous()
+        return {"tensor": name}
+    if isinstance(value, dict):
+        return {
+            "dict": {key: _without_tensors(each, f"{name}.{key}".strip("."), tensors) for key, each in value.items()}
+        }
+    if isinstance(value, (list, tuple)):
+        return {"list": [_without_tensors(each, f"{name}.{i}", tensors) for i, each in enumerate(value)]}
+    return {"value": value}
+
+
+def _with_tensors(value: dict[str, Any], file: Any) -> Any:
+    """The reverse of ``_without_tensors``."""
+    ((kind, held),) = value.items()
+    if kind == "tensor":
+        return file.get_tensor(held)
+    if kind == "dict":
+        return {key: _with_tensors(each, file) for key, each in held.items()}
+    return [_with_tensors(each, file) for each in held] if kind == "list" else held

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,8 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from saekit.errors import SaekitError, did_you_mean
 from saekit.kernels.scores import has_fast_bfloat16
+from saekit.reading import read_yaml
 from saekit.trainers.auxiliary import POOLS
 from saekit.trainers.variants import VARIANTS
+
+_MANY = 2**31
 
 
 class TrainConfig(BaseModel):
@@ -37,13 +41,13 @@ class TrainConfig(BaseModel):
     column: str = Field("text", description="column of the dataset that holds the text")
     split: str = Field("train", description="split of a dataset of the hub")
     streaming: bool = Field(True, description="read a dataset of the hub as it downloads")
-    context_length: int | None = Field(None, gt=2, description="tokens a context; 256 or the model's most")
+    context_length: int | None = Field(None, gt=2, lt=_MANY, description="tokens a context; 256 or the model's most")
     cache: Path | None = Field(None, description="train on this activation cache instead of a live harvest")
-    buffer: int = Field(131_072, gt=0, description="tokens that are shuffled together")
+    buffer: int = Field(131_072, gt=0, lt=_MANY, description="tokens that are shuffled together")
     # the dictionary
-    width: int | None = Field(None, gt=0, description="number of features (d_sae)")
-    expansion: float = Field(16, gt=0, description="width as a multiple of d_in, where no width is given")
-    k: int = Field(32, gt=0, description="mean number of active features a token")
+    width: int | None = Field(None, gt=0, lt=_MANY, description="number of features (d_sae)")
+    expansion: float = Field(16, gt=0, lt=1e6, description="width as a multiple of d_in, where no width is given")
+    k: int = Field(32, gt=0, lt=_MANY, description="mean number of active features a token")
     # what variants and losses take
     affinity_scale: Literal["none", "token_norm"] = Field(
         "token_norm", description="what batch rules compare: pre-activations, or those over the token's norm"
@@ -57,13 +61,13 @@ class TrainConfig(BaseModel):
     beta: float = Field(1.0, ge=0, description="gradient_topk: weight of the gradient in the selection; 0 is TopK")
     aux: str = Field("none", description="auxiliary loss: " + ", ".join(POOLS))
     aux_alpha: float = Field(1 / 32, ge=0, description="weight of the auxiliary loss")
-    k_aux: int | None = Field(None, gt=0, description="auxiliary features a token; half of d_in if not given")
+    k_aux: int | None = Field(None, gt=0, lt=_MANY, description="auxiliary features a token; half of d_in if not given")
     tau: float = Field(
         0.1, ge=0, description="aux_zipf: below this share of the Zipf curve is underutilised; 0 is aux_k"
     )
     # the optimisation
-    tokens: int = Field(2_000_000, gt=0, description="training tokens")
-    batch_size: int = Field(4096, gt=0, description="tokens a step")
+    tokens: int = Field(2_000_000, gt=0, lt=2**50, description="training tokens")
+    batch_size: int = Field(4096, gt=0, lt=_MANY, description="tokens a step")
     lr: float | None = Field(
         None, gt=0, description="peak learning rate of Adam; 4e-3 for up to 1,000 steps, falling with their root beyond"
     )
@@ -73,6 +77,7 @@ class TrainConfig(BaseModel):
     dead_after: int | None = Field(
         None,
         gt=0,
+        lt=2**50,
         description="tokens without firing that make a feature count as dead; a tenth of the run, at most 10M",
     )
     seed: int = Field(0, ge=0, lt=2**31, description="of every random choice")
@@ -84,9 +89,10 @@ class TrainConfig(BaseModel):
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the language model")
     # housekeeping
-    calibration_tokens: int = Field(262_144, gt=0, description="tokens on which inference thresholds are set")
-    log_every: int = Field(10, gt=0, description="steps between lines of metrics.jsonl")
-    checkpoint_every: int = Field(500, gt=0, description="steps between checkpoints")
+    skip_bad_tokens: bool = Field(False, description="leave out tokens that are NaN or infinite, and count them")
+    calibration_tokens: int = Field(262_144, gt=0, lt=2**50, description="tokens on which inference thresholds are set")
+    log_every: int = Field(10, gt=0, lt=2**50, description="steps between lines of metrics.jsonl")
+    checkpoint_every: int = Field(500, gt=0, lt=2**50, description="steps between checkpoints")
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -110,6 +116,8 @@ class TrainConfig(BaseModel):
     @field_validator("out", "cache")
     @classmethod
     def _home(cls, value: Path | None) -> Path | None:
+        if value is not None and "\0" in str(value):
+            raise ValueError(f"{str(value)!r} is no path")
         return None if value is None else value.expanduser()
 
     @model_validator(mode="after")
@@ -146,17 +154,7 @@ class TrainConfig(BaseModel):
         Raises:
             SaekitError: the file is missing, is no mapping of keys, or names what is impossible.
         """
-        values: dict[str, Any] = {}
-        if path is not None:
-            try:
-                loaded = yaml.safe_load(Path(path).read_text())
-            except OSError as error:
-                raise SaekitError(f"cannot read the config '{path}': {error.strerror}") from None
-            except (yaml.YAMLError, UnicodeDecodeError) as error:
-                raise SaekitError(f"the config '{path}' is not YAML: {' '.join(str(error).split())}") from None
-            if not isinstance(loaded, dict):
-                raise SaekitError(f"the config '{path}' is not a mapping of keys to values")
-            values = {str(key): value for key, value in loaded.items()}
+        values = {} if path is None else read_yaml(path)
         if flags.get("expansion") is not None and flags.get("width") is None:
             values.pop("width", None)  # both name the width
         return cls(**{**values, **{key: value for key, value in flags.items() if value is not None}})
@@ -173,4 +171,4 @@ def _one_line(error: ValidationError) -> str:
         return f"unknown setting '{name}'{did_you_mean(name, TrainConfig.model_fields)}"
     if first["type"] == "value_error":
         return str(first["ctx"]["error"])
-    return f"{name} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+    return f"{name} = {reprlib.repr(first['input'])}: {first['msg'][0].lower()}{first['msg'][1:]}"

@@ -11,9 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saekit.activations import ActivationCache, ActivationSource
+from saekit.activations import ActivationCache, ActivationSource, ShuffledStream
+from saekit.activations.finite import BadTokens
 from saekit.activations.harvest import harvest_hooks
-from saekit.activations.stream import cache_rows, first_rows, live_rows, live_rows_of_hooks
+from saekit.activations.stream import StreamPlace, cache_rows, live_rows, live_rows_of_hooks
 from saekit.errors import SaekitError
 from saekit.trainers.config import TrainConfig
 from saekit.trainers.variants import VARIANTS
@@ -36,22 +37,39 @@ class TrainingData:
 
     Attributes:
         passport: facts about their origin, as in a cache's manifest.
-        rows: makes the pieces [m, d] or, with gradients, [m, 2·d] of training rows, the same ones each time.
+        rows: makes the pieces [m, d] or, with gradients, [m, 2·d] of training rows, the same ones each time, from the
+            piece of a number on.
         buffer: rows to shuffle together, no more than there are.
         gradients: whether gradients stand beside the activations, in the second half of each row.
         calibration: makes batches of held-out activations.
         columns: the part of each row that is this run's, where several runs share the rows.
+        bad: what becomes of tokens that are NaN or infinite.
     """
 
     passport: dict[str, Any]
-    rows: Callable[[], Iterator[Float[Tensor, "m w"]]]
+    rows: Callable[[int], Iterator[Float[Tensor, "m w"]]]
     buffer: int
     gradients: bool
     calibration: Callable[[], Iterator[Float[Tensor, "m d"]]]
     columns: slice = field(default_factory=lambda: slice(None))
+    bad: BadTokens = field(default_factory=BadTokens)
+
+    def stream(self, config: TrainConfig, place: StreamPlace | None) -> ShuffledStream:
+        """The shuffled batches of the run, from a place on."""
+        place = place or StreamPlace()
+        self.bad.count = place.skipped
+        return ShuffledStream(
+            self.rows(place.pieces),
+            config.batch_size,
+            self.buffer,
+            config.seed,
+            limit=config.steps * config.batch_size,
+            place=place,
+            bad=self.bad,
+        )
 
 
-def training_data(config: TrainConfig, device: torch.device) -> TrainingData:
+def training_data(config: TrainConfig, device: torch.device, trust_remote_code: bool = False) -> TrainingData:
     """Open the cache that the config names, or load the model and the text.
 
     Raises:
@@ -60,37 +78,40 @@ def training_data(config: TrainConfig, device: torch.device) -> TrainingData:
     gradients = VARIANTS[config.variant].needs_gradients
     if config.cache is not None:
         return _from_cache(config, ActivationCache.open(config.cache), gradients)
-    source = _source(config, device)
+    source = _source(config, device, trust_remote_code)
     return _live(config, source, source.passport("train", gradients=gradients), gradients)
 
 
-def data_of_hooks(config: TrainConfig, hooks: Sequence[str], device: torch.device) -> list[TrainingData]:
+def data_of_hooks(
+    config: TrainConfig, hooks: Sequence[str], device: torch.device, trust_remote_code: bool = False
+) -> list[TrainingData]:
     """Load the model and the text once for runs at several hook points, whose activations share the rows.
 
     Raises:
         SaekitError: as ``training_data``.
     """
-    source = _source(config.model_copy(update={"hook": hooks[0]}), device)
+    source = _source(config.model_copy(update={"hook": hooks[0]}), device, trust_remote_code)
     sources = [source.at(hook) for hook in hooks]
-    (one,) = harvest_hooks(source.model, hooks, [next(source.contexts("calibration", 1))])
+    (one,) = harvest_hooks(source.model, hooks, [next(source.contexts("calibration", 1))], bad=BadTokens(skip=True))
     widths = [batch.x.shape[1] for batch in one.batches.values()]
+    bad = BadTokens(config.skip_bad_tokens)
 
-    def rows() -> Iterator[Tensor]:
-        return first_rows(live_rows_of_hooks(source, hooks), _needed(config))
+    def rows(first: int) -> Iterator[Tensor]:
+        return live_rows_of_hooks(source, hooks, first=first, bad=bad)
 
     passport = source.passport("train")  # fingerprints of large models take a while
     return [
-        replace(_live(config, each, {**passport, "hook": each.hook}), rows=rows, columns=slice(stop - width, stop))
+        replace(
+            _live(config, each, {**passport, "hook": each.hook}),
+            rows=rows,
+            columns=slice(stop - width, stop),
+            bad=bad,
+        )
         for each, width, stop in zip(sources, widths, accumulate(widths), strict=True)
     ]
 
 
-def _needed(config: TrainConfig) -> int:
-    """Rows that a run takes: nothing is harvested or read in vain."""
-    return config.steps * config.batch_size
-
-
-def _source(config: TrainConfig, device: torch.device) -> ActivationSource:
+def _source(config: TrainConfig, device: torch.device, trust_remote_code: bool) -> ActivationSource:
     source = ActivationSource.open(
         config.model,
         config.hook,
@@ -101,6 +122,7 @@ def _source(config: TrainConfig, device: torch.device) -> ActivationSource:
         context_length=config.context_length,
         device=str(device),
         dtype=config.dtype,
+        trust_remote_code=trust_remote_code,
     )
     next(source.contexts("calibration"))  # better now than after the training
     next(source.contexts("heldout"))
@@ -110,15 +132,19 @@ def _source(config: TrainConfig, device: torch.device) -> ActivationSource:
 def _live(
     config: TrainConfig, source: ActivationSource, passport: dict[str, Any], gradients: bool = False
 ) -> TrainingData:
+    bad = BadTokens(config.skip_bad_tokens)
+
     def calibration() -> Iterator[Tensor]:
-        return (batch.x.float() for batch in source.batches("calibration", config.calibration_tokens))
+        apart = BadTokens(config.skip_bad_tokens)
+        return (batch.x.float() for batch in source.batches("calibration", config.calibration_tokens, bad=apart))
 
     return TrainingData(
         passport,
-        lambda: first_rows(live_rows(source, gradients), _needed(config)),
+        lambda first: live_rows(source, gradients, first=first, bad=bad),
         min(config.buffer, config.tokens),
         gradients,
         calibration,
+        bad=bad,
     )
 
 
@@ -136,17 +162,21 @@ def _from_cache(config: TrainConfig, cache: ActivationCache, gradients: bool) ->
             f"the cache '{config.cache}' of {len(cache):,} tokens is too small for a batch_size of {config.batch_size}"
         )
 
+    bad = BadTokens(config.skip_bad_tokens)
+
     def calibrate() -> Iterator[Tensor]:
-        batches = islice(cache.batches("calibration", 1024), -(-config.calibration_tokens // 1024))
-        return (batch.x.float() for batch in batches)
+        apart = BadTokens(config.skip_bad_tokens)
+        for batch in islice(cache.batches("calibration", 1024), -(-config.calibration_tokens // 1024)):
+            yield apart.sift([batch], [str(config.cache)], "calibration rows")[0].x.float()
 
     passport = {**cache.passport, "cache_fingerprint": cache.fingerprint}
     return TrainingData(
         passport,
-        lambda: first_rows(cache_rows(cache, config.seed, gradients), _needed(config)),
+        lambda first: cache_rows(cache, config.seed, gradients, first=first, bad=bad),
         min(config.buffer, config.tokens, len(train)),
         gradients,
         calibrate,
+        bad=bad,
     )
 
 

@@ -10,7 +10,7 @@ from typing import TextIO
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from saekit.files import replace_file
+from saekit.files import replace_file, writing
 from saekit.trainers.config import TrainConfig
 
 
@@ -57,8 +57,10 @@ class TrainingProgress:
         seconds = time.perf_counter() - self.start
         rate = (step - self.first) * self.config.batch_size / seconds
         metrics = {**metrics, "waited_share": metrics["waited_seconds"] / seconds}
-        self.file.write(json.dumps({"step": step, "seconds": seconds, "tokens_per_second": rate, **metrics}) + "\n")
-        self.file.flush()
+        line = {"step": step, "seconds": seconds, "tokens_per_second": rate, **metrics}
+        with writing(Path(self.file.name)):
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
         figures = (
             "{rate:,.0f} tokens/s  dead {dead_share:.1%}  waited {waited_share:.0%}\n"
             "loss {loss:.4f}  FVU {fvu:.4f}  L0 {l0:.1f}"
@@ -69,10 +71,10 @@ class TrainingProgress:
 def _lines_until(path: Path, step: int) -> list[str]:
     """The lines of an earlier start that lead up to ``step``; a line cut off by a crash is dropped."""
     kept = []
-    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []:
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
-        except ValueError:
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
     return kept

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from saekit.errors import SaekitError
-from saekit.files import replace_file, writable_folder
+from saekit.files import check_free, locked, remove_unfinished, replace_file, writable_folder
 from saekit.sae import SparseAutoencoder
-from saekit.trainers.checkpoint import checkpoints
 from saekit.trainers.config import TrainConfig
 
 CONFIG, METRICS, CHECKPOINTS, DICTIONARY = "config.yaml", "metrics.jsonl", "checkpoints", "sae"
 STATISTICS, EVALUATION = "statistics.safetensors", "eval.json"
+MAY_CHANGE = {"skip_bad_tokens"}  # settings that a run may go on with otherwise
 
 
 @dataclass(frozen=True)
@@ -57,15 +59,34 @@ def config_to_resume(config: TrainConfig) -> TrainConfig:
     before = TrainConfig.from_yaml(written)
     asked = {key: getattr(config, key) for key in TrainConfig.model_fields if key in config.model_fields_set - {"out"}}
     changed = [key for key, value in asked.items() if value is not None and value != getattr(before, key)]
+    if lasting := [key for key in changed if key not in MAY_CHANGE]:
+        raise SaekitError(f"the run in '{config.out}' was started with another {', '.join(lasting)}")
+    remove_unfinished(config.out, [CONFIG, METRICS, STATISTICS, EVALUATION, f"{DICTIONARY}/*"])
+    new = before.model_copy(update={key: asked[key] for key in changed})
     if changed:
-        raise SaekitError(f"the run in '{config.out}' was started with another {', '.join(changed)}")
-    return before.model_copy(update={"out": config.out})
+        replace_file(written, lambda path: path.write_text(new.to_yaml()))
+    return new.model_copy(update={"out": config.out})
 
 
-def prepare_folder(config: TrainConfig) -> None:
-    """Make the run's folder; what an earlier run left there goes."""
+@contextmanager
+def prepared_folder(config: TrainConfig, *, overwrite: bool) -> Iterator[None]:
+    """Make the run's folder, which no other process uses while it is entered; what an earlier run left there goes.
+
+    Raises:
+        SaekitError: another process trains there, or something is there without ``overwrite``.
+    """
     writable_folder(config.out, overwrite=True)
-    old = [*(config.out / name for name in (METRICS, STATISTICS, EVALUATION)), *checkpoints(config.out / CHECKPOINTS)]
+    with locked(config.out, "training"):
+        check_free(config.out, overwrite=overwrite)  # another process may have come first
+        _prepare(config)
+        yield
+
+
+def _prepare(config: TrainConfig) -> None:
+    old = [
+        *(config.out / name for name in (METRICS, STATISTICS, EVALUATION)),
+        *(config.out / CHECKPOINTS).glob("step-*"),
+    ]
     for path in [*old, *(config.out / DICTIONARY).glob("*")]:
         if path.is_file():
             path.unlink()

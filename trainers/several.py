@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
-from saekit.activations import ShuffledStream
+import yaml
+
 from saekit.errors import SaekitError
-from saekit.files import check_free
+from saekit.files import check_free, locked, replace_file, writable_folder
 from saekit.kernels.workspace import Workspace
+from saekit.reading import read_yaml
+from saekit.trainers.checkpoint import load_checkpoints
 from saekit.trainers.config import TrainConfig
 from saekit.trainers.data import data_of_hooks
 from saekit.trainers.lock_step import take_steps
-from saekit.trainers.run_folder import CONFIG, Run, check_manner, config_to_resume, finished_run, prepare_folder
-from saekit.trainers.trainer import SAMPLE, Trainer, pick_device
+from saekit.trainers.run_folder import (
+    CHECKPOINTS,
+    CONFIG,
+    Run,
+    check_manner,
+    config_to_resume,
+    finished_run,
+    prepared_folder,
+)
+from saekit.trainers.trainer import SAMPLE, Trainer, pick_device, place_in
 from saekit.trainers.variants import VARIANTS
 
+_BEGUN = "begun.yaml"
 _OWN = {"hook", "out", "width", "k_aux"}  # settings that may differ: where the run is, and what follows from its d_in
 
 
@@ -27,6 +39,7 @@ def train_hooks(
     resume: bool = False,
     overwrite: bool = False,
     quiet: bool = False,
+    trust_remote_code: bool = False,
 ) -> dict[str, Run]:
     """Train one dictionary at each of several hook points of a model that goes over the text once.
 
@@ -40,6 +53,7 @@ def train_hooks(
         resume: go on from the newest checkpoint of each; finished ones are loaded.
         overwrite: replace runs of these hooks that ``config.out`` holds.
         quiet: show no progress bars.
+        trust_remote_code: as for ``train``.
 
     Returns:
         The run of each hook.
@@ -50,6 +64,13 @@ def train_hooks(
         Interrupted: by SIGINT or SIGTERM, after the step was finished and every state saved.
     """
     check_manner(resume, overwrite)
+    if resume and (config.out / _BEGUN).is_file():  # it was killed before all folders were made: no step is lost
+        begun, all_hooks = _read_begun(config.out)
+        asked = config.model_dump(mode="json", include=config.model_fields_set - {"out", "hook"})
+        changed = [key for key, value in asked.items() if value is not None and value != getattr(begun, key)]
+        if changed or (hooks and list(hooks) != all_hooks):
+            raise SaekitError(f"the runs in '{config.out}' were begun with another {', '.join(changed) or 'hook'}")
+        return train_hooks(begun, all_hooks, overwrite=True, quiet=quiet, trust_remote_code=trust_remote_code)
     hooks = hooks or (hooks_in(config.out) if resume else ())
     if not hooks:
         raise SaekitError(f"there is no run to resume in '{config.out}'" if resume else "no hook point is named")
@@ -66,32 +87,65 @@ def train_hooks(
         check_free(config.out, overwrite=overwrite, hint="choose another --out, or pass --resume or --overwrite")
     _check_shareable(configs[0])
     runs = [finished_run(each) if resume else None for each in configs]
-    trained = iter(_train([each for each, run in zip(configs, runs, strict=True) if run is None], resume, quiet))
+    unfinished = [each for each, run in zip(configs, runs, strict=True) if run is None]
+    trained = iter(_train(unfinished, config.out, resume, overwrite, quiet, trust_remote_code))
     return {hook: run or next(trained) for hook, run in zip(hooks, runs, strict=True)}
 
 
 def hooks_in(folder: Path) -> list[str]:
     """The hook points whose runs ``train_hooks`` began in a folder."""
-    return sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
+    begun = _read_begun(folder)[1] if (folder / _BEGUN).is_file() else []
+    return sorted({path.parent.name for path in folder.glob(f"*/{CONFIG}")} | set(begun))
 
 
-def _train(configs: list[TrainConfig], resume: bool, quiet: bool) -> list[Run]:
+def _train(
+    configs: list[TrainConfig], home: Path, resume: bool, overwrite: bool, quiet: bool, trust_remote_code: bool
+) -> list[Run]:
     """Train what is not finished."""
     if not configs:
         return []
     device = pick_device(configs[0].device)
-    data = data_of_hooks(configs[0], [each.hook or "" for each in configs], device)
-    stream = ShuffledStream(data[0].rows(), configs[0].batch_size, data[0].buffer, configs[0].seed)
-    with closing(stream):
-        sample, workspace = stream.peek(SAMPLE), Workspace()
-        trainers = [Trainer(*each, sample, device, workspace) for each in zip(configs, data, strict=True)]
-        for trainer in trainers:  # all that can be refused has been by now
-            if resume:
-                trainer.restore()
-            else:
-                prepare_folder(trainer.config)
+    with ExitStack() as stack:
+        for config in configs if resume else ():
+            stack.enter_context(locked(config.out, "training"))
+        found = load_checkpoints([config.out / CHECKPOINTS for config in configs], device) if resume else None
+        states = found[1] if found else [None] * len(configs)
+        data = data_of_hooks(configs[0], [each.hook or "" for each in configs], device, trust_remote_code)
+        stream = stack.enter_context(closing(data[0].stream(configs[0], place_in(*states))))
+        sample, workspace = stream.peek(SAMPLE) if found is None else None, Workspace()
+        trainers = [
+            Trainer(config, each, sample, device, workspace, state)
+            for config, each, state in zip(configs, data, states, strict=True)
+        ]  # all that can be refused has been by now
+        if not resume:
+            _write_begun(home, configs)
+            try:
+                for trainer in trainers:
+                    stack.enter_context(prepared_folder(trainer.config, overwrite=overwrite))
+            except SaekitError:  # another process is there: nothing of ours has begun
+                (home / _BEGUN).unlink()
+                raise
+            (home / _BEGUN).unlink()
+        for trainer in trainers:
+            trainer.check_space()
         take_steps(trainers, stream, quiet)
-    return [trainer.finish() for trainer in trainers]
+        return [trainer.finish() for trainer in trainers]
+
+
+def _write_begun(home: Path, configs: list[TrainConfig]) -> None:
+    """Write down what all runs are, as long as not each of them has a folder that tells it."""
+    writable_folder(home, overwrite=True)
+    settings = configs[0].model_dump(mode="json", exclude_unset=True, exclude={"hook", "out"})
+    text = yaml.safe_dump({"hooks": [config.hook for config in configs], "settings": settings}, sort_keys=False)
+    replace_file(home / _BEGUN, lambda path: path.write_text(text))
+
+
+def _read_begun(home: Path) -> tuple[TrainConfig, list[str]]:
+    """What ``_write_begun`` wrote."""
+    found = read_yaml(home / _BEGUN)
+    if set(found) != {"hooks", "settings"} or not isinstance(found["settings"], dict):
+        raise SaekitError(f"'{home / _BEGUN}' is damaged; --overwrite begins anew")
+    return TrainConfig(**found["settings"], out=home), [str(hook) for hook in found["hooks"]]
 
 
 def _check_shareable(config: TrainConfig) -> None:

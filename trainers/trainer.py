@@ -3,36 +3,40 @@
 from __future__ import annotations
 
 import math
-from contextlib import closing
+from contextlib import ExitStack, closing
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor
 
-from saekit.activations import ShuffledStream
+from saekit.activations.stream import StreamPlace
 from saekit.errors import SaekitError, first_line
-from saekit.files import check_free, replace_file
+from saekit.files import check_free, check_space, check_writable, locked, replace_file
 from saekit.kernels.workspace import Workspace
 from saekit.sae import AffinityScale, SAEConfig, SparseAutoencoder
 from saekit.selection import Selection
 from saekit.trainers.auxiliary import POOLS, auxiliary_step
 from saekit.trainers.backward import reconstruction_step
-from saekit.trainers.checkpoint import load_checkpoint, save_checkpoint
+from saekit.trainers.checkpoint import load_checkpoints, save_checkpoint
 from saekit.trainers.config import TrainConfig
 from saekit.trainers.data import TrainingData, resolved, training_data
+from saekit.trainers.divergence import Divergence
 from saekit.trainers.geometric_median import geometric_median
 from saekit.trainers.lock_step import take_steps
 from saekit.trainers.optimizer import DictionaryAdam, learning_rate
 from saekit.trainers.run_folder import (
     CHECKPOINTS,
+    CONFIG,
     DICTIONARY,
+    MAY_CHANGE,
     STATISTICS,
     Run,
     check_manner,
     config_to_resume,
     finished_run,
-    prepare_folder,
+    prepared_folder,
 )
 from saekit.trainers.statistics import Statistics
 from saekit.trainers.variant import Batch, Variant
@@ -42,7 +46,14 @@ from saekit.zipf import ranks_of
 SAMPLE = 16_384  # rows of the stream that the scale and b_dec start from
 
 
-def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False, quiet: bool = False) -> Run:
+def train(
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+    trust_remote_code: bool = False,
+) -> Run:
     """Train a dictionary and save it.
 
     The run's folder receives ``config.yaml``, ``metrics.jsonl``, ``checkpoints/``, the dictionary in ``sae/`` and, of
@@ -54,9 +65,12 @@ def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False,
         resume: go on from the newest checkpoint in ``config.out``; a finished run is loaded and returned.
         overwrite: replace a run that ``config.out`` holds.
         quiet: show no progress bar.
+        trust_remote_code: whether code that comes with the model may run; no setting of ``config.yaml``, which may
+            come from others.
 
     Raises:
         SaekitError: the config, the data or the folder is not as it must be; or activations or loss are not finite.
+        WriteError: the disk is full or not to be written to; the last checkpoint is kept.
         Interrupted: by SIGINT or SIGTERM, after the step was finished and the state saved.
     """
     check_manner(resume, overwrite)
@@ -66,17 +80,22 @@ def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False,
             return finished
     else:
         check_free(config.out, overwrite=overwrite, hint="choose another --out, or pass --resume or --overwrite")
+        check_writable(config.out)
     device = pick_device(config.device)
-    data = training_data(config, device)
-    stream = ShuffledStream(data.rows(), config.batch_size, data.buffer, config.seed)
-    with closing(stream):
-        trainer = Trainer(config, data, stream.peek(SAMPLE), device)  # all that can be refused has been by now
+    with ExitStack() as stack:
         if resume:
-            trainer.restore()
-        else:
-            prepare_folder(trainer.config)
+            stack.enter_context(locked(config.out, "training"))
+        found = load_checkpoints([config.out / CHECKPOINTS], device) if resume else None
+        state = found[1][0] if found else None
+        data = training_data(config, device, trust_remote_code)
+        stream = stack.enter_context(closing(data.stream(config, place_in(state))))
+        sample = stream.peek(SAMPLE) if state is None else None
+        trainer = Trainer(config, data, sample, device, state=state)  # all that can be refused has been by now
+        if not resume:
+            stack.enter_context(prepared_folder(trainer.config, overwrite=overwrite))
+        trainer.check_space()
         take_steps([trainer], stream, quiet)
-    return trainer.finish()
+        return trainer.finish()
 
 
 def pick_device(name: str) -> torch.device:
@@ -102,48 +121,64 @@ class Trainer:
         self,
         config: TrainConfig,
         data: TrainingData,
-        sample: Float[Tensor, "n w"],
+        sample: Float[Tensor, "n w"] | None,
         device: torch.device,
         workspace: Workspace | None = None,
+        state: dict[str, Any] | None = None,
     ) -> None:
-        """Begin a run.
+        """Begin a run, or go on with one.
 
         Args:
             config: what to train.
             data: where the activations come from.
-            sample: the first rows of the stream, from which the scale and b_dec start.
+            sample: the first rows of the stream, from which the scale and b_dec start; not needed with ``state``.
             device: where to train.
             workspace: buffers that trainers may share which take turns.
+            state: a checkpoint to go on from.
 
         Raises:
-            SaekitError: the config does not fit the data.
+            SaekitError: the config does not fit the data, or one of them is not that of the checkpoint.
         """
         self.data, self.device = data, device
-        sample = sample[:, data.columns].contiguous()
-        self.d_in = sample.shape[1] // 2 if data.gradients else sample.shape[1]
+        if state is not None:
+            self.d_in = int(state["sae"]["W_dec"].shape[1])
+        else:
+            assert sample is not None
+            sample = sample[:, data.columns].contiguous()
+            self.d_in = sample.shape[1] // 2 if data.gradients else sample.shape[1]
         self.config = config = resolved(config, data.passport, self.d_in)
         assert config.width is not None
         assert config.dead_after is not None
         self.variant = VARIANTS[config.variant](config, config.width)
-        self.sae, self.scale = initial_dictionary(config, self.variant, sample[:, : self.d_in].to(device))
+        self.sae = empty_dictionary(config, self.variant, self.d_in, device)
         self.optimizer = DictionaryAdam(self.sae, config.clip)
         self.workspace = workspace or Workspace()
         self.statistics = Statistics(config.width, config.dead_after, device)
+        self.divergence = Divergence()
         self.step = 0
+        if state is not None:
+            self._check_same(state)
+            self.load_state_dict(state)
+        elif sample is not None:
+            self.scale = initialise(self.sae, sample[:, : self.d_in].to(device), config.seed)
 
-    def restore(self) -> None:
-        """Go back to the newest checkpoint, if there is one.
-
-        Raises:
-            SaekitError: the checkpoint is damaged, or the data is not what the run was started on.
-        """
-        state = load_checkpoint(self.config.out / CHECKPOINTS, self.device)
-        if state is None:
-            return
+    def _check_same(self, state: dict[str, Any]) -> None:
+        """Raise SaekitError where data or config are not those that a checkpoint was made with."""
         for field, value in self.data.passport.items():
             if state["passport"].get(field) != value:
                 raise SaekitError(f"the data has another {field} than when the run in '{self.config.out}' was started")
-        self.load_state_dict(state)
+        settings = _settings(self.config)
+        changed = [name for name, value in state["config"].items() if settings.get(name) != value]
+        if changed:
+            raise SaekitError(
+                f"'{self.config.out / CONFIG}' has another {', '.join(changed)} than the checkpoint, which has "
+                + ", ".join(f"{name} = {state['config'][name]}" for name in changed)
+            )
+
+    def check_space(self) -> None:
+        """Raise WriteError where the checkpoints of the run would not find space beside each other."""
+        parameters = sum(p.numel() for p in self.sae.parameters()) * 4
+        check_space(self.config.out, 3 * 3 * parameters + parameters, "the run with its checkpoints")
 
     def advance(self, rows: Float[Tensor, "n w"]) -> dict[str, float]:
         """One step on one batch of the stream; returns what ``train_step`` does.
@@ -161,14 +196,21 @@ class Trainer:
         """What a line of metrics tells: the latest step's figures and those of the run so far."""
         return {
             **latest,
+            **({"skipped_tokens": float(self.data.bad.count)} if self.data.bad.skip else {}),
             "tokens": float(self.statistics.tokens),
             "dead_share": float(self.statistics.dead(self.config.dead_after or 0).float().mean()),
             "waited_seconds": waited,
         }
 
-    def save(self) -> None:
-        """Write a checkpoint."""
-        save_checkpoint(self.config.out / CHECKPOINTS, self.step, self.state_dict())
+    def save(self, place: StreamPlace) -> None:
+        """Write a checkpoint; ``place`` is where the stream stands.
+
+        A state that may have begun to diverge is not written: it would push out an older one.
+        """
+        if not self.divergence.suspect:
+            rest = None if place.rest is None else place.rest[:, self.data.columns]
+            state = {**self.state_dict(), "stream": place._replace(rest=rest)._asdict()}
+            save_checkpoint(self.config.out / CHECKPOINTS, self.step, state)
 
     def train_step(self, x: Float[Tensor, "n d"], gradients: Float[Tensor, "n d"] | None = None) -> dict[str, float]:
         """One optimiser step on one batch of scaled activations; gradients of the model's loss may have any scale."""
@@ -190,13 +232,22 @@ class Trainer:
         aux, pool = self._auxiliary(centred, error)
         metrics = {"loss": float(fvu + config.aux_alpha * aux), "fvu": float(fvu), "l0": code.l0}
         if not math.isfinite(metrics["loss"]):
-            raise SaekitError(f"the loss is {metrics['loss']} at step {self.step + 1}; a lower --lr may help")
+            rows = (~torch.isfinite(error.square().sum(1))).nonzero().flatten().tolist()
+            where = f", in row {rows[0]} of its batch" if rows else ""
+            raise SaekitError(
+                f"the loss is {metrics['loss']} at step {self.step + 1}{where}; the last good checkpoint is kept; "
+                f"a lower --lr may help"
+            )
         if config.aux != "none":
             metrics |= {"aux": float(aux), "aux_pool": pool}
         lr = learning_rate(self.step, config.steps, config.peak_lr, config.warmup, config.decay)
         norm = self.optimizer.step(lr)
         if not math.isfinite(norm):
-            raise SaekitError(f"the gradient's norm is {norm} at step {self.step + 1}; a lower --lr may help")
+            raise SaekitError(
+                f"the gradient's norm is {norm} at step {self.step + 1}; the last good checkpoint is kept; "
+                f"a lower --lr may help"
+            )
+        self.divergence.update(metrics["fvu"], self.step)
         self.statistics.update(code, norms)
         return {**metrics, "grad_norm": norm, "lr": lr, "redone": select.redone}
 
@@ -232,6 +283,7 @@ class Trainer:
                 "activation_scale": self.scale,
                 "cache": str(self.config.cache) if self.config.cache else None,
                 "passport": passport,
+                "skipped_tokens": self.data.bad.count,
                 "aux": self.config.aux,
                 **self.variant.facts(),
             },
@@ -254,14 +306,20 @@ class Trainer:
         }
 
     def state_dict(self) -> dict[str, object]:
-        """Weights, optimiser and statistics; the stream's place follows from the step."""
+        """Weights, optimiser and statistics, and what they were made with.
+
+        There is no random state: every random choice follows from the seed and a number (of a fill, of an epoch).
+        """
         return {
             "sae": self.sae.state_dict(),
             "adam": self.optimizer.state_dict(),
             "statistics": self.statistics.state_dict(),
+            "divergence": self.divergence.state_dict(),
             "variant": self.variant.state_dict(),
             "scale": self.scale,
+            "step": self.step,
             "passport": self.data.passport,
+            "config": _settings(self.config),
         }
 
     def load_state_dict(self, state: dict[str, object]) -> None:
@@ -269,6 +327,7 @@ class Trainer:
         self.sae.load_state_dict(state["sae"])  # type: ignore[arg-type]
         self.optimizer.load_state_dict(state["adam"])  # type: ignore[arg-type]
         self.statistics.load_state_dict(state["statistics"])  # type: ignore[arg-type]
+        self.divergence.load_state_dict(state["divergence"])  # type: ignore[arg-type]
         self.variant.load_state_dict(state["variant"])  # type: ignore[arg-type]
         self.scale, self.step = float(state["scale"]), int(state["step"])  # type: ignore[arg-type, call-overload]
 
@@ -278,22 +337,24 @@ def _scale(config: TrainConfig, variant: Variant) -> AffinityScale:
     return config.affinity_scale if variant.compares_tokens else "none"
 
 
-def initial_dictionary(
-    config: TrainConfig, variant: Variant, sample: Float[Tensor, "n d"]
-) -> tuple[SparseAutoencoder, float]:
-    """A dictionary to train on scaled activations, and the scale that gives them mean norm √d.
+def place_in(*states: dict[str, Any] | None) -> StreamPlace | None:
+    """Where the stream stood when checkpoints of the same step were written, their columns of it side by side."""
+    places = [StreamPlace(**state["stream"]) for state in states if state is not None]
+    if not places:
+        return None
+    rests = [place.rest.cpu() for place in places if place.rest is not None]
+    return places[0]._replace(rest=torch.cat(rests, dim=1) if rests else None)
 
-    Decoder rows are random unit vectors, the encoder starts as the decoder's transpose, b_dec as the geometric median
-    of the scaled sample.
 
-    Raises:
-        SaekitError: the activations are all zero.
-    """
-    d_in = sample.shape[1]
-    norm = float(sample.norm(dim=1).cpu().double().mean())
-    if norm == 0:
-        raise SaekitError("the activations are all zero")
-    scale = d_in**0.5 / norm
+def _settings(config: TrainConfig) -> dict[str, Any]:
+    """What of a config may not change while a run goes on."""
+    return config.model_dump(
+        mode="json", exclude={"out", "cache", "device", *MAY_CHANGE, "log_every", "checkpoint_every"}
+    )
+
+
+def empty_dictionary(config: TrainConfig, variant: Variant, d_in: int, device: torch.device) -> SparseAutoencoder:
+    """A dictionary of zeros with the shape and the inference rule that the config asks for."""
     assert config.width is not None
     cfg = SAEConfig(
         d_in,
@@ -302,14 +363,31 @@ def initial_dictionary(
         k=config.k if variant.architecture == "topk" else None,
         affinity_scale=_scale(config, variant) if variant.architecture == "jumprelu" else "none",
     )
-    sae = SparseAutoencoder(cfg, device=sample.device)
-    generator = torch.Generator().manual_seed(config.seed)
-    with torch.no_grad():
-        rows = torch.randn(cfg.d_sae, d_in, generator=generator).to(sample.device)
-        sae.W_dec.copy_(rows / rows.norm(dim=1, keepdim=True))
-        sae.W_enc.copy_(sae.W_dec.T)
-        sae.b_dec.copy_(geometric_median(sample * scale))
-    return sae, scale
+    return SparseAutoencoder(cfg, device=device)
+
+
+@torch.no_grad()
+def initialise(sae: SparseAutoencoder, sample: Float[Tensor, "n d"], seed: int) -> float:
+    """Give a dictionary its first weights; returns the scale at which activations have mean norm √d.
+
+    Decoder rows are random unit vectors, the encoder starts as the decoder's transpose, b_dec as the geometric median
+    of the scaled sample.
+
+    Raises:
+        SaekitError: the activations are all zero, or too large for float32.
+    """
+    norm = float(sample.norm(dim=1).cpu().double().mean())
+    if norm == 0:
+        raise SaekitError("the activations are all zero")
+    if not math.isfinite(norm):
+        raise SaekitError("the activations are so large that their norms exceed float32")
+    scale = float(sae.cfg.d_in**0.5 / norm)
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(sae.cfg.d_sae, sae.cfg.d_in, generator=generator).to(sample.device)
+    sae.W_dec.copy_(rows / rows.norm(dim=1, keepdim=True))
+    sae.W_enc.copy_(sae.W_dec.T)
+    sae.b_dec.copy_(geometric_median(sample * scale))
+    return scale
 
 
 @torch.no_grad()

@@ -14,9 +14,9 @@ import saekit
 from saekit import SaekitError
 from saekit.activations import ActivationCache
 from saekit.evals import Judge
+from saekit.interrupt import Interrupted
 from saekit.trainers import TrainConfig, train
 from saekit.trainers.checkpoint import checkpoints
-from saekit.trainers.interrupt import Interrupted
 from saekit.trainers.optimizer import DictionaryAdam
 from saekit.trainers.trainer import Trainer
 
@@ -37,7 +37,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(cache, tmp_path, mo
     with pytest.raises(Interrupted) as stop:
         train(cfg, quiet=True)
     assert stop.value.code == 128 + number
-    assert [p.name for p in (tmp_path / "parts/checkpoints").iterdir()] == ["step-24.pt"]
+    assert [p.name for p in (tmp_path / "parts/checkpoints").iterdir()] == ["step-24.safetensors"]
     monkeypatch.setattr(DictionaryAdam, "step", projected_step)
     resumed = train(cfg, resume=True, quiet=True)
     for name, value in whole.sae.state_dict().items():
@@ -61,15 +61,17 @@ def test_a_run_stopped_while_calibrating_is_not_lost(cache, tmp_path, monkeypatc
     assert train(cfg, resume=True, quiet=True).sae.cfg.d_sae == 64
 
 
-def test_a_checkpoint_of_another_version_is_refused(cache, tmp_path, monkeypatch):
+@pytest.mark.parametrize("change", ["format", "old"])
+def test_a_checkpoint_of_another_version_is_refused(cache, tmp_path, monkeypatch, change):
     cfg = config(cache, tmp_path)
+    if change == "format":
+        monkeypatch.setattr("saekit.trainers.checkpoint._FORMAT", 99)
     monkeypatch.setattr(Trainer, "finish", lambda self: None)
     train(cfg, quiet=True)
     monkeypatch.undo()
-    newest = checkpoints(cfg.out / "checkpoints")[-1]
-    state = torch.load(newest, weights_only=True)
-    del state["format"]
-    torch.save(state, newest)
+    if change == "old":
+        (newest,) = checkpoints(cfg.out / "checkpoints").values()
+        newest.rename(newest.with_suffix(".pt"))
     with pytest.raises(SaekitError, match="another version of saekit"):
         train(cfg, resume=True, quiet=True)
 

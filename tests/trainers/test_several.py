@@ -16,9 +16,9 @@ import yaml
 import saekit
 from saekit import SaekitError
 from saekit.activations import ActivationSource
-from saekit.trainers import TrainConfig, train, train_hooks
+from saekit.interrupt import Interrupted
+from saekit.trainers import TrainConfig, several, train, train_hooks
 from saekit.trainers.checkpoint import checkpoints
-from saekit.trainers.interrupt import Interrupted
 from saekit.trainers.optimizer import DictionaryAdam
 from saekit.trainers.trainer import Trainer
 
@@ -64,7 +64,7 @@ def steps_logged(run):
 
 
 def newest(folder, hook):
-    return [path.name for path in checkpoints(folder / hook / "checkpoints")][-1:]
+    return [path.name for path in checkpoints(folder / hook / "checkpoints").values()][-1:]
 
 
 def test_each_hook_gets_the_dictionary_of_a_run_of_its_own(whole, config, tmp_path):
@@ -126,7 +126,7 @@ def test_stopped_runs_go_on_as_if_they_had_not_been_stopped(source, whole, confi
         train_hooks(config("parts"), HOOKS, quiet=True)
     assert stop.value.code == 128 + signal.SIGTERM
     assert not any(point.fwd_hooks for point in source.model.hook_dict.values()), "the model is left as it was"
-    assert [newest(tmp_path / "parts", hook) for hook in HOOKS] == [["step-11.pt"]] * 2
+    assert [newest(tmp_path / "parts", hook) for hook in HOOKS] == [["step-11.safetensors"]] * 2
     monkeypatch.setattr(DictionaryAdam, "step", step)
     resumed = train_hooks(config("parts"), resume=True, quiet=True)
     assert_same(resumed, whole)
@@ -136,15 +136,15 @@ def test_stopped_runs_go_on_as_if_they_had_not_been_stopped(source, whole, confi
 
 
 @pytest.mark.parametrize(("behind", "at"), [(0, 8), (1, 0)])
-def test_trainers_that_are_ahead_wait(whole, config, tmp_path, monkeypatch, behind, at):
+def test_runs_go_on_from_the_newest_step_that_all_have(whole, config, tmp_path, monkeypatch, behind, at):
     """The process was killed between two checkpoints: one hook has that of step 16, the other that of ``at``."""
     parts = tmp_path / "parts"
     save = Trainer.save
 
-    def killed(self):
+    def killed(self, place):
         if self.step > at and self.config.hook == HOOKS[behind]:
             return
-        save(self)
+        save(self, place)
         if self.step == 16:
             raise MemoryError
 
@@ -152,16 +152,34 @@ def test_trainers_that_are_ahead_wait(whole, config, tmp_path, monkeypatch, behi
     order = HOOKS[::-1] if behind == 0 else HOOKS
     with pytest.raises(MemoryError):
         train_hooks(config("parts"), order, quiet=True)
-    assert newest(parts, HOOKS[behind]) == ([f"step-{at}.pt"] if at else [])
-    assert newest(parts, HOOKS[1 - behind]) == ["step-16.pt"]
+    assert newest(parts, HOOKS[behind]) == ([f"step-{at}.safetensors"] if at else [])
+    assert newest(parts, HOOKS[1 - behind]) == ["step-16.safetensors"]
     monkeypatch.undo()
     taken = []
     advance = Trainer.advance
     monkeypatch.setattr(Trainer, "advance", lambda self, rows: taken.append(self.config.hook) or advance(self, rows))
     resumed = train_hooks(config("parts"), HOOKS, resume=True, quiet=True)
-    assert taken[: 16 - at] == [HOOKS[behind]] * (16 - at)
-    assert taken[16 - at :] == HOOKS * (STEPS - 16)
+    assert taken == HOOKS * (STEPS - at)
     assert_same(resumed, whole)
+
+
+def test_a_start_that_was_killed_between_two_folders_is_begun_again(whole, config, tmp_path, monkeypatch):
+    prepared = several.prepared_folder
+
+    def killed(config, overwrite):
+        if config.hook == HOOKS[1]:
+            raise MemoryError
+        return prepared(config, overwrite=overwrite)
+
+    monkeypatch.setattr(several, "prepared_folder", killed)
+    with pytest.raises(MemoryError):
+        train_hooks(config("parts"), HOOKS, quiet=True)
+    monkeypatch.undo()
+    assert several.hooks_in(tmp_path / "parts") == sorted(HOOKS)
+    with pytest.raises(SaekitError, match="begun with another k"):
+        train_hooks(config("parts", k=3), resume=True, quiet=True)
+    assert_same(train_hooks(config("parts"), resume=True, quiet=True), whole)
+    assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == sorted(HOOKS)
 
 
 def test_a_finished_hook_is_left(whole, config, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from saekit import SAEConfig, SparseAutoencoder
-from saekit.activations import ActivationCache, ShuffledStream
+from saekit.activations import ActivationCache
 from saekit.trainers import TrainConfig, train
 from saekit.trainers.auxiliary import POOLS
 from saekit.trainers.calibration import global_threshold
@@ -26,7 +26,7 @@ def config(source, tmp_path, **changes):
 
 def start(cfg):
     data = training_data(cfg, torch.device("cpu"))
-    stream = ShuffledStream(data.rows(), cfg.batch_size, data.buffer, cfg.seed)
+    stream = data.stream(cfg, None)
     trainer = Trainer(cfg, data, stream.peek(SAMPLE), torch.device("cpu"))
     width = trainer.d_in
     rows = list(itertools.islice(stream, cfg.steps))

@@ -13,12 +13,12 @@ import saekit
 from saekit import SAEConfig, SaekitError, SparseAutoencoder
 from saekit.activations import ActivationCache
 from saekit.allocation import mutual_choice, token_choice
+from saekit.interrupt import Interrupted
 from saekit.selection import DenseSelection
 from saekit.trainers import VARIANTS, TrainConfig, Variant, train
 from saekit.trainers.calibration import feature_thresholds, with_plain_thresholds
-from saekit.trainers.checkpoint import load_checkpoint
+from saekit.trainers.checkpoint import load_checkpoints
 from saekit.trainers.feature_choice import FeatureChoice
-from saekit.trainers.interrupt import Interrupted
 from saekit.trainers.optimizer import DictionaryAdam
 from saekit.trainers.statistics import Statistics
 from saekit.trainers.variant import Batch
@@ -87,7 +87,7 @@ def test_a_run_of_feature_choice_stopped_after_the_switch_goes_on_as_if_it_had_n
     with pytest.raises(Interrupted):
         train(config(cache, tmp_path / "parts", **settings), quiet=True)
     monkeypatch.undo()
-    saved = load_checkpoint(tmp_path / "parts/checkpoints", torch.device("cpu"))["variant"]
+    saved = load_checkpoints([tmp_path / "parts/checkpoints"], torch.device("cpu"))[1][0]["variant"]
     assert int(saved["budgets"].sum()) == 4 * 128
     parts = train(config(cache, tmp_path / "parts", **settings), resume=True, quiet=True)
     for name, value in whole.sae.state_dict().items():
@@ -98,7 +98,7 @@ def test_a_run_of_feature_choice_stopped_after_the_switch_goes_on_as_if_it_had_n
 @pytest.mark.parametrize("scale", ["none", "token_norm"])
 def test_each_feature_fires_at_its_budgets_rate(cache, tmp_path, scale):
     run = train(config(cache, tmp_path / "run", variant="feature_choice", affinity_scale=scale), quiet=True)
-    state = load_checkpoint(tmp_path / "run/checkpoints", torch.device("cpu"))["variant"]
+    state = load_checkpoints([tmp_path / "run/checkpoints"], torch.device("cpu"))[1][0]["variant"]
     calibration = rows(cache, "calibration")
     wanted = (state["budgets"] / 128 * len(calibration)).round()
     found = run.sae.encode_sparse(calibration).matches_per_feature()

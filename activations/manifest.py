@@ -1,0 +1,120 @@
+"""The manifest of an activation cache: its passport, and name, size and checksum of each shard."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from typing_extensions import NotRequired, TypedDict
+
+from saekit.errors import SaekitError
+from saekit.files import replace_file
+from saekit.reading import parse_json, read_bounded
+from saekit.seal import BLANK, stamp, unbroken
+
+MANIFEST = "manifest.json"
+FORMAT = 2  # 1 had neither seals nor the shards' places in the text
+_LONGEST = 1 << 26  # bytes
+
+Count = Annotated[int, Field(ge=0, lt=2**62)]
+
+
+class Shard(TypedDict):
+    """A file of a cache.
+
+    ``batch`` and ``row`` tell where its first token comes from: the number of the batch of contexts, and the row of the
+    activations that it gave. They are missing where the activations came ready-made.
+    """
+
+    file: Annotated[str, Field(pattern=r"^shard-\d{5,9}\.safetensors$")]
+    rows: Annotated[int, Field(gt=0, lt=2**48)]
+    bytes: Annotated[int, Field(gt=0, lt=2**62)]
+    xxh3_128: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+    batch: NotRequired[Count]
+    row: NotRequired[Count]
+
+
+class Passport(TypedDict, total=False):
+    """Where the data comes from; other facts may stand beside these."""
+
+    __pydantic_config__ = ConfigDict(extra="allow", strict=True)  # type: ignore[misc]
+    model: str
+    revision: str
+    model_dtype: str
+    hook: str
+    dataset: str
+    dataset_fingerprint: str
+    dataset_split: str
+    column: str
+    part: str
+    tokenizer: str
+    context_length: Annotated[int, Field(gt=0, lt=2**31)]
+    prepend_bos: bool
+    mask: str
+    gradients: str
+
+
+class Manifest(BaseModel):
+    """What stands in ``manifest.json``; see ``ActivationCache``."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    seal: str = ""
+    format: Annotated[int, Field(ge=1, le=FORMAT)] = FORMAT
+    passport: Passport
+    d_in: Annotated[int, Field(gt=0, lt=2**31)]
+    dtype: Literal["float32", "bfloat16", "float16"]
+    gradients: bool = False
+    skipped: Count = 0
+    shards: Annotated[list[Shard], Field(min_length=1)]
+
+    def write(self, folder: Path) -> None:
+        """Write it, with its seal.
+
+        Raises:
+            WriteError: the disk does not take it.
+        """
+        text = json.dumps({**self.model_dump(), "seal": BLANK}, indent=2) + "\n"
+        replace_file(folder / MANIFEST, lambda path: path.write_bytes(stamp(text.encode())))
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Read it.
+
+        Raises:
+            SaekitError: it is damaged, or of a format that this saekit does not know.
+        """
+        path = folder / MANIFEST
+        content = read_bounded(path, _LONGEST)
+        whole = unbroken(content)
+        if whole is False:
+            raise SaekitError(f"'{path}' is damaged: its seal is broken; harvest the cache again (--overwrite)")
+        found: Manifest = checked(cls, parse_json(content, path), path)
+        if found.format > 1 and whole is None:
+            raise SaekitError(f"'{path}' is damaged: it has no seal; harvest the cache again (--overwrite)")
+        return found
+
+
+def check_passport(passport: dict[str, Any]) -> None:
+    """Raise SaekitError where a fact of a passport has the wrong kind."""
+    try:
+        TypeAdapter(Passport).validate_python(passport)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        raise SaekitError(f"the passport's {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def checked(kind: Any, value: Any, path: Path | str) -> Any:
+    """A value of a pydantic model made of what JSON held.
+
+    Raises:
+        SaekitError: it does not fit; the message names the first place that does not.
+    """
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(map(str, first["loc"])) or "it"
+        raise SaekitError(f"'{path}' is damaged: {place}: {first['msg']}") from None

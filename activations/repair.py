@@ -1,0 +1,152 @@
+"""Whether a cache is as it was written, and how it becomes so again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from saekit.activations.cache import ActivationCache
+from saekit.activations.finite import BadTokens
+from saekit.activations.manifest import Manifest, Shard
+from saekit.activations.model import DTYPES
+from saekit.activations.shards import checksum, write_shard
+from saekit.activations.source import ActivationSource, contexts_at_once
+from saekit.activations.unfinished import Place, regrouped
+from saekit.errors import SaekitError
+from saekit.files import locked
+from saekit.reading import check_inside
+
+
+class Damage(NamedTuple):
+    """A shard that is not as it was written.
+
+    Attributes:
+        file: its name.
+        what: is wrong with it.
+    """
+
+    file: str
+    what: str
+
+
+def verify(path: str | Path, on_shard: Callable[[int], object] = lambda done: None) -> list[Damage]:
+    """Read every byte of a cache, and tell which shards are not as they were written.
+
+    Args:
+        path: the folder of the cache.
+        on_shard: is told after each shard how many are done.
+
+    Raises:
+        SaekitError: there is no cache, or its manifest is damaged.
+    """
+    cache = ActivationCache.open(path, complete=False)
+    found = []
+    for number, shard in enumerate(cache.shards):
+        if what := _damage(cache, shard):
+            found.append(Damage(shard["file"], what))
+        on_shard(number + 1)
+    return found
+
+
+def _damage(cache: ActivationCache, shard: Shard) -> str | None:
+    file = cache.path / shard["file"]
+    if not file.is_file():
+        return "is missing"
+    check_inside(file, cache.path)
+    size = file.stat().st_size
+    if size != shard["bytes"]:
+        return f"has {size:,} bytes instead of {shard['bytes']:,}"
+    try:
+        same = checksum(file) == shard["xxh3_128"]
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    return None if same else "has another checksum than when it was written"
+
+
+def repair(
+    path: str | Path,
+    *,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    on_shard: Callable[[int], object] = lambda done: None,
+) -> list[Damage]:
+    """Harvest the damaged shards of a cache again, byte for byte as they were; returns what was damaged.
+
+    Args:
+        path: the folder of the cache.
+        device: where the model runs; the one that the cache was harvested on.
+        trust_remote_code: whether code that comes with the model may run.
+        on_shard: is told after each shard that is checked how many are done.
+
+    Raises:
+        SaekitError: the activations were not harvested by saekit, the model or the text has changed since (the field of
+            the passport is named), a shard comes out otherwise, or another process is at work there.
+        WriteError: the disk does not take a shard.
+    """
+    cache = ActivationCache.open(path, complete=False)
+    with locked(cache.path, "repairing"):
+        found = verify(path, on_shard)
+        if found:
+            _harvest_again(cache, {damage.file for damage in found}, device, trust_remote_code)
+    return found
+
+
+def _harvest_again(cache: ActivationCache, files: set[str], device: str | None, trust_remote_code: bool) -> None:
+    source = _source(cache, device, trust_remote_code)
+    manifest = Manifest.read(cache.path)
+    bad = BadTokens(skip=manifest.skipped > 0)
+    for start, shard in _places(cache, source):
+        if shard["file"] not in files:
+            continue
+        batches = source.batches(
+            "train", start.row + shard["rows"], gradients=cache.gradients, bad=bad, first=start.batch
+        )
+        for batch, _ in regrouped(batches, shard["rows"], start):
+            facts: dict[str, Any] = {key: value for key, value in shard.items() if key in ("batch", "row")}
+            write_shard(
+                cache.path / shard["file"],
+                batch,
+                DTYPES[cache.dtype],
+                facts,
+                expected=shard["xxh3_128"],
+                sums=manifest.format > 1,
+            )
+
+
+def _source(cache: ActivationCache, device: str | None, trust_remote_code: bool) -> ActivationSource:
+    """The model and the text of a cache, once it is sure that they are the same."""
+    facts = cache.passport
+    needed = ("model", "hook", "dataset", "column", "dataset_split", "context_length", "model_dtype")
+    if any(key not in facts for key in needed) or facts.get("part") != "train":
+        raise SaekitError(f"the activations in '{cache.path}' were not harvested by `saekit cache`: write them again")
+    source = ActivationSource.open(
+        facts["model"],
+        facts["hook"],
+        facts["dataset"],
+        column=facts["column"],
+        split=facts["dataset_split"],
+        context_length=facts["context_length"],
+        device=device,
+        dtype=facts["model_dtype"],
+        trust_remote_code=trust_remote_code,
+    )
+    for field, value in source.passport("train", gradients=cache.gradients).items():
+        if facts.get(field) != value:
+            raise SaekitError(f"the {field} has changed since the cache '{cache.path}' was harvested; harvest it anew")
+    return source
+
+
+def _places(cache: ActivationCache, source: ActivationSource) -> Iterable[tuple[Place, Shard]]:
+    """Where the first row of each shard comes from; an old cache does not tell, so the tokens are counted."""
+    if all("batch" in shard and "row" in shard for shard in cache.shards):
+        yield from ((Place(shard["batch"], shard["row"]), shard) for shard in cache.shards)
+        return
+    contexts = source.contexts("train", contexts_at_once(cache.gradients))
+    number, before, held = 0, 0, int(next(contexts).kept.sum())  # the batch of contexts, tokens before it and in it
+    first = 0
+    for shard in cache.shards:
+        while first >= before + held:
+            number, before, held = number + 1, before + held, int(next(contexts).kept.sum())
+        yield Place(number, first - before), shard
+        first += shard["rows"]

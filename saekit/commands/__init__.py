@@ -1,0 +1,1 @@
+"""The commands of ``saekit``, each a function that Typer reads the flags from."""

@@ -1,0 +1,137 @@
+"""``saekit cache``: harvest activations into a cache, and look after caches."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import typer
+
+from saekit.errors import SaekitError
+
+cache_app = typer.Typer()
+
+
+@cache_app.callback(invoke_without_command=True)
+def cache(
+    ctx: typer.Context,
+    out: Path | None = typer.Option(None, help="folder of the cache; a harvest needs it"),
+    tokens: int = typer.Option(2_000_000, min=1, help="tokens to store"),
+    model: str = typer.Option("embedded", help="'embedded', a local Hugging Face folder, or a name on the hub"),
+    hook: str | None = typer.Option(None, help="TransformerLens hook point [the residual after half of the blocks]"),
+    dataset: str = typer.Option("python", help="'python', a local text/JSONL/Parquet file, or a name on the hub"),
+    column: str = typer.Option("text", help="column of the dataset that holds the text"),
+    split: str = typer.Option("train", help="split of a dataset of the hub"),
+    streaming: bool = typer.Option(True, help="read a dataset of the hub as it downloads"),
+    context_length: int | None = typer.Option(None, min=3, help="tokens a context"),
+    dtype: str = typer.Option("bfloat16", help="how activations are stored: float32, bfloat16, float16"),
+    model_dtype: str = typer.Option("float32", help="in which the model runs: float32, bfloat16, float16"),
+    gradients: bool = typer.Option(False, help="store the gradients of the next-token loss too, for gradient_topk"),
+    skip_bad_tokens: bool = typer.Option(False, help="leave out tokens that are NaN or infinite, and count them"),
+    device: str = typer.Option("auto", help="auto, cpu, cuda, mps"),
+    trust_remote_code: bool = typer.Option(False, help="let code run that comes with the model"),
+    resume: bool = typer.Option(False, help="go on with the harvest in --out; other flags may be left out"),
+    overwrite: bool = typer.Option(False, help="replace a cache in --out"),
+    quiet: bool = typer.Option(False, help="no progress bar"),
+) -> None:
+    """Harvest activations of the training text into a cache that `saekit train --cache` reads.
+
+    A harvest that was stopped, or killed, goes on with --resume.
+    """
+    if ctx.invoked_subcommand is not None:
+        return
+    if out is None:
+        raise SaekitError("'saekit cache' needs --out, the folder of the cache")
+    if resume and overwrite:
+        raise SaekitError("a harvest is either resumed or overwritten, not both")
+
+    from saekit.activations.resumable import HarvestPlan, harvest_cache, resume_cache
+    from saekit.interrupt import Interrupted
+    from saekit.trainers.trainer import pick_device
+
+    given = {
+        name: value for name, value in ctx.params.items() if _given(ctx, name) and name in HarvestPlan.model_fields
+    }
+    try:
+        with _bar(f"harvesting {out.name}", quiet) as (progress, tell):
+            about = {"device": str(pick_device(device)), "trust_remote_code": trust_remote_code}
+            if resume:
+                made = resume_cache(out, given, progress=progress, tell=tell, **about)  # type: ignore[arg-type]
+            else:
+                plan = HarvestPlan(**given)
+                made = harvest_cache(out, plan, overwrite=overwrite, progress=progress, tell=tell, **about)  # type: ignore[arg-type]
+    except Interrupted as stop:
+        print(f"\nsaekit: stopped; go on with: saekit cache --out {out} --resume", file=sys.stderr)
+        sys.exit(stop.code)
+    if len(made) < (tokens if not resume else 0):
+        print(f"saekit: the text held only {len(made):,} of {tokens:,} tokens", file=sys.stderr)
+    print(f"cache: {out}    {len(made):,} tokens of width {made.d_in}, {made.dtype}, {len(made.shards)} shards")
+
+
+def _given(ctx: typer.Context, name: str) -> bool:
+    """Whether a flag stands on the command line."""
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
+
+
+@cache_app.command()
+def verify(
+    path: Path = typer.Argument(help="folder of the cache"),
+    quiet: bool = typer.Option(False, help="no progress bar"),
+) -> None:
+    """Read every byte of a cache, and name the shards that are not as they were written."""
+    from saekit.activations import ActivationCache
+    from saekit.activations.repair import verify as verified
+
+    count = len(ActivationCache.open(path, complete=False).shards)
+    with _bar(f"verifying {path.name}", quiet) as (progress, _):
+        found = verified(path, lambda done: progress(done, count))
+    for damage in found:
+        print(f"{damage.file} {damage.what}")
+    if found:
+        raise SaekitError(
+            f"{len(found)} of the {count} shards of '{path}' are missing or damaged; "
+            f"`saekit cache repair {path}` harvests them again"
+        )
+    print(f"cache: {path}    {len(ActivationCache.open(path)):,} tokens in {count} shards, each as it was written")
+
+
+@cache_app.command()
+def repair(
+    path: Path = typer.Argument(help="folder of the cache"),
+    device: str = typer.Option("auto", help="auto, cpu, cuda, mps: the one that the cache was harvested on"),
+    trust_remote_code: bool = typer.Option(False, help="let code run that comes with the model"),
+    quiet: bool = typer.Option(False, help="no progress bar"),
+) -> None:
+    """Harvest the missing and damaged shards of a cache again, byte for byte as they were."""
+    from saekit.activations import ActivationCache
+    from saekit.activations.repair import repair as repaired
+    from saekit.trainers.trainer import pick_device
+
+    count = len(ActivationCache.open(path, complete=False).shards)
+    with _bar(f"repairing {path.name}", quiet) as (progress, _):
+        found = repaired(
+            path,
+            device=str(pick_device(device)),
+            trust_remote_code=trust_remote_code,
+            on_shard=lambda done: progress(done, count),
+        )
+    for damage in found:
+        print(f"{damage.file} {damage.what}: harvested again, as it was")
+    if not found:
+        print(f"cache: {path}    nothing to repair: each of the {count} shards is as it was written")
+
+
+@contextmanager
+def _bar(title: str, quiet: bool) -> Iterator[tuple[Callable[[int, int], object], Callable[[str], object]]]:
+    """A progress bar: what tells it of done and total, and what prints a line above it."""
+    from rich.progress import Progress
+
+    with Progress(disable=quiet) as screen:
+        task = screen.add_task(title, total=None)
+        yield (
+            lambda done, total: screen.update(task, completed=done, total=total),
+            lambda line: print(line) if quiet else screen.console.print(line, highlight=False, markup=False),
+        )

@@ -1,0 +1,146 @@
+"""``saekit eval``: judge dictionaries on held-out text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from saekit.errors import SaekitError, did_you_mean
+from saekit.files import replace_file, writable_folder
+
+if TYPE_CHECKING:
+    from saekit.evals import Judge, Report
+
+
+def evaluate(
+    dictionaries: list[Path] = typer.Argument(help="folders of dictionaries or runs"),
+    model: str | None = typer.Option(None, help="the model [what the dictionary names]"),
+    hook: str | None = typer.Option(None, help="the hook point [what the dictionary names]"),
+    dataset: str | None = typer.Option(None, help="text to judge by [the dictionary's own, held-out part]"),
+    column: str | None = typer.Option(None, help="column of the dataset that holds the text"),
+    split: str | None = typer.Option(None, help="split of a dataset of the hub"),
+    context_length: int | None = typer.Option(None, min=3, help="tokens a context"),
+    model_dtype: str | None = typer.Option(None, help="in which the model runs: float32, bfloat16, float16"),
+    cache: Path | None = typer.Option(None, help="judge by the held-out rows of this cache instead"),
+    tokens: int = typer.Option(131_072, min=1, help="held-out tokens"),
+    out: Path | None = typer.Option(None, help="write a JSON file of all reports"),
+    suite: str = typer.Option("standard", help="standard, or dark_matter: what dictionaries of one hook point miss"),
+    earlier: list[Path] | None = typer.Option(
+        None, help="dark_matter: a dictionary of an earlier part, to foretell the errors from; may be given again"
+    ),
+    pursuit: bool = typer.Option(False, help="dark_matter: also with features chosen by gradient pursuit"),
+    ce_tokens: int | None = typer.Option(
+        None, min=0, help="dark_matter: about so many tokens to splice; 0 for none [65536]", show_default=False
+    ),
+    figures: Path | None = typer.Option(None, help="dark_matter: folder that receives figures"),
+    device: str = typer.Option("auto", help="auto, cpu, cuda, mps"),
+    trust_remote_code: bool = typer.Option(False, help="let code run that comes with the model"),
+    quiet: bool = typer.Option(False, help="no progress bar"),
+) -> None:
+    """Judge dictionaries on held-out text by their inference rule; several give one table.
+
+    The suite dark_matter takes their errors apart; its figures join those in a run's eval.json.
+    """
+    if suite not in ("standard", "dark_matter"):
+        raise SaekitError(f"unknown suite '{suite}'{did_you_mean(suite, ('standard', 'dark_matter'))}")
+    asked = {"earlier": earlier, "pursuit": pursuit, "ce-tokens": ce_tokens is not None, "figures": figures}
+    if suite == "standard" and (given := [name for name, value in asked.items() if value]):
+        raise SaekitError(f"--{given[0]} goes with --suite dark_matter")
+    if out is not None and out.exists():
+        raise SaekitError(f"'{out}' exists already; choose another --out")
+    if out is not None and not out.parent.is_dir():
+        raise SaekitError(f"there is no folder '{out.parent}' to write '{out.name}' into")
+    settings: dict[str, Any] = dict(
+        model=model,
+        hook=hook,
+        dataset=dataset,
+        column=column,
+        split=split,
+        context_length=context_length,
+        dtype=model_dtype,
+        cache=cache,
+        tokens=tokens,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    if suite == "dark_matter":
+        few = 65_536 if ce_tokens is None else ce_tokens
+        _take_apart(dictionaries, quiet, out, figures, settings, earlier=earlier or (), pursuit=pursuit, ce_tokens=few)
+        return
+    reports = judge(dictionaries, quiet, **settings)
+    if out is not None and len(reports) == 1:
+        next(iter(reports.values())).save(out)
+    elif out is not None:
+        everything = {name: json.loads(report.to_json()) for name, report in reports.items()}
+        replace_file(out, lambda part: part.write_text(json.dumps(everything, indent=2) + "\n"))
+
+
+def judge(paths: list[Path], quiet: bool, **settings: Any) -> dict[str, Report]:
+    """Evaluate and print one table; returns the reports by the dictionary's path."""
+    with _opened_judge(quiet, settings) as opened:
+        reports = {str(path): opened(path) for path in paths}
+    _print(reports)
+    return reports
+
+
+def _take_apart(
+    paths: list[Path], quiet: bool, out: Path | None, folder: Path | None, settings: dict[str, Any], **asked: Any
+) -> None:
+    """The suite dark_matter: prints one table and writes what was found."""
+    from saekit.evals.dark_matter.figures import draw
+    from saekit.evals.dark_matter.saved import DarkMatterJudge
+    from saekit.evals.report import groups_in, to_json
+
+    runs = [path for path in paths if (path / "config.yaml").is_file()]
+    for path in runs:
+        groups_in(path / "eval.json")  # better refused now than when all is done
+    if folder is not None:
+        writable_folder(folder, overwrite=True)
+    with _opened_judge(quiet, settings) as opened:
+        reports, compared = DarkMatterJudge(opened, **asked)(paths)
+    _print(reports)
+    if out is not None and len(reports) == 1:
+        next(iter(reports.values())).save(out)
+    elif out is not None:
+        everything: dict[str, Any] = {name: report.to_dict() for name, report in reports.items()}
+        text = to_json({**everything, "compared": compared})
+        replace_file(out, lambda part: part.write_text(text + "\n"))
+    for path in runs:
+        reports[str(path)].join(path / "eval.json")
+        print(f"added to {path / 'eval.json'}")
+    if folder is not None:
+        for file in draw({path: report["dark_matter"] for path, report in reports.items()}, compared, folder):
+            print(f"figure: {file}")
+
+
+@contextmanager
+def _opened_judge(quiet: bool, settings: dict[str, Any]) -> Iterator[Judge]:
+    """A judge with progress bars."""
+    from rich.progress import Progress
+
+    from saekit.evals import Judge
+    from saekit.trainers.trainer import pick_device
+
+    with Progress(disable=quiet) as progress:
+
+        def bar(name: str, contexts: int) -> Callable[[int], object]:
+            task = progress.add_task(f"evaluating {name}", total=contexts)
+            return lambda done: progress.advance(task, done)
+
+        device = str(pick_device(settings["device"]))
+        yield Judge(on_contexts=bar, **{**settings, "device": device})
+
+
+def _print(reports: dict[str, Report]) -> None:
+    from rich.console import Console
+
+    from saekit.evals import table
+
+    console = Console()
+    console.width = console.width if len(reports) == 1 else max(console.width, 140)  # rather wrapped than cut off
+    console.print(table(reports))

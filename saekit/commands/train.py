@@ -1,0 +1,85 @@
+"""``saekit train``: train a dictionary and evaluate it."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from saekit.commands.evaluate import judge
+
+
+def _flags_of_config(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command one flag for each field of TrainConfig, so that names, types and help stand in one place."""
+    from saekit.trainers.config import TrainConfig
+
+    kinds: dict[Any, Any] = {int: int, float: float, int | None: int, float | None: float, bool: bool}
+    fixed = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    flags = []
+    for name, field in TrainConfig.model_fields.items():
+        default = "" if field.default is None or field.default_factory else f" [default: {field.default}]"
+        again = "; give it again for a dictionary at each" if name == "hook" else ""
+        option = typer.Option(help=f"{field.description}{default}{again}", show_default=False)
+        kind: Any = Annotated[(list[str] if name == "hook" else kinds.get(field.annotation, str)) | None, option]
+        flags.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind))
+    command.__signature__ = inspect.Signature([*flags, *fixed])  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in [*flags, *fixed]}
+    return command
+
+
+@_flags_of_config
+def train(
+    *,
+    config: Path | None = typer.Option(None, help="YAML file of settings; flags win over it"),
+    resume: bool = typer.Option(False, help="go on with the run in --out"),
+    overwrite: bool = typer.Option(False, help="replace the run in --out"),
+    eval_tokens: int = typer.Option(131_072, min=0, help="held-out tokens to evaluate on at the end; 0 for none"),
+    trust_remote_code: bool = typer.Option(False, help="let code run that comes with the model"),
+    quiet: bool = typer.Option(False, help="no progress bar"),
+    **flags: Any,
+) -> None:
+    """Train a dictionary, evaluate it on held-out text, and save both in the run's folder.
+
+    With no model and no dataset named, the embedded ones are used. Example:
+
+    saekit train --variant mutual_choice --width 4096 --k 32 --tokens 2000000 --out runs/demo
+    """
+    from saekit.evals.report import groups_in
+    from saekit.interrupt import Interrupted
+    from saekit.trainers import TrainConfig, train_hooks
+    from saekit.trainers import train as run_training
+    from saekit.trainers.several import hooks_in
+
+    hooks = flags.pop("hook") or []
+    if resume and config is None and flags["out"] is not None:
+        started = Path(flags["out"]) / "config.yaml"
+        config = started if started.is_file() else None
+    settings = TrainConfig.from_yaml(config, hook=hooks[0] if len(hooks) == 1 else None, **flags)
+    home = settings.out
+    several = len(hooks) > 1 or (resume and not (home / "config.yaml").is_file() and bool(hooks_in(home)))
+    finished = {path.parents[1] for place in ("sae", "*/sae") for path in home.glob(f"{place}/cfg.json") if resume}
+    manner = {"resume": resume, "overwrite": overwrite, "quiet": quiet, "trust_remote_code": trust_remote_code}
+    try:
+        runs = [*train_hooks(settings, hooks, **manner).values()] if several else [run_training(settings, **manner)]
+    except Interrupted as stop:
+        print(f"\nsaekit: stopped; go on with: saekit train --out {home} --resume", file=sys.stderr)
+        sys.exit(stop.code)
+    for run in runs:
+        if run.path in finished:
+            print(f"the run in {run.path} was finished already")
+    if eval_tokens and (unjudged := [run.path for run in runs if "sparsity" not in groups_in(run.path / "eval.json")]):
+        facts = {"device": runs[0].config.device, "trust_remote_code": trust_remote_code}
+        for path, report in judge(unjudged, quiet, tokens=eval_tokens, **facts).items():
+            report.join(Path(path) / "eval.json")
+    for run in runs:
+        print(f"run: {run.path}    dictionary: {run.path / 'sae'}")
+    if runs[0].sae.cfg.affinity_scale != "none":
+        one = runs[0].path if len(runs) == 1 else "RUN"
+        print(
+            f"its thresholds follow each token's norm, which SAELens cannot read; for the nearest plain ones:\n"
+            f"  saekit convert {one} FOLDER --to saelens --lossy"
+        )
