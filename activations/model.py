@@ -60,12 +60,22 @@ def load_model(
             f"unknown model '{name_or_path}': no local folder, nor found on the hub{_similar_models(name_or_path)}"
         ) from error
     except Exception as error:  # damaged weights and shapes no adapter knows raise many kinds
-        raise SaekitError(f"cannot load and hook the model '{name_or_path}': {first_line(error)}") from error
+        raise SaekitError(f"cannot load and hook the model '{name_or_path}': {_told(error)}") from error
     if model.tokenizer is None:
         raise SaekitError(f"the model '{name_or_path}' comes without a tokenizer")
     model.eval()
     model.requires_grad_(False)
     return model
+
+
+def _told(error: Exception) -> str:
+    """What another library says of a model, and what to do where it would have to run code."""
+    text = str(error)
+    if "Weights only load failed" in text:
+        return "its weights are a pickle that would run code; convert them to safetensors where you trust them"
+    if "custom code" in text:
+        return "it comes with code of its own; where you trust it, let it run by --trust-remote-code"
+    return first_line(error)
 
 
 def model_path(name_or_path: str) -> str:

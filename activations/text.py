@@ -19,9 +19,11 @@ from typing import Any, get_args
 from saekit.activations import python_source
 from saekit.activations.python_source import CALIBRATION_SHARE, HELDOUT_SHARE, Split
 from saekit.errors import SaekitError, did_you_mean, first_line
+from saekit.reading import check_inside, read_json
 
 PYTHON = "python"
 SPLITS: tuple[Split, ...] = get_args(Split)
+_BUILDERS = {"arrow", "csv", "json", "parquet", "text", "xml"}  # of datasets; others may unpickle or run scripts
 _LOADERS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
@@ -100,7 +102,20 @@ def _is_saved(folder: Path) -> bool:
     return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 
+def _check_saved(folder: Path) -> None:
+    """Raise SaekitError where a saved dataset reads files that lie outside of its folder."""
+    for state in folder.rglob("state.json"):
+        found = read_json(state)
+        files = found.get("_data_files") if isinstance(found, dict) else None
+        names = [file.get("filename") if isinstance(file, dict) else None for file in files or ()]
+        if files is None or any(not isinstance(name, str) or Path(name).name != name for name in names):
+            raise SaekitError(f"'{state}' is damaged: it does not name files of its own folder")
+        for name in names:
+            check_inside(state.parent / name, folder)
+
+
 def _saved(dataset: str, folder: Path, column: str, split: str) -> TextSource:
+    _check_saved(folder)
     rows = _opened(dataset, lambda d: d.load_from_disk(str(folder)))
     if isinstance(rows, dict):
         if split not in rows:
@@ -112,6 +127,9 @@ def _saved(dataset: str, folder: Path, column: str, split: str) -> TextSource:
 def _hub(dataset: str, column: str, split: str, streaming: bool) -> TextSource:
     def rows_of(datasets: Any) -> tuple[Any, str]:
         builder = datasets.load_dataset_builder(dataset)
+        kind = type(builder).__module__.rpartition(".")[2]
+        if "packaged_modules" not in type(builder).__module__ or kind not in _BUILDERS:
+            raise SaekitError(f"'{dataset}' is of the kind '{kind}'; saekit reads {', '.join(sorted(_BUILDERS))}")
         # the builder's hash names the dataset's commit (or the files of a local folder)
         version = f"{builder.name}@{builder.config.name}@{builder.hash}@{split}"
         return datasets.load_dataset(dataset, split=split, streaming=streaming), version
@@ -125,10 +143,13 @@ def _opened(dataset: str, opener: Callable[[Any], Any]) -> Any:
     """What ``opener`` makes of the datasets library, its many kinds of errors told in one line."""
     import datasets
 
+    datasets.config.HF_DATASETS_TRUST_REMOTE_CODE = False  # versions before 4 would ask
     datasets.utils.logging.set_verbosity(logging.CRITICAL)  # what fails is told in one line of our own
     datasets.utils.logging.disable_progress_bar()
     try:
         return opener(datasets)
+    except SaekitError:
+        raise
     except Exception as error:
         hint = did_you_mean(dataset, [PYTHON])
         raise SaekitError(

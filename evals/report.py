@@ -12,6 +12,7 @@ from rich.table import Table
 
 from saekit.errors import SaekitError
 from saekit.files import replace_file
+from saekit.reading import read_json
 
 # title, group, key, format, meaning
 _FIGURES = (
@@ -127,8 +128,8 @@ def groups_in(path: str | Path) -> dict[str, Any]:
     if not Path(path).exists():
         return {}
     try:
-        found = json.loads(Path(path).read_text())
-    except (ValueError, OSError):
+        found = read_json(Path(path), 1 << 24)
+    except SaekitError:
         found = None
     if not isinstance(found, dict) or "about" not in found:
         raise SaekitError(f"'{path}' is no report of an evaluation; move it away")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -50,7 +51,9 @@ class SAEConfig:
         if self.d_in < 1 or self.d_sae < 1:
             raise SaekitError(f"a dictionary of d_in = {self.d_in} and d_sae = {self.d_sae} has no features")
         if self.architecture not in ("topk", "jumprelu", "standard"):
-            raise SaekitError(f"unknown architecture '{self.architecture}'; choose from topk, jumprelu, standard")
+            raise SaekitError(
+                f"unknown architecture {reprlib.repr(self.architecture)}; choose from topk, jumprelu, standard"
+            )
         if self.architecture == "topk" and not (self.k is not None and 1 <= self.k <= self.d_sae):
             raise SaekitError(f"k = {self.k} is not between 1 and the {self.d_sae} features of the dictionary")
         if self.affinity_scale not in ("none", "token_norm"):

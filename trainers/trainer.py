@@ -15,15 +15,14 @@ from saekit.activations.stream import StreamPlace
 from saekit.errors import SaekitError, first_line
 from saekit.files import check_free, check_space, check_writable, locked, replace_file
 from saekit.kernels.workspace import Workspace
-from saekit.sae import AffinityScale, SAEConfig, SparseAutoencoder
 from saekit.selection import Selection
 from saekit.trainers.auxiliary import POOLS, auxiliary_step
 from saekit.trainers.backward import reconstruction_step
 from saekit.trainers.checkpoint import load_checkpoints, save_checkpoint
 from saekit.trainers.config import TrainConfig
 from saekit.trainers.data import TrainingData, resolved, training_data
+from saekit.trainers.dictionary import affinity_scale, empty_dictionary, initialise, unscale
 from saekit.trainers.divergence import Divergence
-from saekit.trainers.geometric_median import geometric_median
 from saekit.trainers.lock_step import take_steps
 from saekit.trainers.optimizer import DictionaryAdam, learning_rate
 from saekit.trainers.run_folder import (
@@ -39,7 +38,7 @@ from saekit.trainers.run_folder import (
     prepared_folder,
 )
 from saekit.trainers.statistics import Statistics
-from saekit.trainers.variant import Batch, Variant
+from saekit.trainers.variant import Batch
 from saekit.trainers.variants import VARIANTS
 from saekit.zipf import ranks_of
 
@@ -216,7 +215,7 @@ class Trainer:
         """One optimiser step on one batch of scaled activations; gradients of the model's loss may have any scale."""
         sae, config = self.sae, self.config
         centred = x - sae.b_dec.detach()
-        norms = centred.norm(dim=1) if _scale(config, self.variant) == "token_norm" else None
+        norms = centred.norm(dim=1) if affinity_scale(config, self.variant) == "token_norm" else None
         select = Selection(
             centred,
             sae.W_enc.detach(),
@@ -296,7 +295,7 @@ class Trainer:
     def _figures(self) -> dict[str, Tensor]:
         """What is known of each feature [F] at the end, in units of raw activations, and what the variant learned."""
         statistics = self.statistics
-        unit = 1.0 if _scale(self.config, self.variant) == "token_norm" else self.scale
+        unit = 1.0 if affinity_scale(self.config, self.variant) == "token_norm" else self.scale
         return {
             "density": statistics.density,
             "rank": ranks_of(statistics.density) + 1,
@@ -332,11 +331,6 @@ class Trainer:
         self.scale, self.step = float(state["scale"]), int(state["step"])  # type: ignore[arg-type, call-overload]
 
 
-def _scale(config: TrainConfig, variant: Variant) -> AffinityScale:
-    """By what affinities are divided before they are compared."""
-    return config.affinity_scale if variant.compares_tokens else "none"
-
-
 def place_in(*states: dict[str, Any] | None) -> StreamPlace | None:
     """Where the stream stood when checkpoints of the same step were written, their columns of it side by side."""
     places = [StreamPlace(**state["stream"]) for state in states if state is not None]
@@ -351,53 +345,3 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
     return config.model_dump(
         mode="json", exclude={"out", "cache", "device", *MAY_CHANGE, "log_every", "checkpoint_every"}
     )
-
-
-def empty_dictionary(config: TrainConfig, variant: Variant, d_in: int, device: torch.device) -> SparseAutoencoder:
-    """A dictionary of zeros with the shape and the inference rule that the config asks for."""
-    assert config.width is not None
-    cfg = SAEConfig(
-        d_in,
-        config.width,
-        variant.architecture,
-        k=config.k if variant.architecture == "topk" else None,
-        affinity_scale=_scale(config, variant) if variant.architecture == "jumprelu" else "none",
-    )
-    return SparseAutoencoder(cfg, device=device)
-
-
-@torch.no_grad()
-def initialise(sae: SparseAutoencoder, sample: Float[Tensor, "n d"], seed: int) -> float:
-    """Give a dictionary its first weights; returns the scale at which activations have mean norm √d.
-
-    Decoder rows are random unit vectors, the encoder starts as the decoder's transpose, b_dec as the geometric median
-    of the scaled sample.
-
-    Raises:
-        SaekitError: the activations are all zero, or too large for float32.
-    """
-    norm = float(sample.norm(dim=1).cpu().double().mean())
-    if norm == 0:
-        raise SaekitError("the activations are all zero")
-    if not math.isfinite(norm):
-        raise SaekitError("the activations are so large that their norms exceed float32")
-    scale = float(sae.cfg.d_in**0.5 / norm)
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randn(sae.cfg.d_sae, sae.cfg.d_in, generator=generator).to(sample.device)
-    sae.W_dec.copy_(rows / rows.norm(dim=1, keepdim=True))
-    sae.W_enc.copy_(sae.W_dec.T)
-    sae.b_dec.copy_(geometric_median(sample * scale))
-    return scale
-
-
-@torch.no_grad()
-def unscale(sae: SparseAutoencoder, scale: float) -> None:
-    """Fold the activation scale into the dictionary, in place: afterwards it takes and gives raw activations.
-
-    With x' = s·x: relu((s·x − b)W + c)/s = relu((x − b/s)W + c/s), so biases and thresholds are divided by s, while
-    both matrices stay and decoder rows keep unit norm. A threshold in units of the token's norm stays too.
-    """
-    sae.b_enc.div_(scale)
-    sae.b_dec.div_(scale)
-    if sae.threshold is not None and sae.cfg.affinity_scale == "none":
-        sae.threshold.div_(scale)

@@ -7,6 +7,7 @@ an architecture of its own, which SAELens refuses to open instead of giving othe
 from __future__ import annotations
 
 import json
+import reprlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +15,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from saekit.errors import SaekitError
+from saekit.errors import SaekitError, first_line
 from saekit.files import replace_file, writable_folder
+from saekit.reading import check_inside, read_json
+from saekit.seal import BLANK, file_unbroken, stamp_file
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from saekit.sae import SparseAutoencoder
+    from saekit.sae import SAEConfig, SparseAutoencoder
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 _TOKEN_NORM = "saekit_jumprelu_token_norm"
@@ -52,45 +55,38 @@ def write(sae: SparseAutoencoder, folder: Path, *, overwrite: bool = False) -> P
     if sae.cfg.k is not None:
         cfg |= {"k": sae.cfg.k, "rescale_acts_by_decoder_norm": False}
     tensors = {name: value.detach().cpu().contiguous() for name, value in sae.state_dict().items()}
-    replace_file(folder / WEIGHTS, lambda path: save_file(tensors, path))
+
+    def write_weights(path: Path) -> None:
+        save_file(tensors, path, {"saekit": BLANK})  # SAELens reads the tensors alone
+        stamp_file(path)
+
+    replace_file(folder / WEIGHTS, write_weights)
     replace_file(folder / CONFIG, lambda path: path.write_text(json.dumps(cfg, indent=2) + "\n"))
     return folder
 
 
 def read(folder: Path, device: str | torch.device = "cpu") -> SparseAutoencoder:
-    """Read a dictionary.
+    """Read a dictionary. Nothing of its size is made before the files agree on it.
 
     Raises:
-        SaekitError: a file is damaged, a key is missing, or the tensors do not have the shapes that the config names.
+        SaekitError: a file is damaged or leads out of the folder, a key is missing, or the tensors do not have the
+            shapes that the config names.
     """
-    from saekit.sae import SAEConfig, SparseAutoencoder
+    from saekit.sae import SparseAutoencoder
 
+    for name in (CONFIG, WEIGHTS):
+        check_inside(folder / name, folder)
+    cfg = read_json(folder / CONFIG)
     try:
-        cfg = json.loads((folder / CONFIG).read_text())
-        scaled = cfg["architecture"] == _TOKEN_NORM
-        config = SAEConfig(
-            d_in=int(cfg["d_in"]),
-            d_sae=int(cfg["d_sae"]),
-            architecture="jumprelu" if scaled else cfg["architecture"],
-            affinity_scale="token_norm" if scaled else "none",
-            k=int(cfg["k"]) if cfg["architecture"] == "topk" else None,
-            apply_b_dec_to_input=bool(cfg.get("apply_b_dec_to_input", True)),
-            metadata=dict(cfg.get("metadata") or {}),
-        )
-        dtype = _DTYPES[cfg["dtype"]]
+        config, dtype = _config(cfg)
     except KeyError as error:
-        raise SaekitError(f"{folder / CONFIG} lacks or does not know {error}") from None
+        raise SaekitError(f"'{folder / CONFIG}' lacks or does not know {first_line(error)}") from None
     except (ValueError, TypeError, AttributeError) as error:  # SaekitError is a ValueError, told in full below
         if isinstance(error, SaekitError):
             raise
-        raise SaekitError(f"{folder / CONFIG} is damaged: {error}") from None
+        raise SaekitError(f"'{folder / CONFIG}' is damaged: {first_line(error)}") from None
     _refuse_unsupported(cfg, folder)
-    weights = _read_weights(folder / WEIGHTS)
-    sae = SparseAutoencoder(config, dtype, device)
-    expected = {name: tuple(value.shape) for name, value in sae.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in weights.items()}
-    if found != expected:
-        raise SaekitError(f"{folder / WEIGHTS} holds {found}, but its config asks for {expected}")
+    weights = _read_weights(folder / WEIGHTS, _shapes(config))
     if cfg.get("rescale_acts_by_decoder_norm"):  # selection by f·‖W_dec‖: the same dictionary with unit rows
         norms = weights["W_dec"].norm(dim=1)
         weights |= {
@@ -98,20 +94,66 @@ def read(folder: Path, device: str | torch.device = "cpu") -> SparseAutoencoder:
             "W_enc": weights["W_enc"] * norms,
             "b_enc": weights["b_enc"] * norms,
         }
+    sae = SparseAutoencoder(config, dtype, device)
     sae.load_state_dict(weights)
     return sae
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
+def _config(cfg: Any) -> tuple[SAEConfig, torch.dtype]:
+    """What ``cfg.json`` says; raises many kinds of errors where it says nothing sensible."""
+    from saekit.sae import SAEConfig
+
+    if not isinstance(cfg, dict):
+        raise TypeError("it is no mapping")
+    scaled = cfg["architecture"] == _TOKEN_NORM
+    config = SAEConfig(
+        d_in=_whole(cfg, "d_in"),
+        d_sae=_whole(cfg, "d_sae"),
+        architecture="jumprelu" if scaled else cfg["architecture"],
+        affinity_scale="token_norm" if scaled else "none",
+        k=_whole(cfg, "k") if cfg["architecture"] == "topk" else None,
+        apply_b_dec_to_input=bool(cfg.get("apply_b_dec_to_input", True)),
+        metadata=dict(cfg.get("metadata") or {}),
+    )
+    return config, _DTYPES[cfg["dtype"]]
+
+
+def _whole(cfg: dict[str, Any], key: str) -> int:
+    value = cfg[key]
+    if type(value) is not int or not 0 < value < 2**31:
+        raise ValueError(f"{key} = {reprlib.repr(value)}")
+    return value
+
+
+def _shapes(config: SAEConfig) -> dict[str, list[int]]:
+    """The shape of each tensor of a dictionary."""
+    shapes = {
+        "W_enc": [config.d_in, config.d_sae],
+        "b_enc": [config.d_sae],
+        "W_dec": [config.d_sae, config.d_in],
+        "b_dec": [config.d_in],
+    }
+    return shapes | ({"threshold": [config.d_sae]} if config.architecture == "jumprelu" else {})
+
+
+def _read_weights(path: Path, shapes: dict[str, list[int]]) -> dict[str, Tensor]:
+    """The tensors, once their names and shapes are as they should be."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            found = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            if found != shapes:
+                raise SaekitError(f"'{path}' holds {reprlib.repr(found)}, but its config asks for {shapes}")
+            if file_unbroken(path) is False:
+                raise SaekitError(f"'{path}' is damaged: its seal is broken")
+            return {name: file.get_tensor(name) for name in shapes}
     except (SafetensorError, OSError) as error:
-        raise SaekitError(f"{path} is damaged: {error}") from None
+        raise SaekitError(f"'{path}' is damaged: {first_line(error)}") from None
 
 
 def _refuse_unsupported(cfg: dict[str, Any], folder: Path) -> None:
     """Refuse what would silently change the features."""
     for key in ("normalize_activations", "reshape_activations"):
-        if cfg.get(key, "none") not in ("none", None):
-            raise SaekitError(f"{folder / CONFIG} asks for {key} = '{cfg[key]}', which saekit does not read")
+        if cfg.get(key) not in ("none", None):
+            raise SaekitError(
+                f"'{folder / CONFIG}' asks for {key} = {reprlib.repr(cfg[key])}, which saekit does not read"
+            )

@@ -170,13 +170,13 @@ def test_damaged_files_are_named(tmp_path):
     weights = tmp_path / "sae_weights.safetensors"
     content = weights.read_bytes()
     weights.write_bytes(content[:100])
-    with pytest.raises(SaekitError, match=r"sae_weights.safetensors is damaged"):
+    with pytest.raises(SaekitError, match=r"sae_weights.safetensors' is damaged"):
         saekit.load(tmp_path)
     save_file({"W_enc": torch.zeros(8, 32)}, weights)
     with pytest.raises(SaekitError, match="asks for"):
         saekit.load(tmp_path)
     (tmp_path / "cfg.json").write_text("{")
-    with pytest.raises(SaekitError, match=r"cfg.json is damaged"):
+    with pytest.raises(SaekitError, match=r"cfg.json' is damaged"):
         saekit.load(tmp_path)
 
 

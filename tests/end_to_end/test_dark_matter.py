@@ -17,7 +17,6 @@ from rich.console import Console
 import saekit
 from saekit import SaekitError
 from saekit.activations import ActivationCache, ContextBatch, harvest_hooks
-from saekit.cli import main
 from saekit.evals import Judge, encode_by_pursuit, heldout_contexts, table
 from saekit.evals.dark_matter import dark_matter, error_downstream, without_start
 from saekit.evals.dark_matter.error_cost import only_tested
@@ -185,7 +184,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_bad_input(mistake, run, other, tmp_path, monkeypatch, capsys):
+def test_bad_input(mistake, run, other, tmp_path, saekit_main):
     arguments, message = MISTAKES[mistake]
     if "CACHED" in arguments:
         ActivationCache.from_tensor(tmp_path / "c", torch.randn(3000, 8))
@@ -200,11 +199,9 @@ def test_bad_input(mistake, run, other, tmp_path, monkeypatch, capsys):
         (run / "eval.json").write_text("[1, 2]")
     arguments = arguments.replace("RUN", str(run)).replace("OTHER", str(other))
     suite = [] if "--suite" in arguments else ["--suite", "dark_matter"]
-    monkeypatch.setattr(sys, "argv", ["saekit", "eval", *suite, *arguments.split(), "--quiet"])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    assert stop.value.code == 2
-    lines = capsys.readouterr().err.strip().splitlines()
+    done = saekit_main("eval", *suite, *arguments.split(), "--quiet", cwd=tmp_path)
+    assert done.returncode == 2
+    lines = done.stderr.strip().splitlines()
     assert len(lines) == 1, lines
     assert re.search(message, lines[0]), lines[0]
 

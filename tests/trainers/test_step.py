@@ -14,9 +14,10 @@ from saekit.trainers import TrainConfig, train
 from saekit.trainers.auxiliary import POOLS
 from saekit.trainers.calibration import global_threshold
 from saekit.trainers.data import training_data
+from saekit.trainers.dictionary import unscale
 from saekit.trainers.geometric_median import geometric_median
 from saekit.trainers.optimizer import DictionaryAdam, learning_rate
-from saekit.trainers.trainer import SAMPLE, Trainer, unscale
+from saekit.trainers.trainer import SAMPLE, Trainer
 
 
 def config(source, tmp_path, **changes):
