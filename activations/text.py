@@ -107,8 +107,8 @@ def _check_saved(folder: Path) -> None:
     for state in folder.rglob("state.json"):
         found = read_json(state)
         files = found.get("_data_files") if isinstance(found, dict) else None
-        names = [file.get("filename") if isinstance(file, dict) else None for file in files or ()]
-        if files is None or any(not isinstance(name, str) or Path(name).name != name for name in names):
+        names = [str(file.get("filename")) if isinstance(file, dict) else "" for file in files or ()]
+        if files is None or any(Path(name).name != name for name in names):
             raise SaekitError(f"'{state}' is damaged: it does not name files of its own folder")
         for name in names:
             check_inside(state.parent / name, folder)

@@ -10,6 +10,7 @@ from pathlib import Path
 from saekit.errors import SaekitError
 from saekit.files import check_free, locked, remove_unfinished, replace_file, writable_folder
 from saekit.sae import SparseAutoencoder
+from saekit.trainers.checkpoint import checkpoints
 from saekit.trainers.config import TrainConfig
 
 CONFIG, METRICS, CHECKPOINTS, DICTIONARY = "config.yaml", "metrics.jsonl", "checkpoints", "sae"
@@ -39,12 +40,21 @@ def check_manner(resume: bool, overwrite: bool) -> None:
 
 
 def finished_run(config: TrainConfig) -> Run | None:
-    """The run in ``config.out``, if it is finished."""
+    """The run in ``config.out``, if it is finished.
+
+    Raises:
+        SaekitError: its dictionary is damaged.
+    """
     import saekit
 
     if not (config.out / DICTIONARY / "cfg.json").exists():
         return None
-    return Run(saekit.load(config.out), config.out, config)
+    try:
+        return Run(saekit.load(config.out), config.out, config)
+    except SaekitError as error:
+        again = config.steps in checkpoints(config.out / CHECKPOINTS)
+        hint = f"; without the folder '{config.out / DICTIONARY}', --resume makes it again" if again else ""
+        raise SaekitError(f"{error}{hint}") from None
 
 
 def config_to_resume(config: TrainConfig) -> TrainConfig:

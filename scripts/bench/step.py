@@ -67,7 +67,7 @@ class Bench:
             dead_after=10**9,
             device=batches[0].device.type,
         )
-        data = TrainingData({}, lambda: iter(()), 1, gradients, lambda: iter(()))
+        data = TrainingData({}, lambda first: iter(()), 1, gradients, lambda: iter(()))
         enough = itertools.islice(itertools.cycle(self.rows), -(-trainer.SAMPLE // n))
         self.trainer = Trainer(config, data, torch.cat(list(enough))[: trainer.SAMPLE], batches[0].device)
         self.d = shape.d

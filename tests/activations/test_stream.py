@@ -6,6 +6,8 @@ import itertools
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from saekit import SaekitError
 from saekit.activations import ActivationCache, ActivationSource, ShuffledStream
@@ -101,3 +103,51 @@ def test_an_error_in_the_thread_reaches_the_consumer():
 def test_small_pieces_are_joined():
     fills = (torch.full((3, 1), float(i)) for i in range(10))
     assert sorted(take(ShuffledStream(fills, 10, 10, seed=0), 3)) == sorted([i for i in range(10) for _ in range(3)])
+
+
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=30),
+    batch=st.integers(1, 30),
+    buffer=st.integers(1, 100),
+    stop=st.integers(0, 40),
+    limit=st.integers(1, 700),
+)
+def test_from_any_place_the_stream_goes_on_as_if_it_had_not_been_left(lengths, batch, buffer, stop, limit):
+    ends = list(itertools.accumulate(lengths))
+    pieces = [torch.arange(end - n, end).float()[:, None] for n, end in zip(lengths, ends, strict=True)]
+
+    def stream(place=None):
+        rows = iter(pieces[place.pieces if place else 0 :])
+        return ShuffledStream(rows, batch, buffer, seed=0, limit=limit, place=place)
+
+    whole = stream()
+    batches = list(whole)
+    whole.close()
+    first = stream()
+    before = list(itertools.islice(first, stop))
+    first.close()
+    second = stream(first.place)
+    after = list(second)
+    second.close()
+    assert len(before) == min(stop, len(batches))
+    assert len(before) + len(after) == len(batches) == min(sum(lengths), limit) // batch
+    assert all(map(torch.equal, before + after, batches))
+
+
+def test_going_on_reads_nothing_of_what_lies_behind(source, cache, monkeypatch):
+    read = ActivationCache.read
+    starts = []
+    monkeypatch.setattr(
+        ActivationCache, "read", lambda self, start, stop, **k: starts.append(start) or read(self, start, stop, **k)
+    )
+    wanted = list(itertools.islice(cache_rows(cache, 3), 70))
+    starts.clear()
+    found = list(itertools.islice(cache_rows(cache, 3, first=61), 9))
+    assert len(starts) == 9
+    assert all(map(torch.equal, found, wanted[61:]))
+    live = list(itertools.islice(live_rows(source), 4))
+    passes = []
+    watch = source.model.original_model.register_forward_pre_hook(lambda *a, **k: passes.append(1), with_kwargs=True)
+    assert torch.equal(next(live_rows(source, first=3)), live[3])
+    watch.remove()
+    assert len(passes) == 1
