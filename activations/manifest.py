@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from typing_extensions import NotRequired, TypedDict
 
 from saekit.errors import SaekitError
@@ -18,6 +18,7 @@ MANIFEST = "manifest.json"
 FORMAT = 2  # 1 had neither seals nor the shards' places in the text
 _LONGEST = 1 << 26  # bytes
 
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Count = Annotated[int, Field(ge=0, lt=2**62)]
 
 
@@ -31,7 +32,8 @@ class Shard(TypedDict):
     file: Annotated[str, Field(pattern=r"^shard-\d{5,9}\.safetensors$")]
     rows: Annotated[int, Field(gt=0, lt=2**48)]
     bytes: Annotated[int, Field(gt=0, lt=2**62)]
-    xxh3_128: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+    xxh3_128: NotRequired[Digest]
+    blake2b: NotRequired[Digest]  # which the first caches had instead
     batch: NotRequired[Count]
     row: NotRequired[Count]
 
@@ -69,6 +71,12 @@ class Manifest(BaseModel):
     gradients: bool = False
     skipped: Count = 0
     shards: Annotated[list[Shard], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _checked(self) -> Manifest:
+        if any("xxh3_128" not in shard and "blake2b" not in shard for shard in self.shards):
+            raise ValueError("a shard has no checksum")
+        return self
 
     def write(self, folder: Path) -> None:
         """Write it, with its seal.

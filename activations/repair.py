@@ -10,7 +10,7 @@ from saekit.activations.cache import ActivationCache
 from saekit.activations.finite import BadTokens
 from saekit.activations.manifest import Manifest, Shard
 from saekit.activations.model import DTYPES
-from saekit.activations.shards import checksum, write_shard
+from saekit.activations.shards import unchanged, write_shard
 from saekit.activations.source import ActivationSource, contexts_at_once
 from saekit.activations.unfinished import Place, regrouped
 from saekit.errors import SaekitError
@@ -58,7 +58,7 @@ def _damage(cache: ActivationCache, shard: Shard) -> str | None:
     if size != shard["bytes"]:
         return f"has {size:,} bytes instead of {shard['bytes']:,}"
     try:
-        same = checksum(file) == shard["xxh3_128"]
+        same = unchanged(file, shard)
     except OSError as error:
         return f"cannot be read: {error.strerror}"
     return None if same else "has another checksum than when it was written"
@@ -109,7 +109,7 @@ def _harvest_again(cache: ActivationCache, files: set[str], device: str | None, 
                 batch,
                 DTYPES[cache.dtype],
                 facts,
-                expected=shard["xxh3_128"],
+                expected=shard,
                 sums=manifest.format > 1,
             )
 

@@ -18,7 +18,7 @@ from saekit.activations.gradients import check_causal
 from saekit.activations.harvest import ActivationBatch
 from saekit.activations.manifest import MANIFEST, Count, Manifest, Passport, Shard, checked
 from saekit.activations.model import DTYPES
-from saekit.activations.shards import ShardWriter, checksum
+from saekit.activations.shards import ShardWriter, unchanged
 from saekit.activations.source import ActivationSource
 from saekit.activations.unfinished import (
     JOURNAL,
@@ -282,7 +282,7 @@ def _read_journal(folder: Path, path: str | Path, tell: Callable[[str], object])
             break
         line: _Line = checked(_Line, parse_json(text, journal), journal)
         file = folder / f"shard-{number:05d}.safetensors"
-        if not file.is_file() or checksum(file) != line.shard["xxh3_128"]:
+        if not file.is_file() or not unchanged(file, line.shard):
             tell(f"'{file}' is missing or damaged; harvesting again from there")
             break
         lines.append(line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections import deque
@@ -103,7 +104,7 @@ def write_shard(
     dtype: torch.dtype,
     facts: dict[str, Any],
     *,
-    expected: str | None = None,
+    expected: Shard | None = None,
     sums: bool = True,
 ) -> Shard:
     """Write a shard, and tell what the manifest tells of it.
@@ -115,7 +116,7 @@ def write_shard(
         batch: its rows.
         dtype: in which activations are stored.
         facts: to tell besides.
-        expected: checksum that the file must have to be put in place.
+        expected: what the manifest tells already; only a file with its checksum is put in place.
         sums: whether the header has them; those of format 1 do not.
 
     Raises:
@@ -142,7 +143,7 @@ def write_shard(
         nonlocal found
         save_file(tensors, part, metadata)
         found = checksum(part)
-        if expected not in (None, found):
+        if expected is not None and not unchanged(part, expected):
             raise SaekitError(
                 f"'{path.name}' came out otherwise than when it was first harvested, as on another machine or with "
                 f"another version of torch; harvest the cache again (--overwrite)"
@@ -160,9 +161,18 @@ def _bytes(tensor: Tensor) -> memoryview:
     return tensor.view(torch.uint8).numpy().data.cast("B")
 
 
-def checksum(path: Path) -> str:
-    """XXH3 of a file, 128 bits: it finds damage as surely as a cryptographic digest, at the speed of memory."""
-    digest = xxhash.xxh3_128()
+def unchanged(path: Path, shard: Shard) -> bool:
+    """Whether a file has the checksum that the manifest tells."""
+    kind = "xxh3_128" if "xxh3_128" in shard else "blake2b"
+    return checksum(path, kind) == shard.get(kind)
+
+
+def checksum(path: Path, kind: str = "xxh3_128") -> str:
+    """XXH3 of a file, 128 bits: it finds damage as surely as a cryptographic digest, at the speed of memory.
+
+    ``blake2b`` (128 bits too) is what the first caches have.
+    """
+    digest = xxhash.xxh3_128() if kind == "xxh3_128" else hashlib.blake2b(digest_size=16)
     buffer = memoryview(bytearray(_BLOCK))
     with path.open("rb", buffering=0) as file:
         while read := file.readinto(buffer):
@@ -182,11 +192,9 @@ def read_shard(folder: Path, shard: Shard, d_in: int, low: int, high: int, gradi
     path = folder / shard["file"]
     try:
         found = path.stat()
-        start, header = _header(path, found.st_size, found.st_mtime_ns)
-        sums = json.loads(header.get("__metadata__", {}).get(_SUMS, "null"))
-        if sums is not None and not (isinstance(sums["rows"], int) and sums["rows"] > 0):
-            raise ValueError("its checksums are of no rows")
-        if sums is None and _checksum_of(path, found.st_size, found.st_mtime_ns) != shard["xxh3_128"]:
+        start, header, sums = _header(path, found.st_size, found.st_mtime_ns)
+        kind = "xxh3_128" if "xxh3_128" in shard else "blake2b"
+        if sums is None and _checksum_of(path, kind, found.st_size, found.st_mtime_ns) != shard.get(kind):
             raise ValueError("its checksum is another")
         names = ["activations", "tokens", "documents", "positions", *["gradients"] * gradients]
         with path.open("rb", buffering=0) as file:
@@ -209,16 +217,23 @@ def damaged(file: str, folder: Path) -> str:
 
 
 @lru_cache(1024)
-def _header(path: Path, size: int, changed: int) -> tuple[int, dict[str, Any]]:
-    """Where the data of a safetensors file begins, and what it holds; read again where the file has changed."""
+def _header(path: Path, size: int, changed: int) -> tuple[int, dict[str, Any], dict[str, Any] | None]:
+    """Where the data of a safetensors file begins, what it holds, and the checksums of its rows, where it has them.
+
+    It is read again where the file has changed.
+    """
     with path.open("rb", buffering=0) as file:
         length = int.from_bytes(file.read(8), "little")
-        return 8 + length, json.loads(file.read(min(length, _LONGEST_HEADER)))
+        header = json.loads(file.read(min(length, _LONGEST_HEADER)))
+    sums = json.loads(header.get("__metadata__", {}).get(_SUMS, "null"))
+    if sums is not None and not (isinstance(sums["rows"], int) and sums["rows"] > 0):
+        raise ValueError("its checksums are of no rows")
+    return 8 + length, header, sums
 
 
 @lru_cache(4096)
-def _checksum_of(path: Path, size: int, changed: int) -> str:
-    return checksum(path)
+def _checksum_of(path: Path, kind: str, size: int, changed: int) -> str:
+    return checksum(path, kind)
 
 
 def _read_rows(
@@ -235,13 +250,14 @@ def _read_rows(
     first, last = low // step * step, min(-(-high // step) * step, rows)  # whole blocks
     tensor = torch.empty((last - first, *rest), dtype=dtype)
     file.seek(start + begin + first * size)
-    view = _bytes(tensor)
-    while view:
-        read = file.readinto(view)
+    view, done = _bytes(tensor), 0
+    while done < len(view):
+        read = file.readinto(view[done:])
         if not read:
             raise ValueError("it ends early")
-        view = view[read:]
-    for number, block in enumerate(torch.split(tensor, step) if sums else (), first // step):
-        if sums and _sum(block) != sums[1][number]:
-            raise ValueError(f"rows from {number * step} have changed")
-    return tensor[low - first : high - first]
+        done += read
+    if sums:
+        for number, place in enumerate(range(0, len(view), step * size), first // step):
+            if xxhash.xxh3_64_hexdigest(view[place : place + step * size]) != sums[1][number]:
+                raise ValueError(f"rows from {number * step} have changed")
+    return tensor if (low, high) == (first, last) else tensor[low - first : high - first]
