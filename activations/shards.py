@@ -203,7 +203,9 @@ def read_shard(folder: Path, shard: Shard, d_in: int, low: int, high: int, gradi
                 shape = [shard["rows"], d_in] if name in ("activations", "gradients") else [shard["rows"]]
                 if header[name]["shape"] != shape:
                     raise ValueError(f"{name} of shape {header[name]['shape']}, not {shape}")
-                read.append(_read_rows(file, header[name], start, low, high, sums and (sums["rows"], sums[name])))
+                read.append(
+                    _read_rows(file, header[name], start, low, high, (sums["rows"], sums[name]) if sums else None)
+                )
             return ActivationBatch(*read)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         if isinstance(error, SaekitError):
