@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from saekit.errors import SaekitError
-from saekit.files import check_free, locked, remove_unfinished, replace_file, writable_folder
+from saekit.files import (
+    PART,
+    check_free,
+    check_writable,
+    locked,
+    remove_unfinished,
+    replace_file,
+    writable_folder,
+)
 from saekit.sae import SparseAutoencoder
 from saekit.trainers.checkpoint import checkpoints
 from saekit.trainers.config import TrainConfig
@@ -57,15 +65,23 @@ def finished_run(config: TrainConfig) -> Run | None:
         raise SaekitError(f"{error}{hint}") from None
 
 
-def config_to_resume(config: TrainConfig) -> TrainConfig:
-    """The config that a run was started with; whatever was set anew must equal it.
+@contextmanager
+def resumed_folder(config: TrainConfig) -> Iterator[TrainConfig]:
+    """The config that a run was started with, whose folder no other process uses while this is entered.
+
+    Whatever was set anew must equal it. Temporary files that a killed process left are deleted.
 
     Raises:
-        SaekitError: it does not, or there is no run in ``config.out``.
+        SaekitError: it does not, there is no run in ``config.out``, or another process trains there.
     """
-    written = config.out / CONFIG
-    if not written.is_file():
+    if not (config.out / CONFIG).is_file():
         raise SaekitError(f"there is no run to resume in '{config.out}': {CONFIG} is missing")
+    with locked(config.out, "training"):
+        yield _config_to_resume(config)
+
+
+def _config_to_resume(config: TrainConfig) -> TrainConfig:
+    written = config.out / CONFIG
     before = TrainConfig.from_yaml(written)
     asked = {key: getattr(config, key) for key in TrainConfig.model_fields if key in config.model_fields_set - {"out"}}
     changed = [key for key, value in asked.items() if value is not None and value != getattr(before, key)]
@@ -76,6 +92,14 @@ def config_to_resume(config: TrainConfig) -> TrainConfig:
     if changed:
         replace_file(written, lambda path: path.write_text(new.to_yaml()))
     return new.model_copy(update={"out": config.out})
+
+
+def check_new(config: TrainConfig, *, overwrite: bool) -> None:
+    """Raise SaekitError where a run cannot begin in ``config.out``."""
+    if config.out.is_dir() and [path.name for path in config.out.iterdir()] == [CONFIG + PART]:
+        remove_unfinished(config.out, [CONFIG])  # a start that was killed at once
+    check_free(config.out, overwrite=overwrite, hint="choose another --out, or pass --resume or --overwrite")
+    check_writable(config.out)
 
 
 @contextmanager
@@ -93,10 +117,8 @@ def prepared_folder(config: TrainConfig, *, overwrite: bool) -> Iterator[None]:
 
 
 def _prepare(config: TrainConfig) -> None:
-    old = [
-        *(config.out / name for name in (METRICS, STATISTICS, EVALUATION)),
-        *(config.out / CHECKPOINTS).glob("step-*"),
-    ]
+    old = [*(config.out / name for name in (CONFIG, METRICS, STATISTICS, EVALUATION))]  # from here on, it is no run
+    old += (config.out / CHECKPOINTS).glob("step-*")
     for path in [*old, *(config.out / DICTIONARY).glob("*")]:
         if path.is_file():
             path.unlink()

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from saekit.errors import SaekitError
-from saekit.files import check_free, locked, replace_file, writable_folder
+from saekit.files import replace_file, writable_folder
 from saekit.kernels.workspace import Workspace
 from saekit.reading import read_yaml
 from saekit.trainers.checkpoint import load_checkpoints
@@ -21,9 +21,10 @@ from saekit.trainers.run_folder import (
     CONFIG,
     Run,
     check_manner,
-    config_to_resume,
+    check_new,
     finished_run,
     prepared_folder,
+    resumed_folder,
 )
 from saekit.trainers.trainer import SAMPLE, Trainer, pick_device, place_in
 from saekit.trainers.variants import VARIANTS
@@ -78,17 +79,18 @@ def train_hooks(
     if twice:
         raise SaekitError(f"the hook '{twice[0]}' is named twice")
     configs = [config.model_copy(update={"hook": hook, "out": config.out / hook}) for hook in hooks]
-    if resume:
-        configs = [config_to_resume(each) for each in configs]
-        _check_alike(configs, config.out)
-    elif (config.out / CONFIG).exists():
-        raise SaekitError(f"'{config.out}' is the folder of one run; choose another --out for several hooks")
-    else:
-        check_free(config.out, overwrite=overwrite, hint="choose another --out, or pass --resume or --overwrite")
-    _check_shareable(configs[0])
-    runs = [finished_run(each) if resume else None for each in configs]
-    unfinished = [each for each, run in zip(configs, runs, strict=True) if run is None]
-    trained = iter(_train(unfinished, config.out, resume, overwrite, quiet, trust_remote_code))
+    with ExitStack() as stack:
+        if resume:
+            configs = [stack.enter_context(resumed_folder(each)) for each in configs]
+            _check_alike(configs, config.out)
+        elif (config.out / CONFIG).exists():
+            raise SaekitError(f"'{config.out}' is the folder of one run; choose another --out for several hooks")
+        else:
+            check_new(config, overwrite=overwrite)
+        _check_shareable(configs[0])
+        runs = [finished_run(each) if resume else None for each in configs]
+        unfinished = [each for each, run in zip(configs, runs, strict=True) if run is None]
+        trained = iter(_train(unfinished, config.out, resume, overwrite, quiet, trust_remote_code))
     return {hook: run or next(trained) for hook, run in zip(hooks, runs, strict=True)}
 
 
@@ -106,8 +108,6 @@ def _train(
         return []
     device = pick_device(configs[0].device)
     with ExitStack() as stack:
-        for config in configs if resume else ():
-            stack.enter_context(locked(config.out, "training"))
         found = load_checkpoints([config.out / CHECKPOINTS for config in configs], device) if resume else None
         states = found[1] if found else [None] * len(configs)
         data = data_of_hooks(configs[0], [each.hook or "" for each in configs], device, trust_remote_code)

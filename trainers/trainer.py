@@ -13,7 +13,7 @@ from torch import Tensor
 
 from saekit.activations.stream import StreamPlace
 from saekit.errors import SaekitError, first_line
-from saekit.files import check_free, check_space, check_writable, locked, replace_file
+from saekit.files import check_space, replace_file
 from saekit.kernels.workspace import Workspace
 from saekit.selection import Selection
 from saekit.trainers.auxiliary import POOLS, auxiliary_step
@@ -33,9 +33,10 @@ from saekit.trainers.run_folder import (
     STATISTICS,
     Run,
     check_manner,
-    config_to_resume,
+    check_new,
     finished_run,
     prepared_folder,
+    resumed_folder,
 )
 from saekit.trainers.statistics import Statistics
 from saekit.trainers.variant import Batch
@@ -73,17 +74,14 @@ def train(
         Interrupted: by SIGINT or SIGTERM, after the step was finished and the state saved.
     """
     check_manner(resume, overwrite)
-    if resume:
-        config = config_to_resume(config)
-        if (finished := finished_run(config)) is not None:
-            return finished
-    else:
-        check_free(config.out, overwrite=overwrite, hint="choose another --out, or pass --resume or --overwrite")
-        check_writable(config.out)
-    device = pick_device(config.device)
     with ExitStack() as stack:
         if resume:
-            stack.enter_context(locked(config.out, "training"))
+            config = stack.enter_context(resumed_folder(config))
+            if (finished := finished_run(config)) is not None:
+                return finished
+        else:
+            check_new(config, overwrite=overwrite)
+        device = pick_device(config.device)
         found = load_checkpoints([config.out / CHECKPOINTS], device) if resume else None
         state = found[1][0] if found else None
         data = training_data(config, device, trust_remote_code)
