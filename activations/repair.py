@@ -14,7 +14,7 @@ from saekit.activations.shards import unchanged, write_shard
 from saekit.activations.source import ActivationSource, contexts_at_once
 from saekit.activations.unfinished import Place, regrouped
 from saekit.errors import SaekitError
-from saekit.files import locked
+from saekit.files import check_writable, locked
 from saekit.reading import check_inside
 
 
@@ -88,6 +88,7 @@ def repair(
     with locked(cache.path, "repairing"):
         found = verify(path, on_shard)
         if found:
+            check_writable(cache.path)
             _harvest_again(cache, {damage.file for damage in found}, device, trust_remote_code)
     return found
 

@@ -32,7 +32,7 @@ from saekit.activations.unfinished import (
     unfinished,
 )
 from saekit.errors import SaekitError
-from saekit.files import check_space, replace_file, writing
+from saekit.files import check_space, remove_unfinished, replace_file, writing
 from saekit.interrupt import Interrupted, InterruptGuard
 from saekit.reading import parse_json, read_bounded
 from saekit.seal import BLANK, stamp, unbroken
@@ -184,6 +184,7 @@ def resume_cache(
             return ActivationCache.open(target)
         raise SaekitError(f"there is no harvest to resume at '{path}'; begin one without --resume")
     with held(target):
+        remove_unfinished(folder, ["shard-*", JOURNAL, MANIFEST])
         if (folder / MANIFEST).is_file():  # it was stopped while it was moved to its place
             move(target, folder, Manifest.read(folder))
             return ActivationCache.open(target)

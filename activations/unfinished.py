@@ -12,10 +12,10 @@ from saekit.activations.harvest import ActivationBatch
 from saekit.activations.manifest import MANIFEST, Manifest
 from saekit.activations.model import DTYPES
 from saekit.errors import SaekitError, did_you_mean
-from saekit.files import PART, check_free, check_writable, flush_folder, locked, writable_folder, writing
+from saekit.files import PART, check_free, check_movable, check_writable, flush_folder, locked, writable_folder, writing
 
 JOURNAL = "harvest.jsonl"  # what of a harvest is on the disk already
-_OURS = ("shard-", MANIFEST, JOURNAL)  # beginnings of names
+_OURS = ("shard-", MANIFEST, JOURNAL, ".tmp")  # beginnings of names
 
 
 def unfinished(folder: Path) -> Path:
@@ -53,6 +53,8 @@ def check_begin(path: str | Path, dtype: str, *, overwrite: bool, alone: bool = 
             f"an unfinished harvest lies in '{folder}'; --resume goes on with it, --overwrite begins anew"
         )
     check_writable(target.parent)
+    if target.is_dir():
+        check_movable(target.parent, target)
     return target
 
 

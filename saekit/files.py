@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from saekit.errors import SaekitError, first_line
 
 PART = ".part"  # ends the names of files and folders that are not finished
+HALF = ".tmp??????"  # what safetensors writes to, before it renames it to the name that it was given
+_OS_ERRORS = ("os error", "IoError(Os")  # in what safetensors says of one; the second until 0.5
 
 
 class WriteError(SaekitError):
@@ -28,17 +31,35 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         WriteError: it cannot be written; the temporary file is gone again.
     """
-    temporary = path.with_name(path.name + PART)
-    with writing(path):
-        try:
-            write(temporary)
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        flush_folder(path.parent)
+    replace_files({path: write})
+
+
+def replace_files(files: Mapping[Path, Callable[[Path], object]]) -> None:
+    """Write files that belong together as ``replace_file`` does; none is put in place before all are on the disk.
+
+    Raises:
+        WriteError: one cannot be written; the temporary files are gone again.
+    """
+    temporary = {path: path.with_name(path.name + PART) for path in files}
+    try:
+        for path, write in files.items():
+            with writing(path):
+                temporary[path].touch()
+                mode = temporary[path].stat().st_mode  # what the user's mask makes of it; safetensors lets nobody read
+                write(temporary[path])
+                temporary[path].chmod(stat.S_IMODE(mode))
+                with temporary[path].open("rb+") as file:
+                    os.fsync(file.fileno())
+        for path in files:
+            with writing(path):
+                temporary[path].replace(path)
+    except BaseException:
+        for part in temporary.values():
+            part.unlink(missing_ok=True)
+        raise
+    for folder in {path.parent for path in files}:
+        with writing(folder):
+            flush_folder(folder)
 
 
 @contextmanager
@@ -53,7 +74,7 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         raise WriteError(f"cannot write '{path}': {error.strerror or first_line(error)}") from error
     except Exception as error:
-        if type(error).__name__ != "SafetensorError" or "os error" not in str(error):
+        if type(error).__name__ != "SafetensorError" or not any(words in str(error) for words in _OS_ERRORS):
             raise
         raise WriteError(f"cannot write '{path}': {first_line(error)}") from error
 
@@ -111,6 +132,24 @@ def check_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise WriteError(f"cannot write into the folder '{existing}': {error.strerror}") from None
+
+
+def check_movable(folder: Path, target: Path) -> None:
+    """Make sure that files can be moved from one folder to another; both exist.
+
+    Raises:
+        WriteError: they cannot, as on another disk.
+    """
+    try:
+        with tempfile.TemporaryDirectory(dir=folder) as name:
+            moved = target / Path(name).name
+            Path(name, "file").touch()
+            Path(name, "file").replace(moved)
+            moved.unlink()
+    except OSError as error:
+        raise WriteError(
+            f"'{target}' cannot take what is written beside it first: {error.strerror}; choose a folder below it"
+        ) from None
 
 
 def free_space(folder: Path) -> int:
@@ -178,6 +217,6 @@ def locked(folder: Path, doing: str) -> Iterator[None]:
 
 def remove_unfinished(folder: Path, names: list[str]) -> None:
     """Delete temporary files that a killed process left: those of files of these names (patterns) in a folder."""
-    for name in names:
-        for path in folder.glob(name + PART):
+    for pattern in {name + PART for name in names} | {str(Path(name).with_name(HALF)) for name in names}:
+        for path in folder.glob(pattern):
             path.unlink(missing_ok=True)

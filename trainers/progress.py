@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from saekit.files import replace_file, writing
+from saekit.files import WriteError, replace_file, writing
 from saekit.trainers.config import TrainConfig
 
 
@@ -46,7 +48,8 @@ class TrainingProgress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.file.close()
+        with contextlib.suppress(WriteError) if error is not None else nullcontext(), writing(Path(self.file.name)):
+            self.file.close()  # writes what could not be written before, if only it can now
 
     def advance(self) -> None:
         """One step is done."""

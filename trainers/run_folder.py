@@ -77,6 +77,7 @@ def resumed_folder(config: TrainConfig) -> Iterator[TrainConfig]:
     if not (config.out / CONFIG).is_file():
         raise SaekitError(f"there is no run to resume in '{config.out}': {CONFIG} is missing")
     with locked(config.out, "training"):
+        check_writable(config.out)
         yield _config_to_resume(config)
 
 
@@ -119,6 +120,7 @@ def prepared_folder(config: TrainConfig, *, overwrite: bool) -> Iterator[None]:
 def _prepare(config: TrainConfig) -> None:
     old = [*(config.out / name for name in (CONFIG, METRICS, STATISTICS, EVALUATION))]  # from here on, it is no run
     old += (config.out / CHECKPOINTS).glob("step-*")
+    remove_unfinished(config.out, [STATISTICS, f"{CHECKPOINTS}/*", f"{DICTIONARY}/*"])
     for path in [*old, *(config.out / DICTIONARY).glob("*")]:
         if path.is_file():
             path.unlink()

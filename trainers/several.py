@@ -26,7 +26,7 @@ from saekit.trainers.run_folder import (
     prepared_folder,
     resumed_folder,
 )
-from saekit.trainers.trainer import SAMPLE, Trainer, pick_device, place_in
+from saekit.trainers.trainer import SAMPLE, Trainer, check_room, pick_device, place_in
 from saekit.trainers.variants import VARIANTS
 
 _BEGUN = "begun.yaml"
@@ -117,6 +117,7 @@ def _train(
             Trainer(config, each, sample, device, workspace, state)
             for config, each, state in zip(configs, data, states, strict=True)
         ]  # all that can be refused has been by now
+        check_room(trainers, home)
         if not resume:
             _write_begun(home, configs)
             try:
@@ -126,8 +127,6 @@ def _train(
                 (home / _BEGUN).unlink()
                 raise
             (home / _BEGUN).unlink()
-        for trainer in trainers:
-            trainer.check_space()
         take_steps(trainers, stream, quiet)
         return [trainer.finish() for trainer in trainers]
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from saekit.kernels.workspace import Workspace
 from saekit.selection import Selection
 from saekit.trainers.auxiliary import POOLS, auxiliary_step
 from saekit.trainers.backward import reconstruction_step
-from saekit.trainers.checkpoint import load_checkpoints, save_checkpoint
+from saekit.trainers.checkpoint import checkpoints, load_checkpoints, save_checkpoint
 from saekit.trainers.config import TrainConfig
 from saekit.trainers.data import TrainingData, resolved, training_data
 from saekit.trainers.dictionary import affinity_scale, empty_dictionary, initialise, unscale
@@ -88,11 +90,16 @@ def train(
         stream = stack.enter_context(closing(data.stream(config, place_in(state))))
         sample = stream.peek(SAMPLE) if state is None else None
         trainer = Trainer(config, data, sample, device, state=state)  # all that can be refused has been by now
+        check_room([trainer], config.out)
         if not resume:
             stack.enter_context(prepared_folder(trainer.config, overwrite=overwrite))
-        trainer.check_space()
         take_steps([trainer], stream, quiet)
         return trainer.finish()
+
+
+def check_room(trainers: Sequence[Trainer], folder: Path) -> None:
+    """Raise WriteError where the checkpoints of the runs would not find space beside each other."""
+    check_space(folder, sum(trainer.room for trainer in trainers), "the run with its checkpoints")
 
 
 def pick_device(name: str) -> torch.device:
@@ -172,10 +179,12 @@ class Trainer:
                 + ", ".join(f"{name} = {state['config'][name]}" for name in changed)
             )
 
-    def check_space(self) -> None:
-        """Raise WriteError where the checkpoints of the run would not find space beside each other."""
+    @property
+    def room(self) -> int:
+        """Bytes that the checkpoints and the dictionary will take beside those that are there."""
         parameters = sum(p.numel() for p in self.sae.parameters()) * 4
-        check_space(self.config.out, 3 * 3 * parameters + parameters, "the run with its checkpoints")
+        there = sum(path.stat().st_size for path in checkpoints(self.config.out / CHECKPOINTS).values())
+        return max(0, 3 * 3 * parameters + parameters - there)  # three at a time, each with Adam's moments
 
     def advance(self, rows: Float[Tensor, "n w"]) -> dict[str, float]:
         """One step on one batch of the stream; returns what ``train_step`` does.

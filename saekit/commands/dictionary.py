@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from saekit.errors import SaekitError
-from saekit.files import check_free
+from saekit.files import check_free, check_writable
 
 if TYPE_CHECKING:
     from saekit.sae import SparseAutoencoder
@@ -33,6 +33,7 @@ def convert(
     import saekit
 
     check_free(target, overwrite=overwrite, hint="choose another folder, or pass --overwrite")
+    check_writable(target)
     if to != "saelens":
         raise SaekitError(f"unknown format '{to}'; choose from saelens")
     sae = saekit.load(source)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from saekit.errors import SaekitError, did_you_mean
-from saekit.files import replace_file, writable_folder
+from saekit.files import check_writable, replace_file, writable_folder
 
 if TYPE_CHECKING:
     from saekit.evals import Judge, Report
@@ -55,6 +55,8 @@ def evaluate(
         raise SaekitError(f"'{out}' exists already; choose another --out")
     if out is not None and not out.parent.is_dir():
         raise SaekitError(f"there is no folder '{out.parent}' to write '{out.name}' into")
+    if out is not None:
+        check_writable(out.parent)
     settings: dict[str, Any] = dict(
         model=model,
         hook=hook,
@@ -99,6 +101,7 @@ def _take_apart(
     runs = [path for path in paths if (path / "config.yaml").is_file()]
     for path in runs:
         groups_in(path / "eval.json")  # better refused now than when all is done
+        check_writable(path)
     if folder is not None:
         writable_folder(folder, overwrite=True)
     with _opened_judge(quiet, settings) as opened:

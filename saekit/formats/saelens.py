@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from saekit.errors import SaekitError, first_line
-from saekit.files import replace_file, writable_folder
+from saekit.files import replace_files, writable_folder
 from saekit.reading import check_inside, read_json
 from saekit.seal import BLANK, file_unbroken, stamp_file
 
@@ -60,8 +60,8 @@ def write(sae: SparseAutoencoder, folder: Path, *, overwrite: bool = False) -> P
         save_file(tensors, path, {"saekit": BLANK})  # SAELens reads the tensors alone
         stamp_file(path)
 
-    replace_file(folder / WEIGHTS, write_weights)
-    replace_file(folder / CONFIG, lambda path: path.write_text(json.dumps(cfg, indent=2) + "\n"))
+    text = json.dumps(cfg, indent=2) + "\n"
+    replace_files({folder / WEIGHTS: write_weights, folder / CONFIG: lambda path: path.write_text(text)})
     return folder
 
 
