@@ -21,6 +21,7 @@ from saekit.activations.python_source import Split
 from saekit.activations.shards import ShardWriter, damaged, read_shard
 from saekit.activations.unfinished import JOURNAL, begun, finish, regrouped, unfinished
 from saekit.errors import SaekitError
+from saekit.files import expanded
 from saekit.reading import check_inside
 
 SHARD_ROWS = 1 << 16
@@ -72,7 +73,7 @@ class ActivationCache:
             SaekitError: there is no cache, it is unfinished, its manifest is damaged, or a shard is missing or of
                 another size.
         """
-        folder = Path(path).expanduser().resolve()
+        folder = expanded(path).resolve()
         if not (folder / MANIFEST).is_file():
             begun = any((unfinished(folder) / name).is_file() for name in (MANIFEST, JOURNAL))
             hint = f", only an unfinished harvest; `saekit cache --out {path} --resume` goes on with it"

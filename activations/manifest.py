@@ -76,6 +76,9 @@ class Manifest(BaseModel):
     def _checked(self) -> Manifest:
         if any("xxh3_128" not in shard and "blake2b" not in shard for shard in self.shards):
             raise ValueError("a shard has no checksum")
+        row = self.d_in * (4 if self.dtype == "float32" else 2) * (1 + self.gradients) + 16
+        if any(shard["bytes"] < shard["rows"] * row for shard in self.shards):
+            raise ValueError("a shard has more rows than its bytes can hold")
         return self
 
     def write(self, folder: Path) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 import saekit
 from saekit.activations.attention import quick_attention, try_quick_attention
 from saekit.errors import SaekitError, did_you_mean, first_line
+from saekit.files import expanded
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -86,7 +87,7 @@ def model_path(name_or_path: str) -> str:
     """
     if name_or_path == EMBEDDED:
         return str(Path(saekit.__file__).parent / "embedded")
-    folder = Path(name_or_path).expanduser()
+    folder = expanded(name_or_path)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise SaekitError(f"the folder '{name_or_path}' holds no Hugging Face model: config.json is missing")

@@ -32,7 +32,7 @@ from saekit.activations.unfinished import (
     unfinished,
 )
 from saekit.errors import SaekitError
-from saekit.files import check_space, remove_unfinished, replace_file, writing
+from saekit.files import check_space, expanded, remove_unfinished, replace_file, writing
 from saekit.interrupt import Interrupted, InterruptGuard
 from saekit.reading import parse_json, read_bounded
 from saekit.seal import BLANK, stamp, unbroken
@@ -146,7 +146,7 @@ def harvest_cache(
     passport = source.passport("train", gradients=plan.gradients)
     d_in = next(source.batches("train", gradients=plan.gradients, bad=BadTokens(skip=True))).x.shape[1]
     beginning = _Beginning(plan=plan.model_dump(), passport=passport, d_in=d_in)  # type: ignore[arg-type]
-    _check_space(Path(path).expanduser().resolve(), beginning, plan, 0, tell)
+    _check_space(expanded(path).resolve(), beginning, plan, 0, tell)
     with begun(path, plan.dtype, overwrite=overwrite) as (target, folder):
         _append(folder, beginning.model_dump())
         return _harvest(target, folder, beginning, plan, source, [], progress)
@@ -176,7 +176,7 @@ def resume_cache(
             since, or what ``harvest_cache`` raises for.
         Interrupted: as ``harvest_cache``.
     """
-    target = Path(path).expanduser().resolve()
+    target = expanded(path).resolve()
     folder = unfinished(target)
     if not any((folder / name).is_file() for name in (JOURNAL, MANIFEST)):
         if (target / MANIFEST).is_file():

@@ -10,7 +10,6 @@ from __future__ import annotations
 import glob
 import hashlib
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,8 @@ from typing import Any, get_args
 from saekit.activations import python_source
 from saekit.activations.python_source import CALIBRATION_SHARE, HELDOUT_SHARE, Split
 from saekit.errors import SaekitError, did_you_mean, first_line
-from saekit.reading import check_inside, read_json
+from saekit.files import expanded
+from saekit.reading import check_inside, is_plain, read_json
 
 PYTHON = "python"
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -67,7 +67,7 @@ def open_text(
     """
     if dataset == PYTHON:
         return _python()
-    place = Path(os.path.expanduser(dataset))
+    place = expanded(dataset)
     if place.is_dir():
         return _saved(dataset, place, column, split) if _is_saved(place) else _hub(dataset, column, split, streaming)
     matches = [str(place)] if place.is_file() else sorted(glob.glob(str(place), recursive=True))
@@ -102,26 +102,40 @@ def _is_saved(folder: Path) -> bool:
     return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 
-def _check_saved(folder: Path) -> None:
-    """Raise SaekitError where a saved dataset reads files that lie outside of its folder."""
-    for state in folder.rglob("state.json"):
-        found = read_json(state)
-        files = found.get("_data_files") if isinstance(found, dict) else None
-        names = [str(file.get("filename")) if isinstance(file, dict) else "" for file in files or ()]
-        if files is None or any(Path(name).name != name for name in names):
-            raise SaekitError(f"'{state}' is damaged: it does not name files of its own folder")
-        for name in names:
-            check_inside(state.parent / name, folder)
+def _check_saved(folder: Path) -> list[Path]:
+    """The tables of a saved dataset, or of one of its splits.
+
+    Raises:
+        SaekitError: it names files that are not its own.
+    """
+    state = folder / "state.json"
+    check_inside(state, folder)
+    found = read_json(state)
+    files = found.get("_data_files") if isinstance(found, dict) else None
+    names = [file.get("filename") if isinstance(file, dict) else None for file in files or ()]
+    tables = [folder / name for name in names if isinstance(name, str) and is_plain(name) and Path(name).name == name]
+    if files is None or len(tables) < len(names):
+        raise SaekitError(f"'{state}' is damaged: it does not name files of its own folder")
+    for table in tables:
+        check_inside(table, folder)
+        if not table.is_file():
+            raise SaekitError(f"'{table}' is missing or no file")
+    return tables
 
 
 def _saved(dataset: str, folder: Path, column: str, split: str) -> TextSource:
-    _check_saved(folder)
+    if (folder / "dataset_dict.json").is_file():
+        found = read_json(folder / "dataset_dict.json")
+        splits = found.get("splits") if isinstance(found, dict) else None
+        if not isinstance(splits, list) or any(not isinstance(s, str) or Path(s).name != s for s in splits):
+            raise SaekitError(f"'{folder / 'dataset_dict.json'}' is damaged: it does not name folders of its own")
+        if split not in splits:
+            raise SaekitError(f"the dataset '{dataset}' has no split '{split}'{did_you_mean(split, splits)}")
+        check_inside(folder / split, folder)
+        folder = folder / split
+    tables = _check_saved(folder)
     rows = _opened(dataset, lambda d: d.load_from_disk(str(folder)))
-    if isinstance(rows, dict):
-        if split not in rows:
-            raise SaekitError(f"the dataset '{dataset}' has no split '{split}'{did_you_mean(split, rows)}")
-        rows, folder = rows[split], folder / split
-    return _divided(dataset, _digest(sorted(folder.rglob("*.arrow"))), _column(dataset, rows, column))
+    return _divided(dataset, _digest(sorted(tables)), _column(dataset, rows, column))
 
 
 def _hub(dataset: str, column: str, split: str, streaming: bool) -> TextSource:

@@ -12,7 +12,17 @@ from saekit.activations.harvest import ActivationBatch
 from saekit.activations.manifest import MANIFEST, Manifest
 from saekit.activations.model import DTYPES
 from saekit.errors import SaekitError, did_you_mean
-from saekit.files import PART, check_free, check_movable, check_writable, flush_folder, locked, writable_folder, writing
+from saekit.files import (
+    PART,
+    check_free,
+    check_movable,
+    check_writable,
+    expanded,
+    flush_folder,
+    locked,
+    writable_folder,
+    writing,
+)
 
 JOURNAL = "harvest.jsonl"  # what of a harvest is on the disk already
 _OURS = ("shard-", MANIFEST, JOURNAL, ".tmp")  # beginnings of names
@@ -39,7 +49,7 @@ def check_begin(path: str | Path, dtype: str, *, overwrite: bool, alone: bool = 
     """
     if dtype not in DTYPES:
         raise SaekitError(f"unknown dtype '{dtype}'{did_you_mean(dtype, DTYPES)}")
-    target = Path(path).expanduser().resolve()
+    target = expanded(path).resolve()
     folder = unfinished(target)
     if foreign := [p.name for p in folder.glob("*") if not p.name.startswith(_OURS)]:
         raise SaekitError(f"'{folder}' is needed while the cache is written, but holds '{foreign[0]}'; move it away")

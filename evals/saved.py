@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from jaxtyping import Float
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
+from typing_extensions import TypedDict
 
 import saekit
 from saekit.activations import ActivationBatch, ActivationCache, ActivationSource, ContextBatch
@@ -18,6 +20,7 @@ from saekit.activations.python_source import Split
 from saekit.errors import SaekitError
 from saekit.evals.report import Report
 from saekit.evals.suite import evaluate, evaluate_activations, passes
+from saekit.reading import is_plain
 from saekit.sae import SparseAutoencoder
 
 if TYPE_CHECKING:
@@ -68,6 +71,7 @@ class Judge:
             SaekitError: the dictionary, its model or its text is not found, or they do not fit each other.
         """
         sae = saekit.load(path, device=self.device)
+        told_by(sae)  # refused where it tells nonsense
         cache = self.cache_of(sae)
         report = self._by_cache(sae, cache) if cache else self._by_text(sae, str(path))
         about = {"dictionary": str(path), "architecture": sae.cfg.architecture, "d_in": sae.cfg.d_in}
@@ -90,7 +94,7 @@ class Judge:
 
     def cache_of(self, sae: SparseAutoencoder) -> Path | None:
         """The cache to judge by: the one that is asked for, or the only thing that the dictionary names."""
-        own = _own(sae).get("cache") if not (self.model or sae.cfg.metadata.get("model_name")) else None
+        own = _own(sae).get("cache") if not (self.model or told_by(sae).get("model_name")) else None
         return self.cache or (Path(own) if own else None)
 
     def checked(self, sae: SparseAutoencoder, path: Path) -> ActivationCache:
@@ -99,7 +103,7 @@ class Judge:
         Raises:
             SaekitError: it is of another model or hook, or its end may have been trained on.
         """
-        cache, facts, own = ActivationCache.open(path), sae.cfg.metadata, _own(sae)
+        cache, facts, own = ActivationCache.open(path), told_by(sae), _own(sae)
         for fact, name in (("model", "model_name"), ("hook", "hook_name")):
             if None not in (cache.passport.get(fact), facts.get(name)) and cache.passport[fact] != facts[name]:
                 raise SaekitError(
@@ -124,7 +128,7 @@ class Judge:
         Raises:
             SaekitError: the dictionary says too little, or one of them does not exist.
         """
-        facts, passport = sae.cfg.metadata, _own(sae).get("passport") or {}
+        facts, passport = told_by(sae), _own(sae).get("passport") or {}
         model, hook = self.model or facts.get("model_name"), self.hook or facts.get("hook_name")
         if not model:
             raise SaekitError(f"'{path}' does not say which model it belongs to; give --model and --hook, or --cache")
@@ -157,9 +161,56 @@ class Judge:
         return Report(report.groups, {**source.passport("heldout"), **report.about})
 
 
+def _plain(text: str) -> str:
+    if not is_plain(text):
+        raise ValueError("it has characters that no name has")
+    return text
+
+
+_Text = Annotated[str, AfterValidator(_plain)] | None
+
+
+class _Passport(TypedDict, total=False):
+    __pydantic_config__ = ConfigDict(extra="allow", strict=True)  # type: ignore[misc]
+    column: _Text
+    dataset_split: _Text
+    model_dtype: _Text
+    cache_fingerprint: _Text
+
+
+class _Own(TypedDict, total=False):
+    __pydantic_config__ = ConfigDict(extra="allow", strict=True)  # type: ignore[misc]
+    cache: _Text
+    passport: _Passport | None
+    beta: float | int | None
+
+
+class _Metadata(TypedDict, total=False):
+    __pydantic_config__ = ConfigDict(extra="allow", strict=True)  # type: ignore[misc]
+    model_name: _Text
+    hook_name: _Text
+    dataset_path: _Text
+    context_size: Annotated[int, Field(gt=0, lt=2**31)] | None
+    saekit: _Own | None
+
+
+def told_by(sae: SparseAutoencoder) -> dict[str, Any]:
+    """A dictionary's metadata, which others may have written.
+
+    Raises:
+        SaekitError: what it tells of its origin is of the wrong kind.
+    """
+    try:
+        TypeAdapter(_Metadata).validate_python(sae.cfg.metadata)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        raise SaekitError(f"the dictionary's metadata: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    return sae.cfg.metadata
+
+
 def _own(sae: SparseAutoencoder) -> dict[str, Any]:
     """What saekit wrote about the training."""
-    return dict(sae.cfg.metadata.get("saekit") or {})
+    return dict(told_by(sae).get("saekit") or {})
 
 
 def heldout_contexts(

@@ -57,7 +57,8 @@ def main() -> None:
         if debug:
             raise
         message, code = _explained(error)
-        print(("saekit: " + " ".join(message.split()))[:_LONGEST], file=sys.stderr)
+        line = ("saekit: " + " ".join(message.split()))[:_LONGEST]
+        print(line.encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
         try:
             print(end="", flush=True)
         except OSError:

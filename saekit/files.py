@@ -44,7 +44,8 @@ def replace_files(files: Mapping[Path, Callable[[Path], object]]) -> None:
     try:
         for path, write in files.items():
             with writing(path):
-                temporary[path].touch()
+                temporary[path].unlink(missing_ok=True)  # it may be a link to something else
+                temporary[path].touch(exist_ok=False)
                 mode = temporary[path].stat().st_mode  # what the user's mask makes of it; safetensors lets nobody read
                 write(temporary[path])
                 temporary[path].chmod(stat.S_IMODE(mode))
@@ -87,6 +88,18 @@ def flush_folder(folder: Path) -> None:
             os.fsync(number)
         finally:
             os.close(number)
+
+
+def expanded(path: str | Path) -> Path:
+    """The path with ``~`` and ``~name`` replaced by the home that they mean.
+
+    Raises:
+        SaekitError: there is no such home.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise SaekitError(f"'{path}': {first_line(error)}") from None
 
 
 def check_free(folder: Path, *, overwrite: bool, hint: str = "") -> None:

@@ -12,12 +12,19 @@ SMALL = 1 << 20  # bytes; configs and manifests that are longer are refused unle
 _DIGITS = 40  # of a whole number
 
 
-def read_bounded(path: Path, limit: int = SMALL) -> bytes:
+def read_bounded(path: Path, limit: int = SMALL, *, pipe: bool = False) -> bytes:
     """What a file holds.
 
+    Args:
+        path: the file.
+        limit: bytes.
+        pipe: whether it may be a pipe, at which one waits for its other end.
+
     Raises:
-        SaekitError: it cannot be read, or is longer than ``limit`` bytes.
+        SaekitError: it cannot be read, is no file, or is longer than ``limit`` bytes.
     """
+    if path.exists() and not path.is_dir() and not path.is_file() and not pipe:
+        raise SaekitError(f"cannot read '{path}': it is no ordinary file")
     try:
         with path.open("rb") as file:
             content = file.read(limit + 1)
@@ -73,7 +80,13 @@ def read_yaml(path: str | Path, limit: int = 1 << 16) -> dict[str, Any]:
                 raise ValueError("aliases (*) are not read")
             return super().compose_node(parent, index)
 
-    content = read_bounded(Path(path), limit)
+        def construct_yaml_int(self, node: Any) -> int:
+            if len(node.value) > _DIGITS:
+                raise ValueError(f"a number of {len(node.value)} digits")
+            return int(super().construct_yaml_int(node))
+
+    Plain.add_constructor("tag:yaml.org,2002:int", Plain.construct_yaml_int)
+    content = read_bounded(Path(path), limit, pipe=True)
     try:
         loaded = yaml.load(content, Plain)
     except Exception as error:  # the loader raises many kinds for values that do not fit their tags
@@ -92,10 +105,15 @@ def check_inside(path: Path, folder: Path) -> None:
     Raises:
         SaekitError: it does.
     """
-    root = folder.resolve()
-    for place in (root, *root.parents):
-        if place.parent.name == "snapshots":
-            root = place.parent.parent
-            break
-    if not path.resolve().is_relative_to(root):
+    try:
+        root, found = folder.resolve(), path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # a link to itself, or no name of a file
+        raise SaekitError(f"cannot read '{path}': {first_line(error)}") from None
+    blobs = [place.parent.parent / "blobs" for place in (root, *root.parents) if place.parent.name == "snapshots"]
+    if not any(found.is_relative_to(place) for place in (root, *blobs[:1])):
         raise SaekitError(f"'{path}' is a link that leads out of its folder; saekit does not follow it")
+
+
+def is_plain(text: str) -> bool:
+    """Whether a text can be a name or a path: it has no zero character and no half of a pair of surrogates."""
+    return "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)

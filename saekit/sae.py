@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from saekit.allocation import threshold_choice, token_choice
 from saekit.code import SparseCode
 from saekit.errors import SaekitError
+from saekit.files import expanded
 from saekit.kernels.decode import decode
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ class SparseAutoencoder(nn.Module):
         """
         from saekit.formats import saelens
 
-        return saelens.write(self, Path(folder).expanduser(), overwrite=overwrite)
+        return saelens.write(self, expanded(folder), overwrite=overwrite)
 
     def with_metadata(self, **facts: Any) -> SparseAutoencoder:
         """This dictionary with further facts in its metadata; changes it in place and returns it."""

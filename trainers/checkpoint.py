@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from saekit.errors import SaekitError
+from saekit.errors import SaekitError, first_line
 from saekit.files import remove_unfinished, replace_file
 from saekit.seal import BLANK, file_unbroken, stamp_file
 
@@ -30,7 +30,8 @@ _KEPT = 2
 
 def checkpoints(folder: Path) -> dict[int, Path]:
     """The finished checkpoints of a run's ``checkpoints/`` folder by their step, oldest first."""
-    found = {int(match.group(1)): path for path in folder.glob("*") if (match := _NAME.fullmatch(path.name))}
+    files = [path for path in folder.glob("*") if path.is_file()]
+    found = {int(match.group(1)): path for path in files if (match := _NAME.fullmatch(path.name))}
     return dict(sorted(found.items()))
 
 
@@ -94,11 +95,16 @@ def _load(path: Path, device: torch.device, damaged: list[str]) -> dict[str, Any
         with safe_open(path, framework="pt", device=str(device)) as file:
             facts = json.loads(file.metadata()[_FACTS])
             if facts["format"] == _FORMAT:
-                state: dict[str, Any] = _with_tensors(facts["state"], file)
+                state = _with_tensors(facts["state"], file)
+                if not isinstance(state, dict):
+                    raise ValueError("it holds no state")
                 return state
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except Exception as error:  # whoever can seal a file can write anything into it
         damaged.append(f"'{path}'")
-        print(f"saekit: the checkpoint '{path}' is damaged ({error}); looking for one before it", file=sys.stderr)
+        print(
+            f"saekit: the checkpoint '{path}' is damaged ({first_line(error)}); looking for one before it",
+            file=sys.stderr,
+        )
         return None
     raise SaekitError(f"another version of saekit wrote the checkpoint '{path}'; this one cannot go on from it")
 

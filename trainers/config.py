@@ -10,8 +10,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from saekit.errors import SaekitError, did_you_mean
+from saekit.files import expanded
 from saekit.kernels.scores import has_fast_bfloat16
-from saekit.reading import read_yaml
+from saekit.reading import is_plain, read_yaml
 from saekit.trainers.auxiliary import POOLS
 from saekit.trainers.variants import VARIANTS
 
@@ -100,6 +101,13 @@ class TrainConfig(BaseModel):
         except ValidationError as error:
             raise SaekitError(_one_line(error)) from None
 
+    @field_validator("*")
+    @classmethod
+    def _plain(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, (str, Path)) and not is_plain(str(value)):
+            raise ValueError(f"{info.field_name} = {reprlib.repr(str(value))} has characters that no name has")
+        return value
+
     @field_validator("variant", "aux", "device")
     @classmethod
     def _known(cls, value: str, info: ValidationInfo) -> str:
@@ -116,9 +124,7 @@ class TrainConfig(BaseModel):
     @field_validator("out", "cache")
     @classmethod
     def _home(cls, value: Path | None) -> Path | None:
-        if value is not None and "\0" in str(value):
-            raise ValueError(f"{str(value)!r} is no path")
-        return None if value is None else value.expanduser()
+        return None if value is None else expanded(value)
 
     @model_validator(mode="after")
     def _fits(self) -> TrainConfig:

@@ -74,7 +74,7 @@ class TrainingProgress:
 def _lines_until(path: Path, step: int) -> list[str]:
     """The lines of an earlier start that lead up to ``step``; a line cut off by a crash is dropped."""
     kept = []
-    for line in path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines(keepends=True) if path.is_file() else []:
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)

@@ -142,9 +142,13 @@ def _write_begun(home: Path, configs: list[TrainConfig]) -> None:
 def _read_begun(home: Path) -> tuple[TrainConfig, list[str]]:
     """What ``_write_begun`` wrote."""
     found = read_yaml(home / _BEGUN)
-    if set(found) != {"hooks", "settings"} or not isinstance(found["settings"], dict):
+    hooks, settings = found.get("hooks"), found.get("settings")
+    names = isinstance(hooks, list) and all(isinstance(hook, str) for hook in hooks)
+    if not (
+        names and isinstance(settings, dict) and settings.keys() <= TrainConfig.model_fields.keys() - {"hook", "out"}
+    ):
         raise SaekitError(f"'{home / _BEGUN}' is damaged; --overwrite begins anew")
-    return TrainConfig(**found["settings"], out=home), [str(hook) for hook in found["hooks"]]
+    return TrainConfig(**settings, out=home), list(hooks or ())
 
 
 def _check_shareable(config: TrainConfig) -> None:

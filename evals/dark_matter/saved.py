@@ -16,7 +16,7 @@ from saekit.errors import SaekitError
 from saekit.evals.dark_matter.error_cost import error_downstream, only_tested, without_start
 from saekit.evals.dark_matter.study import SPLIT, ErrorStudy
 from saekit.evals.report import Report
-from saekit.evals.saved import Judge, heldout_contexts
+from saekit.evals.saved import Judge, heldout_contexts, told_by
 from saekit.sae import SparseAutoencoder
 
 SKIPPED = 0.2  # of a context at its start, as in the paper
@@ -66,7 +66,7 @@ class DarkMatterJudge:
         return self._by_text(saes, sources[first])
 
     def _source(self, sae: SparseAutoencoder, path: str) -> ActivationSource:
-        own = sae.cfg.metadata.get("hook_name")
+        own = told_by(sae).get("hook_name")
         if own and self.judge.hook and own != self.judge.hook:
             raise SaekitError(f"the dictionary '{path}' is of hook '{own}', not of '{self.judge.hook}'")
         return self.judge.source_of(sae, path)
@@ -80,7 +80,7 @@ class DarkMatterJudge:
         found: dict[str, tuple[str, SparseAutoencoder]] = {}
         for path in map(str, self.earlier):
             sae = saekit.load(path, device=self.judge.device)
-            hook, model = sae.cfg.metadata.get("hook_name"), sae.cfg.metadata.get("model_name")
+            hook, model = told_by(sae).get("hook_name"), told_by(sae).get("model_name")
             if not hook:
                 raise SaekitError(f"'{path}' does not say which hook point it belongs to")
             if hook == source.hook:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from saekit.errors import SaekitError
+from saekit.files import expanded
 from saekit.formats import saelens
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> SparseAutoenco
     Raises:
         SaekitError: nothing is there, the format is not known, or the files do not agree with each other.
     """
-    folder = Path(path).expanduser()
+    folder = expanded(path)
     if not folder.exists():
         raise SaekitError(f"there is no dictionary at '{path}'" + _neighbours(folder))
     for place in (folder, folder / "sae"):

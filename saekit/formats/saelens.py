@@ -143,7 +143,8 @@ def _read_weights(path: Path, shapes: dict[str, list[int]]) -> dict[str, Tensor]
             found = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
             if found != shapes:
                 raise SaekitError(f"'{path}' holds {reprlib.repr(found)}, but its config asks for {shapes}")
-            if file_unbroken(path) is False:
+            whole = file_unbroken(path)
+            if whole is False or (whole is None and "saekit" in (file.metadata() or {})):
                 raise SaekitError(f"'{path}' is damaged: its seal is broken")
             return {name: file.get_tensor(name) for name in shapes}
     except (SafetensorError, OSError) as error:
