@@ -186,7 +186,7 @@ class ActivationCache:
         for shard in self.shards:
             low, high = max(start - first, 0), min(stop - first, shard["rows"])
             if low < high:
-                parts.append(read_shard(self.path, shard, self.d_in, low, high, gradients))
+                parts.append(read_shard(self.path, shard, self.d_in, DTYPES[self.dtype], low, high, gradients))
             first += shard["rows"]
         if not parts:
             raise SaekitError(f"the cache '{self.path}' has no rows {start} to {stop}: it holds {len(self)}")

@@ -127,14 +127,14 @@ def write_shard(
         raise SaekitError("activations exceed float16's range (65,504); store them as bfloat16 or float32")
     tensors = {
         "activations": stored,
-        "tokens": batch.tokens.to(torch.int32),
-        "documents": batch.documents.to(torch.int64),
-        "positions": batch.positions.to(torch.int32),
+        "tokens": batch.tokens,
+        "documents": batch.documents,
+        "positions": batch.positions,
     }
-    if batch.gradients is not None:  # float16 would lose small ones
-        kept_as = torch.bfloat16 if dtype == torch.float16 else dtype
-        tensors["gradients"] = batch.gradients.detach().to("cpu", kept_as)
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    if batch.gradients is not None:
+        tensors["gradients"] = batch.gradients
+    kinds = _dtypes(dtype)
+    tensors = {name: tensor.detach().to("cpu", kinds[name]).contiguous() for name, tensor in tensors.items()}
     blocks = {name: [_sum(block) for block in torch.split(tensor, _ROWS)] for name, tensor in tensors.items()}
     metadata = {_SUMS: json.dumps({"rows": _ROWS, **blocks})} if sums else None
     found = ""
@@ -151,6 +151,13 @@ def write_shard(
 
     replace_file(path, write)
     return {"file": path.name, "rows": len(batch.x), "bytes": path.stat().st_size, "xxh3_128": found, **facts}  # type: ignore[typeddict-item]
+
+
+def _dtypes(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """In which the columns are stored, where activations are in ``dtype``."""
+    kept_as = torch.bfloat16 if dtype == torch.float16 else dtype  # float16 would lose small gradients
+    whole = {"tokens": torch.int32, "documents": torch.int64, "positions": torch.int32}
+    return {"activations": dtype, "gradients": kept_as, **whole}
 
 
 def _sum(block: Tensor) -> str:
@@ -180,7 +187,9 @@ def checksum(path: Path, kind: str = "xxh3_128") -> str:
     return digest.hexdigest()
 
 
-def read_shard(folder: Path, shard: Shard, d_in: int, low: int, high: int, gradients: bool) -> ActivationBatch:
+def read_shard(
+    folder: Path, shard: Shard, d_in: int, dtype: torch.dtype, low: int, high: int, gradients: bool
+) -> ActivationBatch:
     """Some rows of a shard, read straight into fresh tensors; mapping the file would cost twice the time.
 
     What is read is compared with its checksums; a shard of an old cache, which has none of single rows, is compared as
@@ -193,16 +202,17 @@ def read_shard(folder: Path, shard: Shard, d_in: int, low: int, high: int, gradi
     try:
         found = path.stat()
         start, header, sums = _header(path, found.st_size, found.st_mtime_ns)
-        kind = "xxh3_128" if "xxh3_128" in shard else "blake2b"
-        if sums is None and _checksum_of(path, kind, found.st_size, found.st_mtime_ns) != shard.get(kind):
+        digest = "xxh3_128" if "xxh3_128" in shard else "blake2b"
+        if sums is None and _checksum_of(path, digest, found.st_size, found.st_mtime_ns) != shard.get(digest):
             raise ValueError("its checksum is another")
         names = ["activations", "tokens", "documents", "positions", *["gradients"] * gradients]
         with path.open("rb", buffering=0) as file:
             read = []
             for name in names:
                 shape = [shard["rows"], d_in] if name in ("activations", "gradients") else [shard["rows"]]
-                if header[name]["shape"] != shape:
-                    raise ValueError(f"{name} of shape {header[name]['shape']}, not {shape}")
+                kind = _dtypes(dtype)[name]
+                if header[name]["shape"] != shape or _DTYPES[header[name]["dtype"]] != kind:
+                    raise ValueError(f"{name} of shape {header[name]['shape']}, not {shape}, or not in {kind}")
                 read.append(
                     _read_rows(file, header[name], start, low, high, (sums["rows"], sums[name]) if sums else None)
                 )

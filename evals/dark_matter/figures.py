@@ -11,6 +11,7 @@ import numpy as np
 from saekit.evals.dark_matter.norm_test import PARTS
 from saekit.evals.dark_matter.scaling import WidthLaw
 from saekit.evals.report import lookup
+from saekit.files import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -84,7 +85,7 @@ def _axes(columns: int, rows: int = 1, wide: float = 6.0) -> tuple[Any, list[Axe
 
 
 def _saved(figure: Any, path: Path) -> Path:
-    figure.savefig(path, dpi=120)
+    replace_file(path, lambda part: figure.savefig(part, dpi=120, format="png"))
     return path
 
 
