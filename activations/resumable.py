@@ -37,6 +37,7 @@ from saekit.interrupt import Interrupted, InterruptGuard
 from saekit.reading import parse_json, read_bounded
 from saekit.seal import BLANK, stamp, unbroken
 
+_NOTHING = "there is no harvest to resume at '{}'; begin one without --resume"
 _LONGEST = 1 << 28  # bytes of a journal
 
 
@@ -182,7 +183,7 @@ def resume_cache(
         if (target / MANIFEST).is_file():
             tell(f"the cache '{path}' was finished already")
             return ActivationCache.open(target)
-        raise SaekitError(f"there is no harvest to resume at '{path}'; begin one without --resume")
+        raise SaekitError(_NOTHING.format(path))
     with held(target):
         remove_unfinished(folder, ["shard-*", JOURNAL, MANIFEST])
         if (folder / MANIFEST).is_file():  # it was stopped while it was moved to its place
@@ -275,6 +276,8 @@ def _read_journal(folder: Path, path: str | Path, tell: Callable[[str], object])
     journal = folder / JOURNAL
     first, *rest = read_bounded(journal, _LONGEST).split(b"\n")
     if not unbroken(first):
+        if not any(rest) and not any(folder.glob("shard-*")):  # it was killed at once
+            raise SaekitError(_NOTHING.format(path))
         raise SaekitError(f"'{journal}' is damaged, so the harvest cannot go on; --overwrite begins anew")
     beginning: _Beginning = checked(_Beginning, parse_json(first, journal), journal)
     lines: list[_Line] = []

@@ -81,6 +81,9 @@ def load_checkpoints(folders: Sequence[Path], device: torch.device) -> tuple[int
     for step in sorted(set[int].intersection(*map(set, found)), reverse=True):
         states = [_load(each[step], device, damaged) for each in found]
         if all(states):
+            for files in found:  # a process may have been killed before it could
+                for before in [each for each in list(files)[:-_KEPT] if each < step]:
+                    files[before].unlink()
             return step, [state for state in states if state]
     if damaged:
         raise SaekitError(f"every checkpoint is damaged ({', '.join(damaged)}); --overwrite begins the run anew")

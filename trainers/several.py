@@ -17,6 +17,7 @@ from saekit.trainers.config import TrainConfig
 from saekit.trainers.data import data_of_hooks
 from saekit.trainers.lock_step import take_steps
 from saekit.trainers.run_folder import (
+    BEGUN,
     CHECKPOINTS,
     CONFIG,
     Run,
@@ -29,7 +30,6 @@ from saekit.trainers.run_folder import (
 from saekit.trainers.trainer import SAMPLE, Trainer, check_room, pick_device, place_in
 from saekit.trainers.variants import VARIANTS
 
-_BEGUN = "begun.yaml"
 _OWN = {"hook", "out", "width", "k_aux"}  # settings that may differ: where the run is, and what follows from its d_in
 
 
@@ -65,7 +65,7 @@ def train_hooks(
         Interrupted: by SIGINT or SIGTERM, after the step was finished and every state saved.
     """
     check_manner(resume, overwrite)
-    if resume and (config.out / _BEGUN).is_file():  # it was killed before all folders were made: no step is lost
+    if resume and (config.out / BEGUN).is_file():  # it was killed before all folders were made: no step is lost
         begun, all_hooks = _read_begun(config.out)
         asked = config.model_dump(mode="json", include=config.model_fields_set - {"out", "hook"})
         changed = [key for key, value in asked.items() if value is not None and value != getattr(begun, key)]
@@ -96,7 +96,7 @@ def train_hooks(
 
 def hooks_in(folder: Path) -> list[str]:
     """The hook points whose runs ``train_hooks`` began in a folder."""
-    begun = _read_begun(folder)[1] if (folder / _BEGUN).is_file() else []
+    begun = _read_begun(folder)[1] if (folder / BEGUN).is_file() else []
     return sorted({path.parent.name for path in folder.glob(f"*/{CONFIG}")} | set(begun))
 
 
@@ -124,9 +124,9 @@ def _train(
                 for trainer in trainers:
                     stack.enter_context(prepared_folder(trainer.config, overwrite=overwrite))
             except SaekitError:  # another process is there: nothing of ours has begun
-                (home / _BEGUN).unlink()
+                (home / BEGUN).unlink()
                 raise
-            (home / _BEGUN).unlink()
+            (home / BEGUN).unlink()
         take_steps(trainers, stream, quiet)
         return [trainer.finish() for trainer in trainers]
 
@@ -136,18 +136,18 @@ def _write_begun(home: Path, configs: list[TrainConfig]) -> None:
     writable_folder(home, overwrite=True)
     settings = configs[0].model_dump(mode="json", exclude_unset=True, exclude={"hook", "out"})
     text = yaml.safe_dump({"hooks": [config.hook for config in configs], "settings": settings}, sort_keys=False)
-    replace_file(home / _BEGUN, lambda path: path.write_text(text))
+    replace_file(home / BEGUN, lambda path: path.write_text(text))
 
 
 def _read_begun(home: Path) -> tuple[TrainConfig, list[str]]:
     """What ``_write_begun`` wrote."""
-    found = read_yaml(home / _BEGUN)
+    found = read_yaml(home / BEGUN)
     hooks, settings = found.get("hooks"), found.get("settings")
     names = isinstance(hooks, list) and all(isinstance(hook, str) for hook in hooks)
     if not (
         names and isinstance(settings, dict) and settings.keys() <= TrainConfig.model_fields.keys() - {"hook", "out"}
     ):
-        raise SaekitError(f"'{home / _BEGUN}' is damaged; --overwrite begins anew")
+        raise SaekitError(f"'{home / BEGUN}' is damaged; --overwrite begins anew")
     return TrainConfig(**settings, out=home), list(hooks or ())
 
 

@@ -387,17 +387,21 @@ def test_a_repair_that_finds_no_text_for_a_shard_says_so(whole, tmp_path, form):
     """As where the manifest is of another cache: it tells of a place that the text does not reach."""
     folder = shutil.copytree(whole.home / "harvest", tmp_path / "c")
     facts = json.loads((folder / MANIFEST).read_text())
+    shards = [{**shard, "batch": 10**6} for shard in facts["shards"]]
     if form == 1:
-        shards = [{key: shard[key] for key in ("file", "rows", "bytes", "xxh3_128")} for shard in facts["shards"]]
-        shards[0]["rows"] = 10**6
-    else:
-        shards = [{**shard, "batch": 10**6} for shard in facts["shards"]]
-    text = json.dumps({**facts, "seal": BLANK, "format": form, "shards": shards})
-    (folder / MANIFEST).write_bytes(stamp(text.encode()))
-    damage(folder / "shard-00001.safetensors", "gone", random.Random(0))
+        like = {key: facts["shards"][0][key] for key in ("rows", "bytes", "xxh3_128")}
+        shards = [{"file": f"shard-{number:05d}.safetensors", **like} for number in range(120)]
+        for shard in shards[1:]:
+            (folder / shard["file"]).unlink(missing_ok=True)
+            (folder / shard["file"]).hardlink_to(folder / shards[0]["file"])
+    (folder / MANIFEST).write_bytes(
+        stamp(json.dumps({**facts, "seal": BLANK, "format": form, "shards": shards}).encode())
+    )
+    last = folder / shards[-1]["file"]
+    last.unlink()
     with pytest.raises(SaekitError):
         repair(folder, device="cpu")
-    assert not (folder / "shard-00001.safetensors").exists()
+    assert not last.exists()
 
 
 def test_a_shard_that_comes_out_otherwise_is_not_put_in_place(whole, tmp_path):
