@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,16 +104,18 @@ def _harvest_again(cache: ActivationCache, files: set[str], device: str | None, 
         batches = source.batches(
             "train", start.row + shard["rows"], gradients=cache.gradients, bad=bad, first=start.batch
         )
-        for batch, _ in regrouped(batches, shard["rows"], start):
-            facts: dict[str, Any] = {key: value for key, value in shard.items() if key in ("batch", "row")}
-            write_shard(
-                cache.path / shard["file"],
-                batch,
-                DTYPES[cache.dtype],
-                facts,
-                expected=shard,
-                sums=manifest.format > 1,
-            )
+        batch = next((each for each, _ in regrouped(batches, shard["rows"], start)), None)
+        if batch is None or len(batch.x) != shard["rows"]:
+            raise SaekitError(f"the text does not reach '{shard['file']}' of the cache '{cache.path}'; harvest it anew")
+        facts: dict[str, Any] = {key: value for key, value in shard.items() if key in ("batch", "row")}
+        write_shard(
+            cache.path / shard["file"],
+            batch,
+            DTYPES[cache.dtype],
+            facts,
+            expected=shard,
+            sums=manifest.format > 1,
+        )
 
 
 def _source(cache: ActivationCache, device: str | None, trust_remote_code: bool) -> ActivationSource:
@@ -143,11 +146,11 @@ def _places(cache: ActivationCache, source: ActivationSource) -> Iterable[tuple[
     if all("batch" in shard and "row" in shard for shard in cache.shards):
         yield from ((Place(shard["batch"], shard["row"]), shard) for shard in cache.shards)
         return
-    contexts = source.contexts("train", contexts_at_once(cache.gradients))
-    number, before, held = 0, 0, int(next(contexts).kept.sum())  # the batch of contexts, tokens before it and in it
+    ends = accumulate(int(each.kept.sum()) for each in source.contexts("train", contexts_at_once(cache.gradients)))
+    number, before, end = 0, 0, next(ends)  # the batch of contexts, tokens before it and up to its end
     first = 0
     for shard in cache.shards:
-        while first >= before + held:
-            number, before, held = number + 1, before + held, int(next(contexts).kept.sum())
+        while first >= end:
+            number, before, end = number + 1, end, next(ends, first + 1)  # beyond the text, which shows later
         yield Place(number, first - before), shard
         first += shard["rows"]
