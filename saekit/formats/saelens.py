@@ -143,6 +143,9 @@ def _read_weights(path: Path, shapes: dict[str, list[int]]) -> dict[str, Tensor]
             found = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
             if found != shapes:
                 raise SaekitError(f"'{path}' holds {reprlib.repr(found)}, but its config asks for {shapes}")
+            kinds = {str(file.get_slice(name).get_dtype()) for name in shapes}
+            if not kinds <= {"F64", "F32", "F16", "BF16"}:
+                raise SaekitError(f"'{path}' holds weights in {', '.join(sorted(kinds))}, not in floating point")
             whole = file_unbroken(path)
             if whole is False or (whole is None and "saekit" in (file.metadata() or {})):
                 raise SaekitError(f"'{path}' is damaged: its seal is broken")
