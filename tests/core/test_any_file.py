@@ -18,6 +18,7 @@ import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 import saekit
 from saekit import SAEConfig, SaekitError, SparseAutoencoder
@@ -64,14 +65,21 @@ strange = st.recursive(
 )
 
 
+def mixed(*strategies):
+    """One of them; those that are named more often are drawn more often."""
+    return st.integers(0, len(strategies) - 1).flatmap(strategies.__getitem__)
+
+
 def alike(value):
     """Values of the same kind, so that the next check in line meets them."""
     if isinstance(value, bool):
         return st.booleans()
     if isinstance(value, int):
-        return st.sampled_from([value, value + 1, value - 1, 1, 2, 40, 2**20, 2**30, 2**40]) | st.integers()
+        near = st.sampled_from([value, value + 1, value - 1, 1, 2, 40, 2**20, 2**30, 2**40])
+        return mixed(near, near, near, st.integers())
     if isinstance(value, float):
-        return st.floats(0, 1) | st.floats()
+        near = st.sampled_from([0.0, 1e-9, 0.5, 0.8, 1.0, 1.5, 100.0])
+        return mixed(near, near, near, st.floats())
     return texts | anyone.filter(lambda other: isinstance(other, str)) if isinstance(value, str) else strange
 
 
@@ -89,7 +97,7 @@ def mutated(draw, documents):
             if isinstance(place[key], (dict, list)) and place[key] and draw(st.integers(0, 3)):
                 place = place[key]
                 continue
-            how = draw(st.sampled_from(("alike", "alike", "alike", "replace", "replace", "drop", "add", "rename")))
+            how = draw(st.sampled_from((*["alike"] * 6, "replace", "replace", "drop", "add", "rename")))
             if how == "alike":
                 place[key] = draw(alike(place[key]))
             elif how == "replace":
@@ -129,11 +137,6 @@ def edited(draw, content):
 
 def as_json(value):
     return json.dumps(value).encode()
-
-
-def mixed(*strategies):
-    """One of them; those that are named more often are drawn more often."""
-    return st.integers(0, len(strategies) - 1).flatmap(strategies.__getitem__)
 
 
 def any_json(documents):
@@ -357,6 +360,20 @@ def test_headers_of_weights(dictionaries, examples):
         assert sae.W_dec.dtype == torch.float32
 
     every(examples, any_header([path.read_bytes(), unsealed, unsealed]), check)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8, torch.bool, torch.complex64])
+def test_weights_that_are_no_numbers_with_a_point(dtype, dictionaries):
+    """In a file of others, which has no seal, one changed letter (F32, I32) makes such weights of good ones."""
+    path = dictionaries / "jumprelu/sae_weights.safetensors"
+    tensors = load_file(path)
+    for kind in (torch.float64, torch.float16, torch.bfloat16):
+        save_file({name: tensor.to(kind) for name, tensor in tensors.items()}, path)
+        check_dictionary(path.parent)
+    for name in tensors:
+        save_file({**tensors, name: tensors[name].to(dtype)}, path)
+        with pytest.raises(SaekitError, match="sae_weights.safetensors"):
+            saekit.load(path.parent)
 
 
 @number_of_examples("shards")
