@@ -6,6 +6,7 @@ import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,8 @@ def resume_cache(
     folder = unfinished(target)
     if not any((folder / name).is_file() for name in (JOURNAL, MANIFEST)):
         if (target / MANIFEST).is_file():
+            with suppress(OSError):  # it was stopped before this folder, empty by now, was removed
+                folder.rmdir()
             tell(f"the cache '{path}' was finished already")
             return ActivationCache.open(target)
         raise SaekitError(_NOTHING.format(path))

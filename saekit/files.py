@@ -153,13 +153,16 @@ def check_movable(folder: Path, target: Path) -> None:
     Raises:
         WriteError: they cannot, as on another disk.
     """
+    tried = f"{target.name}.tried{PART}"  # always the same names: what a kill leaves, the next try takes away
+    made, moved = folder / tried, target / tried
     try:
-        with tempfile.TemporaryDirectory(dir=folder) as name:
-            moved = target / Path(name).name
-            Path(name, "file").touch()
-            Path(name, "file").replace(moved)
-            moved.unlink()
+        made.touch()
+        made.replace(moved)
+        moved.unlink()
+    except FileNotFoundError:  # another process has tried it meanwhile
+        pass
     except OSError as error:
+        made.unlink(missing_ok=True)
         raise WriteError(
             f"'{target}' cannot take what is written beside it first: {error.strerror}; choose a folder below it"
         ) from None

@@ -46,7 +46,8 @@ class End(NamedTuple):
         code: its exit code; None where it was killed.
         said: on both its outputs.
         seconds: it took.
-        operations: file operations of the kind that was counted; where it was killed, the last was not done.
+        operations: that changed a file; the one before which it was killed is counted, too.
+        halves: moments at which a file, or the last line of one, could be half written, counted alike.
         last: the operation before which it was killed.
     """
 
@@ -54,6 +55,7 @@ class End(NamedTuple):
     said: str
     seconds: float
     operations: int
+    halves: int
     last: str
 
 
@@ -78,9 +80,9 @@ class Zygotes:
             folder: the current one of the command; what changes below it counts as a file operation.
             arguments: of the command line.
             at: number, from 1, of the file operation just before which it is killed; 0 for none.
-            torn: count only the moments at which a file has been written and is not yet in its place, or a line is at
-                the end of one; it is killed with half of what was written. Those of safetensors count twice: half may
-                be under the name that the library gives a file at first.
+            torn: count instead the moments at which a file has been written and is not yet in its place, or a line is
+                at the end of one; it is killed with half of what was written. Those of safetensors count twice: half
+                may be under the name that the library gives a file at first.
             after: seconds after which it is killed; 0 for never.
         """
         said = folder.with_name(folder.name + ".said")
@@ -153,12 +155,13 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
     _, status = os.waitpid(child, 0)
     seconds = time.perf_counter() - start
     with open(told) as file:
-        operations, _, last = (file.read() or "0").partition(" ")
+        operations, halves, last = (file.read() or "0 0 ").split(" ", 2)
     code = os.waitstatus_to_exitcode(status)
     return {
         "code": None if code == -signal.SIGKILL else code,
         "seconds": seconds,
         "operations": int(operations),
+        "halves": int(halves),
         "last": last,
     }
 
@@ -183,7 +186,7 @@ def _be_child(job: dict[str, Any], telling: int) -> NoReturn:
             saekit_main()
         except SystemExit as stop:
             code = stop.code or 0
-        os.write(telling, str(count[0]).encode())
+        os.write(telling, f"{count[False]} {count[True]} ".encode())
         sys.stdout.flush()
         sys.stderr.flush()
     finally:
@@ -191,50 +194,55 @@ def _be_child(job: dict[str, Any], telling: int) -> NoReturn:
 
 
 def _die_at(at: int, torn: bool, telling: int) -> list[int]:
-    """Have this process killed before its file operation of number ``at``; returns the count of them as it grows."""
-    count, home = [0], os.getcwd() + os.sep
+    """Have this process killed at operation ``at``; returns the counts of operations and halves as they grow."""
+    count, home = [0, 0], os.getcwd() + os.sep
     fsync = os.fsync
     dying = False
 
-    def reached(what: str, path: str, spoil: Callable[[str], None] = lambda path: None) -> None:
+    def reached(half: bool, what: str, path: str, spoil: Callable[[str], None] = lambda path: None) -> None:
         nonlocal dying
         if dying:
             return
-        count[0] += 1
-        if count[0] == at:
+        count[half] += 1
+        if half == torn and count[half] == at:
             dying = True
             spoil(path)
-            what += " " + path.removeprefix(home)
-            os.write(telling, f"{count[0]} {what}".encode())
+            os.write(telling, f"{count[False]} {count[True]} {what} {path.removeprefix(home)}".encode())
             os.kill(os.getpid(), signal.SIGKILL)
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        changes = event in _CHANGES or (event == "open" and arguments[2] & _WRITING)
-        if not changes or not isinstance(arguments[0], (str, bytes, os.PathLike)):
+        if event not in _CHANGES and not (event == "open" and arguments[2] & _WRITING):
+            return
+        if not isinstance(arguments[0], (str, bytes, os.PathLike)):
             return
         path = os.path.abspath(os.fsdecode(arguments[0]))
-        exists = os.path.lexists(path)
-        if (event == "os.remove" and arguments[1] == -1 and not exists) or (event == "os.mkdir" and exists):
-            return  # it changes nothing
-        if not path.startswith(home) or (event == "open" and os.path.isdir(path)):  # a file without a name in a folder
+        if not path.startswith(home) or _changes_nothing(event, path, arguments):
             return
-        if not torn:
-            reached(event, path)
-        elif event == "os.rename" and path.endswith(".part") and os.path.isfile(path):
+        if event == "os.rename" and path.endswith(".part") and os.path.isfile(path):
             if path.endswith(".safetensors.part"):
-                reached("half of what becomes", path, _halve_within_safetensors)
-            reached("half of", path, _halve)
+                reached(True, "half of what becomes", path, _halve_within_safetensors)
+            reached(True, "half of", path, _halve)
+        reached(False, event, path)
 
-    def torn_fsync(number: int) -> None:
+    def watched_fsync(number: int) -> None:
         path = os.readlink(f"/proc/self/fd/{number}")
         if os.path.isfile(path) and path.startswith(home) and not path.endswith(".part"):
-            reached("half of the last line of", path, _halve_line)
+            reached(True, "half of the last line of", path, _halve_line)
         fsync(number)
 
     sys.addaudithook(hook)
-    if torn:
-        os.fsync = torn_fsync
+    os.fsync = watched_fsync
     return count
+
+
+def _changes_nothing(event: str, path: str, arguments: tuple[Any, ...]) -> bool:
+    """Whether a kill before an operation leaves what a kill before the next one does."""
+    if event == "open":  # a file without a name, in a folder; a temporary file once more, which nobody reads yet
+        again = path.endswith(".part") and not arguments[2] & (os.O_CREAT | os.O_TRUNC)
+        return again or os.path.isdir(path)
+    if event == "os.remove":
+        return arguments[1] == -1 and not os.path.lexists(path)
+    return event == "os.mkdir" and os.path.lexists(path)
 
 
 def _halve(path: str) -> None:

@@ -25,6 +25,7 @@ from saekit.activations import cache as caches
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, and asks /proc for names")
 
 LOGGED = 2  # steps between lines of metrics
+NAMES = ("longer train from a cache", "longer train live", "longer harvest", "longer harvest with gradients")
 TIMES = {"seconds", "tokens_per_second", "waited_seconds", "waited_share"}
 AT_ONCE = 2
 
@@ -83,7 +84,7 @@ def commands(tmp_path_factory):
         "harvest, resumed": Command(more, more, harvest(1500), at=17),
         "harvest over a cache": Command(harvest(1500, "--overwrite"), more, harvest(900)),
         "train from a cache": Command(train(20, *cached), again),
-        "train from a cache, resumed": Command(again, again, train(20, *cached), at=24),
+        "train from a cache, resumed": Command(again, again, train(20, *cached), at=14),
         "train over a run": Command(train(20, *cached, "--overwrite"), again, train(20, *cached, "--seed", 1)),
         "train live": Command(train(20, *on_text), again),
         "train at two hooks": Command(train(20, *on_text, *hooks), again),
@@ -102,6 +103,7 @@ class Whole:
     command: Command
     start: Path  # a folder of what is there before
     made: dict[str, object]
+    end: End
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +122,7 @@ def whole(zygote, commands, tmp_path_factory) -> Callable[[str], Whole]:
             assert end.code == 0, end.said
             if command.at:
                 assert_same(folder, make(name.removesuffix(", resumed")).made, "one kill")
-            known[name] = Whole(name, command, start, contents(folder))
+            known[name] = Whole(name, command, start, contents(folder), end)
         return known[name]
 
     return make
@@ -183,22 +185,20 @@ def phase(folder: Path, expected: Whole) -> str:
 class TestFileOperations:
     """Killed just before each operation that changes a file, and while each file is half written."""
 
-    def test_before_every_one_from_a_cache(self, zygote, whole, tmp_path):
-        kill_at_operations(zygote, whole("train from a cache"), tmp_path)
-
-    SOME: ClassVar = {
-        "train from a cache, resumed": 2,
-        "train over a run": 3,
-        "train live": 2,
-        "train at two hooks": 2,
-        "harvest": 3,
-        "harvest, resumed": 2,
-        "harvest over a cache": 4,
+    SOME: ClassVar = {  # how many of the operations and of the halves are tried without -m slow; None is all
+        "train from a cache": (None, 6),
+        "train from a cache, resumed": (2, 2),
+        "train over a run": (3, 2),
+        "train live": (2, 2),
+        "train at two hooks": (2, 2),
+        "harvest": (3, 3),
+        "harvest, resumed": (2, 2),
+        "harvest over a cache": (5, 2),
     }
 
     @pytest.mark.parametrize("name", SOME)
     def test_before_some(self, zygote, whole, tmp_path, name):
-        kill_at_operations(zygote, whole(name), tmp_path, self.SOME[name])
+        kill_at_operations(zygote, whole(name), tmp_path, *self.SOME[name])
 
     @pytest.mark.slow
     @pytest.mark.parametrize("name", SOME)
@@ -206,17 +206,16 @@ class TestFileOperations:
         kill_at_operations(zygote, whole(name), tmp_path)
 
 
-def kill_at_operations(zygote: Zygotes, expected: Whole, home: Path, some: int | None = None) -> None:
-    """Kill the command before each operation, or some of them, and see that it comes to the same."""
+def kill_at_operations(
+    zygote: Zygotes, expected: Whole, home: Path, operations: int | None = None, halves: int | None = None
+) -> None:
+    """Kill the command before each operation and at each half, or so many of them; see that it comes to the same."""
     command, start = expected.command, time.perf_counter()
-
-    def place(case: str) -> Path:
-        return shutil.copytree(expected.start, home / case)
 
     def try_one(case: tuple[int, bool]) -> bool:
         """Whether the command has so many operations."""
         at, torn = case
-        folder = place(f"{at}-{torn}")
+        folder = shutil.copytree(expected.start, home / f"{at}-{torn}")
         end = zygote.run(folder, *command.begin, at=at, torn=torn)
         after = f"a kill at operation {at}, {end.last}"
         try:
@@ -232,8 +231,7 @@ def kill_at_operations(zygote: Zygotes, expected: Whole, home: Path, some: int |
 
     told, lost = f"\n{expected.name}:", list[str]()
     with ThreadPoolExecutor(AT_ONCE) as threads:
-        for torn in (False, True):
-            count = zygote.run(place(f"count-{torn}"), *command.begin, torn=torn).operations
+        for torn, count, some in ((False, expected.end.operations, operations), (True, expected.end.halves, halves)):
             assert count > 4
             numbers = range(1, count + 1)
             if some is not None:
@@ -257,26 +255,20 @@ def check_readable(folder: Path, expected: Whole, after: str) -> None:
 class TestRandomMoments:
     """Killed from outside, again and again, until one of them comes to its end."""
 
-    NAMES = (
-        "longer train from a cache",
-        "longer train live",
-        "longer harvest",
-        "longer harvest with gradients",
-    )
-
     def test_twenty(self, zygote, whole, tmp_path):
-        kill_at_random(zygote, [whole(name) for name in self.NAMES], tmp_path, 5)
+        kill_at_random(zygote, whole, tmp_path, 5)
 
     @pytest.mark.slow
     def test_a_hundred(self, zygote, whole, tmp_path):
-        kill_at_random(zygote, [whole(name) for name in self.NAMES], tmp_path, 25)
+        kill_at_random(zygote, whole, tmp_path, 25)
 
 
-def kill_at_random(zygote: Zygotes, expected: list[Whole], home: Path, kills: int) -> None:
+def kill_at_random(zygote: Zygotes, whole: Callable[[str], Whole], home: Path, kills: int) -> None:
     """Kill each command so many times, and see that it comes to the same each time it ends."""
     start = time.perf_counter()
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        met = [*pool.map(lambda wanted: harass(zygote, wanted, home / wanted.name, kills), expected)]
+    with ThreadPoolExecutor(AT_ONCE) as threads:  # measured as they are killed: several at once
+        expected = [*threads.map(whole, NAMES)]
+        met = [*threads.map(lambda wanted: harass(zygote, wanted, home / wanted.name, kills), expected)]
     print()
     for wanted, each in zip(expected, met, strict=True):
         print(f"{wanted.name}, killed {each.total()} times: {dict(each)}")
@@ -287,13 +279,11 @@ def harass(zygote: Zygotes, wanted: Whole, home: Path, kills: int) -> Counter[st
     """Kill one command so many times; returns where it stood."""
     chance, met, delays = random.Random(wanted.name), Counter[str](), list[float]()
     home.mkdir()
-    end = zygote.run(shutil.copytree(wanted.start, home / "timed"), *wanted.command.begin)
-    assert_same(home / "timed", wanted.made, "nothing")
 
     def delay() -> float:
         """Uniform over the time that the command takes, and spread over all of it."""
         if not delays:
-            delays.extend((part + chance.random()) / kills * end.seconds for part in range(kills))
+            delays.extend((part + chance.random()) / kills * wanted.end.seconds for part in range(kills))
             chance.shuffle(delays)
         return delays.pop() if met.total() < kills else 0
 
