@@ -36,7 +36,7 @@ class DarkMatterJudge:
     """
 
     judge: Judge
-    earlier: Sequence[Path] = ()
+    earlier: Sequence[str | Path] = ()
     pursuit: bool = False
     ce_tokens: int = 65_536
     seed: int = 0
@@ -52,7 +52,7 @@ class DarkMatterJudge:
             SaekitError: a dictionary, its model or its text is not found, they do not fit each other, the dictionaries
                 are of different hook points, or there are too few tokens or documents.
         """
-        places = [Path(path).resolve() for path in paths]
+        places = [path if str(path).startswith("hf://") else Path(path).resolve() for path in paths]
         if twice := [path for path, place in zip(paths, places, strict=True) if places.count(place) > 1]:
             raise SaekitError(f"the dictionary '{twice[0]}' is named twice")
         saes = {str(path): saekit.load(path, device=self.judge.device) for path in paths}

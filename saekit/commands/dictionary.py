@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def convert(
-    source: Path = typer.Argument(help="folder of a dictionary or run"),
+    source: str = typer.Argument(help="folder of a dictionary or run, or hf://owner/repo/path"),
     target: Path = typer.Argument(help="folder to write"),
     to: str = typer.Option("saelens", help="format: saelens"),
     lossy: bool = typer.Option(False, help="write the nearest dictionary where the format cannot hold this one"),
@@ -50,7 +50,7 @@ def convert(
     print(f"dictionary: {target}")
 
 
-def _plain(sae: SparseAutoencoder, path: Path, device: str, **facts: Any) -> SparseAutoencoder:
+def _plain(sae: SparseAutoencoder, path: str, device: str, **facts: Any) -> SparseAutoencoder:
     """The dictionary with plain thresholds; prints what the change costs."""
     from saekit.evals import Judge, evaluate_activations
     from saekit.trainers.calibration import with_plain_thresholds
@@ -58,25 +58,27 @@ def _plain(sae: SparseAutoencoder, path: Path, device: str, **facts: Any) -> Spa
 
     judge = Judge(device=str(pick_device(device)), **facts)
     sae = sae.to(judge.device)
-    plain = with_plain_thresholds(sae, lambda: judge.activations(sae, str(path), "calibration"))
+    plain = with_plain_thresholds(sae, lambda: judge.activations(sae, path, "calibration"))
     for name, each in (("thresholds by token norm", sae), ("plain thresholds", plain)):
-        report = evaluate_activations(each, judge.activations(sae, str(path), "heldout"))
+        report = evaluate_activations(each, judge.activations(sae, path, "heldout"))
         l0, fvu = report["sparsity"]["l0"], report["reconstruction"]["fvu"]
         print(f"{name + ':':26} FVU {fvu:.4f} at L0 {l0:.1f} on {report['sparsity']['tokens']:,} held-out tokens")
     return plain.cpu()
 
 
-def info(path: Path = typer.Argument(help="a dictionary, a run or an activation cache")) -> None:
+def info(
+    path: str = typer.Argument(help="a dictionary, hf://owner/repo/path, a run or an activation cache"),
+) -> None:
     """Say what a folder holds."""
     import saekit
     from saekit.activations import ActivationCache
     from saekit.activations.manifest import MANIFEST
 
-    if (path / MANIFEST).is_file():
+    if (Path(path) / MANIFEST).is_file():
         found = ActivationCache.open(path)
-        facts: dict[str, Any] = {"cache": str(path), "tokens": len(found), "d_in": found.d_in, "dtype": found.dtype}
+        facts: dict[str, Any] = {"cache": path, "tokens": len(found), "d_in": found.d_in, "dtype": found.dtype}
         facts |= {"shards": len(found.shards), "passport": found.passport}
     else:
         sae = saekit.load(path)
-        facts = {"dictionary": str(path), **{k: v for k, v in vars(sae.cfg).items() if v is not None}}
+        facts = {"dictionary": path, **{k: v for k, v in vars(sae.cfg).items() if v is not None}}
     print(json.dumps(facts, indent=2))

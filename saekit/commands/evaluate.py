@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    dictionaries: list[Path] = typer.Argument(help="folders of dictionaries or runs"),
+    dictionaries: list[str] = typer.Argument(help="folders of dictionaries or runs, or hf://owner/repo/path"),
     model: str | None = typer.Option(None, help="the model [what the dictionary names]"),
     hook: str | None = typer.Option(None, help="the hook point [what the dictionary names]"),
     dataset: str | None = typer.Option(None, help="text to judge by [the dictionary's own, held-out part]"),
@@ -30,7 +30,7 @@ def evaluate(
     tokens: int = typer.Option(131_072, min=1, help="held-out tokens"),
     out: Path | None = typer.Option(None, help="write a JSON file of all reports"),
     suite: str = typer.Option("standard", help="standard, or dark_matter: what dictionaries of one hook point miss"),
-    earlier: list[Path] | None = typer.Option(
+    earlier: list[str] | None = typer.Option(
         None, help="dark_matter: a dictionary of an earlier part, to foretell the errors from; may be given again"
     ),
     pursuit: bool = typer.Option(False, help="dark_matter: also with features chosen by gradient pursuit"),
@@ -82,7 +82,7 @@ def evaluate(
         replace_file(out, lambda part: part.write_text(json.dumps(everything, indent=2) + "\n"))
 
 
-def judge(paths: list[Path], quiet: bool, **settings: Any) -> dict[str, Report]:
+def judge(paths: Sequence[str | Path], quiet: bool, **settings: Any) -> dict[str, Report]:
     """Evaluate and print one table; returns the reports by the dictionary's path."""
     with _opened_judge(quiet, settings) as opened:
         reports = {str(path): opened(path) for path in paths}
@@ -91,17 +91,17 @@ def judge(paths: list[Path], quiet: bool, **settings: Any) -> dict[str, Report]:
 
 
 def _take_apart(
-    paths: list[Path], quiet: bool, out: Path | None, folder: Path | None, settings: dict[str, Any], **asked: Any
+    paths: list[str], quiet: bool, out: Path | None, folder: Path | None, settings: dict[str, Any], **asked: Any
 ) -> None:
     """The suite dark_matter: prints one table and writes what was found."""
     from saekit.evals.dark_matter.figures import draw
     from saekit.evals.dark_matter.saved import DarkMatterJudge
     from saekit.evals.report import groups_in, to_json
 
-    runs = [path for path in paths if (path / "config.yaml").is_file()]
-    for path in runs:
-        groups_in(path / "eval.json")  # better refused now than when all is done
-        check_writable(path)
+    runs = {path: Path(path) for path in paths if (Path(path) / "config.yaml").is_file()}
+    for run in runs.values():
+        groups_in(run / "eval.json")  # better refused now than when all is done
+        check_writable(run)
     if folder is not None:
         writable_folder(folder, overwrite=True)
     with _opened_judge(quiet, settings) as opened:
@@ -113,9 +113,9 @@ def _take_apart(
         everything: dict[str, Any] = {name: report.to_dict() for name, report in reports.items()}
         text = to_json({**everything, "compared": compared})
         replace_file(out, lambda part: part.write_text(text + "\n"))
-    for path in runs:
-        reports[str(path)].join(path / "eval.json")
-        print(f"added to {path / 'eval.json'}")
+    for path, run in runs.items():
+        reports[path].join(run / "eval.json")
+        print(f"added to {run / 'eval.json'}")
     if folder is not None:
         for file in draw({path: report["dark_matter"] for path, report in reports.items()}, compared, folder):
             print(f"figure: {file}")
