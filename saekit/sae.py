@@ -87,6 +87,16 @@ class SparseAutoencoder(nn.Module):
         self.b_dec = nn.Parameter(torch.zeros(cfg.d_in, **like))
         self.register_buffer("threshold", torch.zeros(cfg.d_sae, **like) if cfg.architecture == "jumprelu" else None)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.W_dec.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the weights are kept in, and reconstructions come in."""
+        return self.W_dec.dtype
+
     def pre_activations(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         """Affinities of tokens and features, before the inference rule and relu."""
         centred = x - self.b_dec if self.cfg.apply_b_dec_to_input else x
