@@ -16,7 +16,9 @@ import torch
 from hostile import EMBEDDED, LIVE, RESUME, RESUME_CACHE, ends, payloads, read_all, vouch_for
 from safetensors.torch import load_file
 
+from saekit.activations import open_text
 from saekit.activations.repair import verify
+from saekit.errors import SaekitError
 from saekit.trainers.checkpoint import checkpoints
 
 
@@ -286,6 +288,8 @@ def test_datasets_of_pickles_and_scripts(tmp_path, marker, saekit_main):
         found = read_all(path)
         assert not marker.exists(), path.name
         assert found is None or path.name == "script_and_text", path.name
+    with pytest.raises(SaekitError, match="of the kind 'webdataset'; saekit reads"):
+        open_text(tmp_path / "webdataset")
     for name in ("pickles", "webdataset", "script"):
         done = saekit_main("cache", "--dataset", tmp_path / name, "--out", "new", cwd=tmp_path)
         ends(done, 2)
