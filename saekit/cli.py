@@ -1,4 +1,4 @@
-"""The command line: ``saekit train``, ``cache``, ``eval``, ``convert`` and ``info``."""
+"""The command line: ``saekit train``, ``cache``, ``eval``, ``convert``, ``info`` and ``push``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import typer
 from saekit.commands.cache import cache_app
 from saekit.commands.dictionary import convert, info
 from saekit.commands.evaluate import evaluate
+from saekit.commands.push import push
 from saekit.commands.train import train
 from saekit.errors import SaekitError, first_line
 
@@ -25,6 +26,7 @@ app.add_typer(cache_app, name="cache")
 app.command("eval")(evaluate)
 app.command()(convert)
 app.command()(info)
+app.command()(push)
 
 _DEBUG = "--debug"
 _LONGEST = 2000  # characters of the line about a mistake

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from saekit.errors import SaekitError
-from saekit.files import expanded
 from saekit.formats import saelens
+from saekit.hub import local_folder
 
 if TYPE_CHECKING:
     import torch
@@ -32,13 +32,13 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> SparseAutoenco
     """Load a saved dictionary, in evaluation mode.
 
     Args:
-        path: the dictionary's folder, or a run's folder that holds it as ``sae/``.
+        path: the dictionary's folder, or a run's folder that holds it as ``sae/``; on the hub ``hf://owner/repo/path``.
         device: where the weights go.
 
     Raises:
         SaekitError: nothing is there, the format is not known, or the files do not agree with each other.
     """
-    folder = expanded(path)
+    folder = local_folder(path)
     if not folder.exists():
         raise SaekitError(f"there is no dictionary at '{path}'" + _neighbours(folder))
     for place in (folder, folder / "sae"):

@@ -1,0 +1,211 @@
+"""Model cards: what a reader of the hub should know of a dictionary, from its own files and nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from saekit.errors import SaekitError
+from saekit.hub import HubPath, files_of
+
+if TYPE_CHECKING:
+    from saekit.sae import SparseAutoencoder
+
+_LONGEST = 200  # characters of a text from a file
+_HUB_NAME = re.compile(r"(?:[A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+_OURS = {"embedded": "the language model that ships with saekit", "python": "the Python source of the machine"}
+_RULES = {
+    "topk": "the {k} largest pre-activations of each token, where positive",
+    "jumprelu": "pre-activations above a threshold of each feature",
+    "standard": "positive pre-activations",
+    "token_norm": "pre-activations, over the token's ‖x − b_dec‖, above a threshold of each feature",
+}
+_GROUPS = ("sparsity", "reconstruction", "downstream")
+
+
+def card(folder: str | Path, place: HubPath | None = None, *, above: bool = False) -> str:
+    """The model card of a dictionary as Markdown with a YAML head, for ``README.md``.
+
+    Texts from its files stand in the card as code, on one line and cut at 200 characters; the head takes nothing from
+    them but names that the hub could have given.
+
+    Args:
+        folder: the dictionary's or its run's, whose ``eval.json`` gives the figures.
+        place: where it will be on the hub, for the lines that load it; the folder itself if not given.
+        above: the card of the repository's root, for a dictionary that lies deeper: it points there.
+
+    Raises:
+        SaekitError: the folder holds no dictionary, or its report is damaged or of another one.
+    """
+    import saekit
+
+    sae = saekit.load(folder)
+    files = files_of(Path(folder))
+    told = _Told(sae)
+    readable = "sae_weights.safetensors" in files and sae.cfg.affinity_scale == "none"
+    head = told.head(["sparse-autoencoder", "interpretability", *(["saelens"] if readable else [])])
+    if above:
+        assert place is not None
+        inside = f"- [{_code(place.path)}]({quote(place.path)}): {told.title()}"
+        return f"{head}\n# Sparse autoencoders\n\n{inside}\n\n{_loading(place)}"
+    parts = [f"{head}\n# {told.title()}", told.facts(), _figures(sae, files), _loading(place or folder)]
+    parts += [_in_saelens(place) if readable else _unreadable(sae, place), told.missing()]
+    return "\n\n".join(part.strip() for part in parts if part) + "\n"
+
+
+class _Told:
+    """What a dictionary's metadata tells, as far as it is of the right kind."""
+
+    def __init__(self, sae: SparseAutoencoder) -> None:
+        self.cfg = sae.cfg
+        own, metadata = sae.cfg.metadata.get("saekit"), sae.cfg.metadata
+        self.own: dict[str, Any] = own if isinstance(own, dict) else {}
+        texts = {"model": "model_name", "hook": "hook_name", "dataset": "dataset_path"}
+        self.texts = {fact: _text(metadata.get(key)) for fact, key in texts.items()}
+        self.context = _count(metadata.get("context_size"))
+        self.tokens = _count(self.own.get("training_tokens"))
+
+    def title(self) -> str:
+        model, hook = self.texts["model"], self.texts["hook"]
+        return "Sparse autoencoder" + (f" of {_code(model)}" if model else "") + (f" at {_code(hook)}" if hook else "")
+
+    def head(self, tags: list[str]) -> str:
+        """The YAML that the hub reads."""
+        import yaml
+
+        facts: dict[str, Any] = {"library_name": "saekit", "tags": tags}
+        if (model := self.texts["model"]) and _on_the_hub(model):
+            facts["base_model"] = model
+        if (dataset := self.texts["dataset"]) and _on_the_hub(dataset):
+            facts["datasets"] = [dataset]
+        return f"---\n{yaml.safe_dump(facts, sort_keys=False)}---\n"
+
+    def facts(self) -> str:
+        """What the dictionary is and where it comes from."""
+        cfg, own = self.cfg, self.own
+        rule = _RULES[cfg.affinity_scale if cfg.affinity_scale != "none" else cfg.architecture].format(k=cfg.k)
+        text = _described(self.texts["dataset"])
+        rows = {
+            "model": _described(self.texts["model"]),
+            "hook point": _code(self.texts["hook"]) if self.texts["hook"] else None,
+            "features": f"{cfg.d_sae:,}, of activations of width {cfg.d_in:,}",
+            "active are": rule,
+            "trained on": " of ".join(filter(None, [f"{self.tokens:,} tokens" if self.tokens else None, text])),
+            "context": f"{self.context:,} tokens" if self.context else None,
+            "trained by": self._training(),
+        }
+        if isinstance(own.get("seed"), int):
+            rows["seed"] = str(own["seed"])
+        return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value)
+
+    def _training(self) -> str | None:
+        variant, aux = _text(self.own.get("variant")), _text(self.own.get("aux"))
+        if not variant:
+            return None
+        k = _count(self.own.get("k"))
+        return (
+            _code(variant)
+            + (f" with k = {k}" if k else "")
+            + (f" and {_code(aux)}" if aux not in (None, "none") else "")
+        )
+
+    def missing(self) -> str:
+        """What a reader would want to know and the files do not say."""
+        known: dict[str, object] = {"the model": self.texts["model"], "the hook point": self.texts["hook"]}
+        known |= {"the text it was trained on": self.texts["dataset"], "how many tokens it was trained on": self.tokens}
+        lacking = [name for name, value in known.items() if not value]
+        return "## Not known\n\nIts files do not say: " + "; ".join([*lacking, "a licence"]) + "."
+
+
+def _figures(sae: SparseAutoencoder, files: dict[str, Path]) -> str:
+    """The report's figures as a table, or that there are none."""
+    from saekit.evals.report import Report, groups_in, table
+
+    if "eval.json" not in files:
+        return "## Figures\n\nIt comes without an evaluation; `saekit eval` makes one."
+    found = groups_in(files["eval.json"])
+    about, groups = found["about"], {name: found[name] for name in _GROUPS if name in found}
+    damaged = SaekitError(f"'{files['eval.json']}' is no report of an evaluation; move it away")
+    if not isinstance(about, dict) or not all(isinstance(group, dict) for group in groups.values()):
+        raise damaged
+    for key in ("d_in", "d_sae"):
+        if about.get(key, getattr(sae.cfg, key)) != getattr(sae.cfg, key):
+            raise SaekitError(f"'{files['eval.json']}' is of another dictionary: it has another {key}; move it away")
+    try:
+        columns = [[str(cell) for cell in column.cells] for column in table({"": Report(groups)}).columns]
+        tokens = f"{int(groups['sparsity']['tokens']):,}"
+    except (KeyError, ValueError, TypeError, AttributeError):
+        raise damaged from None
+    lines = ["| figure | value | meaning |", "|---|---:|---|"]
+    lines += [f"| {name} | {value} | {meaning} |" for name, value, meaning in zip(*columns, strict=True)]
+    origin = _described(_text(about.get("dataset")) or _text(about.get("cache")))
+    held_out = "held-out " if about.get("part") == "heldout" else ""
+    told = f"On {tokens} {held_out}tokens{f' of {origin}' if origin else ''}, by the rule above:"
+    return "\n".join(["## Figures", "", told, "", *lines])
+
+
+def _loading(place: HubPath | str | Path) -> str:
+    return f"## Use\n\n```python\nimport saekit\n\nsae = saekit.load({_string(place)})\n```"
+
+
+def _in_saelens(place: HubPath | None) -> str:
+    """How SAELens loads it."""
+    if place is None:
+        return "SAELens opens its folder by `SAE.load_from_disk`."
+    if place.path and place.revision is None:
+        lines = ["", f"sae = SAE.from_pretrained({_string(place.repo)}, {_string(place.path)})"]
+    else:  # what it loads by name lies deeper, on the branch main
+        revision = f", revision={_string(place.revision)}" if place.revision else ""
+        inside = " + " + _string("/" + place.path) if place.path else ""
+        lines = ["from huggingface_hub import snapshot_download", ""]
+        lines += [f"sae = SAE.load_from_disk(snapshot_download({_string(place.repo)}{revision}){inside})"]
+    return "\n".join(["In SAELens:", "", "```python", "from sae_lens import SAE", *lines, "```"])
+
+
+def _unreadable(sae: SparseAutoencoder, place: HubPath | None) -> str:
+    """Why SAELens cannot load it as it is."""
+    made = f"`saekit convert {place or 'FOLDER'} TARGET"
+    if sae.cfg.affinity_scale == "none":
+        return f"SAELens reads what {made}` makes of it."
+    return (
+        "Its thresholds follow each token's norm, which SAELens cannot read; the nearest plain ones, with what they "
+        f"cost: {made} --lossy`."
+    )
+
+
+def _text(value: Any) -> str | None:
+    """A text of others on one line, or None where it is none."""
+    if not isinstance(value, str):
+        return None
+    return " ".join("".join(c if c.isprintable() else " " for c in value[: 4 * _LONGEST]).split())[:_LONGEST] or None
+
+
+def _count(value: Any) -> int | None:
+    return value if type(value) is int and 0 < value < 2**63 else None
+
+
+def _code(text: str | None) -> str:
+    """A text of others as code, which ends neither the code nor a table's cell."""
+    return "`" + (text or "").replace("`", "'").replace("|", "¦") + "`"
+
+
+def _described(name: str | None) -> str | None:
+    """A model or a text by name; of a path of this machine only the last part."""
+    if name is None:
+        return None
+    if name in _OURS:
+        return _OURS[name]
+    return _code(name) if _on_the_hub(name) else _code(Path(name).name) + " (a local one)"
+
+
+def _on_the_hub(name: str) -> bool:
+    """Whether a name can be one of the hub, and is none of this machine."""
+    return bool(_HUB_NAME.fullmatch(name)) and name not in _OURS and not Path(name).exists()
+
+
+def _string(text: object) -> str:
+    """A text as Python writes it."""
+    return json.dumps(str(text), ensure_ascii=False)
