@@ -216,7 +216,7 @@ def test_small_files_that_grow(bomb, place):
     with little_memory():
         for whole in (text, f"k: {text}", f"metadata: {text}"):
             (place / "new.yaml").write_text(whole)
-            with pytest.raises(SaekitError, match="aliases" if whole == text and "*a" in text else ""):
+            with pytest.raises(SaekitError, match="aliases" if whole == text and "*a" in text else None):
                 TrainConfig.from_yaml(place / "new.yaml")
         for whole in (text, f'{{"architecture": "topk", "metadata": {text}'):
             (place / "sae/cfg.json").write_text(whole)

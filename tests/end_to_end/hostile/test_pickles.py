@@ -289,7 +289,7 @@ def test_datasets_of_pickles_and_scripts(tmp_path, marker, saekit_main):
         assert not marker.exists(), path.name
         assert found is None or path.name == "script_and_text", path.name
     with pytest.raises(SaekitError, match="of the kind 'webdataset'; saekit reads"):
-        open_text(tmp_path / "webdataset")
+        open_text(str(tmp_path / "webdataset"))
     for name in ("pickles", "webdataset", "script"):
         done = saekit_main("cache", "--dataset", tmp_path / name, "--out", "new", cwd=tmp_path)
         ends(done, 2)
