@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from saekit.errors import SaekitError, first_line
 
 SMALL = 1 << 20  # bytes; configs and manifests that are longer are refused unless a caller says otherwise
 _DIGITS = 40  # of a whole number
+_HASHED = re.compile("[0-9a-f]{64}")
 
 
 def read_bounded(path: Path, limit: int = SMALL, *, pipe: bool = False) -> bytes:
@@ -99,8 +101,8 @@ def read_yaml(path: str | Path, limit: int = 1 << 16) -> dict[str, Any]:
 def check_inside(path: Path, folder: Path) -> None:
     """Make sure that a file of a folder is no link that leads out of it.
 
-    In the cache of the Hugging Face hub, where ``snapshots/REVISION/`` links into ``blobs/`` beside it, both count as
-    one folder.
+    In the cache of the Hugging Face hub, where ``snapshots/REVISION/`` links into ``blobs/`` beside it, and that into a
+    store of files by their hashes which all repositories share, they count as one folder.
 
     Raises:
         SaekitError: it does.
@@ -109,8 +111,9 @@ def check_inside(path: Path, folder: Path) -> None:
         root, found = folder.resolve(), path.resolve()
     except (OSError, RuntimeError, ValueError) as error:  # a link to itself, or no name of a file
         raise SaekitError(f"cannot read '{path}': {first_line(error)}") from None
-    blobs = [place.parent.parent / "blobs" for place in (root, *root.parents) if place.parent.name == "snapshots"]
-    if not any(found.is_relative_to(place) for place in (root, *blobs[:1])):
+    hub = next((place.parents[1] for place in (root, *root.parents) if place.parent.name == "snapshots"), None)
+    shared = hub is not None and found.parent.parent == hub.parent / "blobs" and _HASHED.fullmatch(found.name) is not None
+    if not (found.is_relative_to(root) or (hub is not None and found.is_relative_to(hub / "blobs")) or shared):
         raise SaekitError(f"'{path}' is a link that leads out of its folder; saekit does not follow it")
 
 
