@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
+from saekit import display
 from saekit.errors import SaekitError
 from saekit.files import replace_file
 from saekit.reading import read_json
@@ -93,6 +94,13 @@ class Report:
 
     def __getitem__(self, group: str) -> dict[str, Any]:
         return self.groups[group]
+
+    def _repr_html_(self) -> str:
+        figures = [figure for figure in _FIGURES if _found(self, *figure[1:3]) is not None]
+        rows = [
+            (title, _shown(_found(self, group, key), shape), meaning) for title, group, key, shape, meaning in figures
+        ]
+        return display.table(str(self.about.get("dictionary", "Report")), rows, ("figure", "value", "meaning"))
 
     def to_dict(self) -> dict[str, Any]:
         """The groups, and ``about``."""

@@ -1,0 +1,109 @@
+"""What a notebook shows: tables and coloured tokens as small pieces of HTML, all text escaped, for light and dark."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from saekit.errors import SaekitError
+
+if TYPE_CHECKING:
+    from saekit.sae import SparseAutoencoder
+
+_LONGEST = 200  # characters of a cell
+_STRONG, _NEGATIVE = "255,140,0", "0,140,255"  # half transparent, they show on white and on black
+_LEFT = ' style="text-align:left"'
+
+
+def table(title: str, rows: Iterable[Sequence[Any]], columns: Sequence[str] = ()) -> str:
+    """A table as HTML; cells are cut at 200 characters."""
+
+    def row(cells: Sequence[Any], tag: str) -> str:
+        texts = (str(cell) for cell in cells)
+        cut = (text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…" for text in texts)
+        return "<tr>" + "".join(f"<{tag}{_LEFT}>{escape(text)}</{tag}>" for text in cut) + "</tr>"
+
+    head = f"<thead>{row(columns, 'th')}</thead>" if columns else ""
+    body = "".join(row(cells, "td") for cells in rows)
+    return f"<table><caption{_LEFT}><b>{escape(title)}</b></caption>{head}<tbody>{body}</tbody></table>"
+
+
+def dictionary(sae: SparseAutoencoder) -> str:
+    """A dictionary as HTML: what it is, where it comes from, and how good it is, as far as its metadata say."""
+    facts = sae.cfg.metadata
+    own = facts.get("saekit")
+    facts = {**facts, **own} if isinstance(own, dict) else facts
+    told = {
+        "model": "model_name",
+        "hook point": "hook_name",
+        "text": "dataset_path",
+        "context length": "context_size",
+        "trained by": "variant",
+        "training tokens": "training_tokens",
+        "L0": "l0",
+        "FVU": "fvu",
+    }
+    k = f", k = {sae.cfg.k}" if sae.cfg.k is not None else ""
+    weights = f"W_enc [{sae.cfg.d_in}, {sae.cfg.d_sae}], W_dec [{sae.cfg.d_sae}, {sae.cfg.d_in}]"
+    rows = [
+        ("features", f"{sae.cfg.d_sae:,}"),
+        ("inference", sae.cfg.architecture + k),
+        ("weights", f"{weights}, {str(sae.W_dec.dtype).removeprefix('torch.')} on {sae.W_dec.device}"),
+        *((name, _shown(facts[key])) for name, key in told.items() if isinstance(facts.get(key), str | int | float)),
+    ]
+    return table("SparseAutoencoder", rows)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+@dataclass(frozen=True)
+class Coloured:
+    """Tokens on a ground that shows their values; a notebook displays it.
+
+    Attributes:
+        pieces: the text of each token.
+        values: of each; shown when the pointer rests on it.
+        peak: the value of the full colour.
+    """
+
+    pieces: Sequence[str]
+    values: Sequence[float]
+    peak: float
+
+    def __repr__(self) -> str:
+        return f"{len(self.pieces)} tokens, coloured up to {self.peak:.4g}"
+
+    def _repr_html_(self) -> str:
+        spans = "".join(map(self._span, self.pieces, self.values))
+        return f'<div style="font-family:monospace;white-space:pre-wrap">{spans}</div>'
+
+    def _span(self, piece: str, value: float) -> str:
+        text = escape(piece) + ("\n" if piece.endswith("↵") else "")
+        depth = 0.8 * min(abs(value) / self.peak, 1.0) if self.peak > 0 else 0.0
+        if not depth > 0:  # zero or NaN
+            return f"<span>{text}</span>"
+        colour = _STRONG if value > 0 else _NEGATIVE
+        return f'<span title="{value:.4g}" style="background:rgba({colour},{depth:.2f})">{text}</span>'
+
+
+def coloured(pieces: Sequence[str], values: Iterable[float], *, peak: float | None = None) -> Coloured:
+    """Tokens on a ground that shows their values, orange above zero and blue below.
+
+    Args:
+        pieces: the text of each token.
+        values: of each, such as one feature's activations [t].
+        peak: the value of the full colour; the largest magnitude if not given. Give it to compare passages.
+
+    Raises:
+        SaekitError: there are not as many values as pieces.
+    """
+    numbers = [float(value) for value in values]
+    if len(numbers) != len(pieces):
+        raise SaekitError(f"{len(pieces)} tokens cannot be coloured by {len(numbers)} values")
+    return Coloured(list(pieces), numbers, max(map(abs, numbers), default=0.0) if peak is None else peak)
