@@ -22,6 +22,13 @@ class ByFeature(NamedTuple):
     tokens: Int[Tensor, "m"]
 
 
+class TokenScale(NamedTuple):
+    """What was taken out of each token before it was encoded: x = x' · ``scale`` + ``mean``; each [n, 1]."""
+
+    mean: Float[Tensor, "n 1"]
+    scale: Float[Tensor, "n 1"]
+
+
 @dataclass(frozen=True)
 class SparseCode:
     """The m matches between the n tokens of a batch and F features.
@@ -34,6 +41,7 @@ class SparseCode:
         values: [m] its activation, positive; may carry gradients.
         n_tokens: n, the number of tokens in the batch, those without a match too.
         n_features: F, the width of the dictionary.
+        token_scale: what decoding puts back into each token, for dictionaries that normalise their input.
     """
 
     tokens: Int[Tensor, "m"]
@@ -41,6 +49,7 @@ class SparseCode:
     values: Float[Tensor, "m"]
     n_tokens: int
     n_features: int
+    token_scale: TokenScale | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -94,10 +103,12 @@ class SparseCode:
         starts = [0]
         for code in codes:
             starts.append(starts[-1] + code.n_tokens)
+        scales = [code.token_scale for code in codes if code.token_scale is not None]
         return SparseCode(
             torch.cat([code.tokens + start for code, start in zip(codes, starts, strict=False)]),
             torch.cat([code.features for code in codes]),
             torch.cat([code.values for code in codes]),
             starts[-1],
             codes[0].n_features,
+            TokenScale(*map(torch.cat, zip(*scales, strict=True))) if len(scales) == len(codes) else None,
         )

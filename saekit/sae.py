@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from saekit import display
 from saekit.allocation import threshold_choice, token_choice
-from saekit.code import SparseCode
+from saekit.code import SparseCode, TokenScale
 from saekit.errors import SaekitError
 from saekit.files import expanded
 from saekit.kernels.decode import decode
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 Architecture = Literal["topk", "jumprelu", "standard"]
 AffinityScale = Literal["none", "token_norm"]
+InputNormalization = Literal["none", "layer_norm"]
+_EPS = 1e-5  # of the layer norm; OpenAI's and SAELens'
 _CHUNK = 1 << 26  # pre-activations held at a time
 
 
@@ -37,6 +40,8 @@ class SAEConfig:
         apply_b_dec_to_input: whether b_dec is subtracted from the input.
         affinity_scale: for ``jumprelu`` alone: ``token_norm`` compares thresholds with pre-activations divided by their
             token's ‖x − b_dec‖ (our reading of a batch rule's inference), ``none`` with pre-activations.
+        input_normalization: ``layer_norm`` encodes x' = (x − μ) / (σ + 1e-5), with each token's mean μ and (unbiased)
+            standard deviation σ over its entries, and decodes to x̂' σ + μ; as OpenAI's dictionaries do.
         metadata: where the dictionary comes from (``model_name``, ``hook_name``, ``dataset_path``, ...).
     """
 
@@ -46,6 +51,7 @@ class SAEConfig:
     k: int | None = None
     apply_b_dec_to_input: bool = True
     affinity_scale: AffinityScale = "none"
+    input_normalization: InputNormalization = "none"
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -61,6 +67,10 @@ class SAEConfig:
             raise SaekitError(f"unknown affinity_scale '{self.affinity_scale}'; choose from none, token_norm")
         if self.affinity_scale != "none" and self.architecture != "jumprelu":
             raise SaekitError(f"affinity_scale '{self.affinity_scale}' means nothing for '{self.architecture}'")
+        if self.input_normalization not in ("none", "layer_norm"):
+            raise SaekitError(f"unknown input_normalization '{self.input_normalization}'; choose from none, layer_norm")
+        if self.input_normalization == "layer_norm" and (self.affinity_scale != "none" or self.d_in < 2):
+            raise SaekitError("layer_norm is for activations of width 2 or more, without thresholds by token norm")
 
 
 class SparseAutoencoder(nn.Module):
@@ -99,6 +109,18 @@ class SparseAutoencoder(nn.Module):
 
     def pre_activations(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         """Affinities of tokens and features, before the inference rule and relu."""
+        return self._affine(self.normalised(x)[0])
+
+    def normalised(self, x: Float[Tensor, "*batch d_in"]) -> tuple[Float[Tensor, "*batch d_in"], TokenScale | None]:
+        """What is encoded of x, and what decoding puts back ([..., 1] each), None where that is x itself."""
+        if self.cfg.input_normalization == "none":
+            return x, None
+        mean = x.mean(-1, keepdim=True)
+        centred = x - mean
+        scale = centred.std(-1, keepdim=True)
+        return centred / (scale + _EPS), TokenScale(mean, scale)
+
+    def _affine(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         centred = x - self.b_dec if self.cfg.apply_b_dec_to_input else x
         flat = torch.addmm(self.b_enc, centred.reshape(-1, self.cfg.d_in), self.W_enc)  # no second pass for the bias
         return flat.reshape(*x.shape[:-1], self.cfg.d_sae)
@@ -115,12 +137,15 @@ class SparseAutoencoder(nn.Module):
 
     def _select(self, x: Float[Tensor, "n d_in"]) -> SparseCode:
         """The inference rule."""
-        pre = self.pre_activations(x)
+        encoded, scale = self.normalised(x)
+        pre = self._affine(encoded)
         if self.cfg.k is not None:
-            return token_choice(pre, self.cfg.k)
-        if self.threshold is None:
-            return threshold_choice(pre, pre.new_zeros(1))
-        return threshold_choice(pre, self.threshold, self.token_norms(x))
+            code = token_choice(pre, self.cfg.k)
+        elif self.threshold is None:
+            code = threshold_choice(pre, pre.new_zeros(1))
+        else:
+            code = threshold_choice(pre, self.threshold, self.token_norms(x))
+        return code if scale is None else replace(code, token_scale=scale)
 
     def token_norms(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n"] | None:
         """‖x − b_dec‖ where affinities are compared in units of it, else None."""
@@ -134,11 +159,32 @@ class SparseAutoencoder(nn.Module):
         """
         return self.encode_sparse(x).to_dense().reshape(*x.shape[:-1], self.cfg.d_sae)
 
-    def decode(self, f: Float[Tensor, "*batch d_sae"] | SparseCode) -> Float[Tensor, "*batch d_in"]:
-        """Reconstructions of feature activations, [n, d_in] from a sparse code of n tokens."""
+    def decode(
+        self, f: Float[Tensor, "*batch d_sae"] | SparseCode, x: Float[Tensor, "*batch d_in"] | None = None
+    ) -> Float[Tensor, "*batch d_in"]:
+        """Reconstructions of feature activations, [n, d_in] from a sparse code of n tokens.
+
+        Args:
+            f: a dense code, or a sparse one.
+            x: the activations that f is the code of, where the dictionary normalises them and f is dense.
+
+        Raises:
+            SaekitError: the dictionary normalises its input, and neither x nor the code tells by how much.
+        """
         if isinstance(f, SparseCode):
-            return decode(f, self.W_dec, self.b_dec)
-        return f @ self.W_dec + self.b_dec
+            x_hat, scale = decode(f, self.W_dec, self.b_dec), f.token_scale
+            x = None if x is None else x.flatten(0, -2)
+        else:
+            x_hat, scale = f @ self.W_dec + self.b_dec, None
+        if self.cfg.input_normalization == "none":
+            return x_hat
+        if x is not None:
+            scale = self.normalised(self._checked(x))[1]
+        if scale is None:
+            raise SaekitError(
+                "this dictionary normalises each token: decode what encode_sparse gives, or decode(f, x) with x itself"
+            )
+        return x_hat * scale.scale + scale.mean
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
         """Reconstructions x̂, the shape of x, in the dictionary's dtype."""
@@ -169,3 +215,6 @@ class SparseAutoencoder(nn.Module):
         """One line for ``print(sae)``."""
         rule = f", k={self.cfg.k}" if self.cfg.k is not None else ""
         return f"{self.cfg.architecture}, d_in={self.cfg.d_in}, d_sae={self.cfg.d_sae}{rule}"
+
+    def _repr_html_(self) -> str:
+        return display.dictionary(self)

@@ -6,33 +6,53 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from saekit.errors import SaekitError
-from saekit.formats import saelens
+from saekit.formats import dictionary_learning, gemma_scope, openai, saelens, sparsify
 from saekit.hub import local_folder
 
 if TYPE_CHECKING:
     import torch
 
+    from saekit.formats.checks import Lack
     from saekit.sae import SparseAutoencoder
 
 
 class Format(Protocol):
     """What an adapter has, a module of this package."""
 
-    def recognises(self, folder: Path) -> bool:
-        """Whether the folder holds a dictionary in this format."""
+    def recognises(self, path: Path) -> bool:
+        """Whether this folder or file is a dictionary in this format."""
 
-    def read(self, folder: Path, device: str | torch.device) -> SparseAutoencoder:
-        """The dictionary in the folder."""
+    def read(self, path: Path, device: str | torch.device) -> SparseAutoencoder:
+        """The dictionary there."""
 
 
-FORMATS: dict[str, Format] = {"saelens": saelens}
+class WritableFormat(Format, Protocol):
+    """What an adapter has that also writes."""
+
+    def lacks(self, sae: SparseAutoencoder) -> Lack | None:
+        """What of a dictionary the format cannot hold."""
+
+    def write(self, sae: SparseAutoencoder, folder: Path, *, overwrite: bool = False) -> Path:
+        """Write a dictionary; returns the folder."""
+
+
+WRITABLE: dict[str, WritableFormat] = {
+    "saelens": saelens,
+    "dictionary_learning": dictionary_learning,
+    "sparsify": sparsify,
+}
+FORMATS: dict[str, Format] = {
+    **WRITABLE,
+    "gemma_scope": gemma_scope,
+    "openai": openai,
+}
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> SparseAutoencoder:
     """Load a saved dictionary, in evaluation mode.
 
     Args:
-        path: the dictionary's folder, or a run's folder that holds it as ``sae/``; on the hub ``hf://owner/repo/path``.
+        path: the dictionary's folder, or the file that is one, or a run's folder that holds it as ``sae/``; on the hub ``hf://owner/repo/path``.
         device: where the weights go.
 
     Raises:

@@ -12,27 +12,41 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from saekit.errors import SaekitError, first_line
+from saekit.errors import SaekitError
 from saekit.files import replace_files, writable_folder
+from saekit.formats import checks
+from saekit.formats.checks import DTYPES, OURS, Stored
+from saekit.formats.saelens_before_6 import modernised
+from saekit.formats.tensor_files import read_tensors, write_safetensors
 from saekit.reading import check_inside, read_json
-from saekit.seal import BLANK, file_unbroken, stamp_file
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from saekit.sae import SAEConfig, SparseAutoencoder
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 _TOKEN_NORM = "saekit_jumprelu_token_norm"
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+_AS = {"gated": "jumprelu", _TOKEN_NORM: "jumprelu"}  # what some architectures are here
+_PLAIN = {name: Stored(name, letters) for name, letters in OURS.items() if name != "threshold"}
+_PLACES = {
+    "jumprelu": {**_PLAIN, "threshold": Stored("threshold", "F")},
+    "gated": {
+        **{name: place for name, place in _PLAIN.items() if name != "b_enc"},
+        **{name: Stored(name, "F") for name in ("b_gate", "b_mag", "r_mag")},
+    },
+}
+_PLACES[_TOKEN_NORM] = _PLACES["jumprelu"]
 
 
-def recognises(folder: Path) -> bool:
+def recognises(path: Path) -> bool:
     """Whether both files are there."""
+    folder = checks.folder_of(path, WEIGHTS)
     return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
+
+
+def lacks(sae: SparseAutoencoder) -> checks.Lack | None:
+    """What of a dictionary SAELens cannot open."""
+    return "token_norm" if sae.cfg.affinity_scale != "none" else None
 
 
 def write(sae: SparseAutoencoder, folder: Path, *, overwrite: bool = False) -> Path:
@@ -48,116 +62,66 @@ def write(sae: SparseAutoencoder, folder: Path, *, overwrite: bool = False) -> P
         "d_sae": sae.cfg.d_sae,
         "dtype": str(sae.W_dec.dtype).removeprefix("torch."),
         "apply_b_dec_to_input": sae.cfg.apply_b_dec_to_input,
-        "normalize_activations": "none",
+        "normalize_activations": sae.cfg.input_normalization,
         "reshape_activations": "none",
         "metadata": {**sae.cfg.metadata, "sae_lens_version": "6.0.0"},
     }
     if sae.cfg.k is not None:
         cfg |= {"k": sae.cfg.k, "rescale_acts_by_decoder_norm": False}
     tensors = {name: value.detach().cpu().contiguous() for name, value in sae.state_dict().items()}
-
-    def write_weights(path: Path) -> None:
-        save_file(tensors, path, {"saekit": BLANK})  # SAELens reads the tensors alone
-        stamp_file(path)
-
     text = json.dumps(cfg, indent=2) + "\n"
-    replace_files({folder / WEIGHTS: write_weights, folder / CONFIG: lambda path: path.write_text(text)})
+    replace_files(
+        {
+            folder / WEIGHTS: lambda part: write_safetensors(tensors, part),
+            folder / CONFIG: lambda part: part.write_text(text),
+        }
+    )
     return folder
 
 
-def read(folder: Path, device: str | torch.device = "cpu") -> SparseAutoencoder:
+def read(path: Path, device: str | torch.device = "cpu") -> SparseAutoencoder:
     """Read a dictionary. Nothing of its size is made before the files agree on it.
 
     Raises:
         SaekitError: a file is damaged or leads out of the folder, a key is missing, or the tensors do not have the
             shapes that the config names.
     """
-    from saekit.sae import SparseAutoencoder
-
-    for name in (CONFIG, WEIGHTS):
-        check_inside(folder / name, folder)
-    cfg = read_json(folder / CONFIG)
-    try:
-        config, dtype = _config(cfg)
-    except KeyError as error:
-        raise SaekitError(f"'{folder / CONFIG}' lacks or does not know {first_line(error)}") from None
-    except (ValueError, TypeError, AttributeError) as error:  # SaekitError is a ValueError, told in full below
-        if isinstance(error, SaekitError):
-            raise
-        raise SaekitError(f"'{folder / CONFIG}' is damaged: {first_line(error)}") from None
-    _refuse_unsupported(cfg, folder)
-    weights = _read_weights(folder / WEIGHTS, _shapes(config))
+    folder = checks.folder_of(path, WEIGHTS)
+    check_inside(folder / CONFIG, folder)
+    with checks.understanding(folder / CONFIG):
+        cfg = modernised(checks.mapping(read_json(folder / CONFIG)), folder / CONFIG)
+        config, dtype = _config(cfg), DTYPES[cfg["dtype"]]
+    reshaped = cfg.get("reshape_activations") or "none"
+    checks.refuse(reshaped != "none", folder / CONFIG, f"reshape_activations = {reprlib.repr(reshaped)}")
+    found, file = read_tensors(folder / WEIGHTS, folder), folder / WEIGHTS
+    scaling = found.pop("scaling_factor", None)  # of SAELens before 6, where it was written without effect too
+    if scaling is not None and not bool((scaling == 1).all()):
+        raise SaekitError(f"'{file}' holds a scaling_factor, which saekit does not read")
+    weights = checks.arranged(found, _PLACES.get(cfg["architecture"], _PLAIN), file, D=config.d_in, F=config.d_sae)
+    if cfg["architecture"] == "gated":
+        weights = checks.gated(weights)
     if cfg.get("rescale_acts_by_decoder_norm"):  # selection by f·‖W_dec‖: the same dictionary with unit rows
-        norms = weights["W_dec"].norm(dim=1)
-        weights |= {
-            "W_dec": weights["W_dec"] / norms[:, None],
-            "W_enc": weights["W_enc"] * norms,
-            "b_enc": weights["b_enc"] * norms,
-        }
-    sae = SparseAutoencoder(config, dtype, device)
-    sae.load_state_dict(weights)
-    return sae
+        weights = checks.scaled_rows(weights, weights["W_dec"].norm(dim=1))
+    return checks.dictionary(config, weights, dtype, device)
 
 
-def _config(cfg: Any) -> tuple[SAEConfig, torch.dtype]:
+def _config(cfg: dict[str, Any]) -> SAEConfig:
     """What ``cfg.json`` says; raises many kinds of errors where it says nothing sensible."""
     from saekit.sae import SAEConfig
 
-    if not isinstance(cfg, dict):
-        raise TypeError("it is no mapping")
-    scaled = cfg["architecture"] == _TOKEN_NORM
-    config = SAEConfig(
-        d_in=_whole(cfg, "d_in"),
-        d_sae=_whole(cfg, "d_sae"),
-        architecture="jumprelu" if scaled else cfg["architecture"],
-        affinity_scale="token_norm" if scaled else "none",
-        k=_whole(cfg, "k") if cfg["architecture"] == "topk" else None,
+    architecture = cfg["architecture"]
+    normalisation = cfg.get("normalize_activations") or "none"
+    if normalisation not in ("none", "layer_norm"):
+        raise SaekitError(
+            f"a dictionary with normalize_activations = {reprlib.repr(normalisation)} is not read: fold it first"
+        )
+    return SAEConfig(
+        d_in=checks.whole(cfg, "d_in"),
+        d_sae=checks.whole(cfg, "d_sae"),
+        architecture=_AS.get(architecture, architecture),
+        affinity_scale="token_norm" if architecture == _TOKEN_NORM else "none",
+        k=checks.whole(cfg, "k") if architecture == "topk" else None,
         apply_b_dec_to_input=bool(cfg.get("apply_b_dec_to_input", True)),
+        input_normalization="layer_norm" if normalisation == "layer_norm" else "none",
         metadata=dict(cfg.get("metadata") or {}),
     )
-    return config, _DTYPES[cfg["dtype"]]
-
-
-def _whole(cfg: dict[str, Any], key: str) -> int:
-    value = cfg[key]
-    if type(value) is not int or not 0 < value < 2**31:
-        raise ValueError(f"{key} = {reprlib.repr(value)}")
-    return value
-
-
-def _shapes(config: SAEConfig) -> dict[str, list[int]]:
-    """The shape of each tensor of a dictionary."""
-    shapes = {
-        "W_enc": [config.d_in, config.d_sae],
-        "b_enc": [config.d_sae],
-        "W_dec": [config.d_sae, config.d_in],
-        "b_dec": [config.d_in],
-    }
-    return shapes | ({"threshold": [config.d_sae]} if config.architecture == "jumprelu" else {})
-
-
-def _read_weights(path: Path, shapes: dict[str, list[int]]) -> dict[str, Tensor]:
-    """The tensors, once their names and shapes are as they should be."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            found = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            if found != shapes:
-                raise SaekitError(f"'{path}' holds {reprlib.repr(found)}, but its config asks for {shapes}")
-            kinds = {str(file.get_slice(name).get_dtype()) for name in shapes}
-            if not kinds <= {"F64", "F32", "F16", "BF16"}:
-                raise SaekitError(f"'{path}' holds weights in {', '.join(sorted(kinds))}, not in floating point")
-            whole = file_unbroken(path)
-            if whole is False or (whole is None and "saekit" in (file.metadata() or {})):
-                raise SaekitError(f"'{path}' is damaged: its seal is broken")
-            return {name: file.get_tensor(name) for name in shapes}
-    except (SafetensorError, OSError) as error:
-        raise SaekitError(f"'{path}' is damaged: {first_line(error)}") from None
-
-
-def _refuse_unsupported(cfg: dict[str, Any], folder: Path) -> None:
-    """Refuse what would silently change the features."""
-    for key in ("normalize_activations", "reshape_activations"):
-        if cfg.get(key) not in ("none", None):
-            raise SaekitError(
-                f"'{folder / CONFIG}' asks for {key} = {reprlib.repr(cfg[key])}, which saekit does not read"
-            )

@@ -150,7 +150,7 @@ def test_a_full_folder_is_not_overwritten(tmp_path):
         ({"d_sae": 33}, "asks for"),
         ({"architecture": "transcoder"}, "unknown architecture 'transcoder'"),
         ({"architecture": "standard"}, "asks for"),
-        ({"normalize_activations": "layer_norm"}, "normalize_activations"),
+        ({"normalize_activations": "expected_average_only_in"}, "normalize_activations"),
         ({"dtype": "float7"}, "float7"),
         ({"d_in": None}, "damaged"),
         ({"architecture": "topk", "k": "many"}, "damaged"),
