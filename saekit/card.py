@@ -70,7 +70,8 @@ class _Told:
 
     def title(self) -> str:
         model, hook = self.texts["model"], self.texts["hook"]
-        return "Sparse autoencoder" + (f" of {_code(model)}" if model else "") + (f" at {_code(hook)}" if hook else "")
+        of = f" of {_code(_own_name(model))}" if model else ""
+        return f"Sparse autoencoder{of}" + (f" at {_code(hook)}" if hook else "")
 
     def head(self, tags: list[str]) -> str:
         """The YAML that the hub reads."""
@@ -193,12 +194,17 @@ def _code(text: str | None) -> str:
 
 
 def _described(name: str | None) -> str | None:
-    """A model or a text by name; of a path of this machine only the last part."""
+    """A model or a text, and whether it is one of a machine."""
     if name is None:
         return None
     if name in _OURS:
         return _OURS[name]
-    return _code(name) if _on_the_hub(name) else _code(Path(name).name) + " (a local one)"
+    return _code(_own_name(name)) + ("" if _on_the_hub(name) else " (a local one)")
+
+
+def _own_name(name: str) -> str:
+    """A name of the hub as it is, and the last part of a path."""
+    return name if _on_the_hub(name) else re.split(r"[/\\]", name.rstrip("/\\"))[-1]
 
 
 def _on_the_hub(name: str) -> bool:

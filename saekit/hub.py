@@ -126,14 +126,15 @@ def _needed(place: HubPath, names: set[str]) -> list[str]:
         SaekitError: there is none.
     """
     if place.path in names:  # one file, with the configs beside it
-        folder = replace(place, path=place.path.rpartition("/")[0])
+        folder = replace(place, path=_split(place.path)[0])
         return [place.path, *(folder.file(name) for name in CONFIGS if folder.file(name) in names)]
     inner = replace(place, path=place.file("sae"))
     for folder in (place, inner):
         if any(folder.file(name) in names for name in WEIGHTS):
             wanted = [folder.file(name) for name in (*WEIGHTS, *CONFIGS)] + [place.file(name) for name in ABOUT]
             return [name for name in wanted if name in names]
-    there = sorted({re.sub(r"(^|/)sae$", "", name.rpartition("/")[0]) for name in names if _is_weights(name)})
+    folders = {re.sub(r"(^|/)sae$", "", folder) for folder, _, file in map(_split, names) if file in WEIGHTS}
+    there = sorted(folders | {name for name in names if name.endswith(".pt") and _split(name)[2] not in WEIGHTS})
     if not there:
         raise SaekitError(f"'{place.repo}' holds no dictionary in a known format")
     where = f"at '{place.path}'" if place.path else "at its root"
@@ -142,8 +143,8 @@ def _needed(place: HubPath, names: set[str]) -> list[str]:
     )
 
 
-def _is_weights(name: str) -> bool:
-    return name.rpartition("/")[2] in WEIGHTS
+def _split(name: str) -> tuple[str, str, str]:
+    return name.rpartition("/")
 
 
 def _root(copy: Path, name: str) -> Path:
@@ -338,11 +339,16 @@ def _prepared(api: HfApi, place: HubPath, private: bool) -> tuple[str | None, se
 
 
 def files_of(folder: Path) -> dict[str, Path]:
-    """The files of a dictionary's or a run's folder that belong to the dictionary, by their name on the hub.
+    """The files that belong to a dictionary, in its own or its run's folder, by their name on the hub.
 
     Raises:
         SaekitError: one is a link that leads out of its folder.
     """
+    if folder.is_file():
+        return {
+            folder.name: folder,
+            **{name: folder.with_name(name) for name in CONFIGS if folder.with_name(name).is_file()},
+        }
     place = folder if any((folder / name).is_file() for name in WEIGHTS) else folder / "sae"
     run = place.parent if place.name == "sae" and (place.parent / "config.yaml").is_file() else place
     found = {name: place / name for name in (*CONFIGS, *WEIGHTS) if (place / name).is_file()}
