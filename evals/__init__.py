@@ -3,6 +3,16 @@
 from saekit.evals.gradient_pursuit import encode_by_pursuit
 from saekit.evals.report import Report, table
 from saekit.evals.saved import Judge, heldout_contexts
+from saekit.evals.similarity import compare
 from saekit.evals.suite import evaluate, evaluate_activations
 
-__all__ = ["Judge", "Report", "encode_by_pursuit", "evaluate", "evaluate_activations", "heldout_contexts", "table"]
+__all__ = [
+    "Judge",
+    "Report",
+    "compare",
+    "encode_by_pursuit",
+    "evaluate",
+    "evaluate_activations",
+    "heldout_contexts",
+    "table",
+]
