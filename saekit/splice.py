@@ -62,7 +62,8 @@ def splice(
             its outputs, is x [b, t, d_in]; dimensions after t (heads) are flattened. What the dictionary's metadata
             names if not given.
         add_error: whether what the dictionary misses is added: the model is as it was but for changes of f.
-        steer: what to set features to.
+        steer: what to set features to, in units of their own (of the normalised activation, where the dictionary
+            normalises it).
         add: what to add to features, active or not.
         ablate: features to set to zero.
         positions: where to splice. ``text``, as dictionaries are trained and judged: all but BOS, known by its id (all
@@ -136,11 +137,11 @@ class Splice:
             if torch.is_grad_enabled() and not dense.requires_grad:
                 dense.requires_grad_(True)
             f = self.features(dense).reshape(-1, self.sae.cfg.d_sae)
-        x_hat = self.sae.decode(f)
+        x_hat = self.sae.decode(f, x)
         out: Tensor = self.reconstruction(x_hat.reshape(flat.shape))
         if self.error is not None:
             with torch.no_grad():
-                error = x - (x_hat if f is code else self.sae.decode(code))
+                error = x - (x_hat if f is code else self.sae.decode(code, x))
             out = out + self.error(error.reshape(flat.shape))
         kept = self._kept(flat)
         out = out.to(activation) if kept is None else torch.where(kept[..., None], out.to(activation), flat)

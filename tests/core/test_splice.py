@@ -18,14 +18,17 @@ HOOK, MODULE = "blocks.1.hook_resid_post", "model.layers.1"
 def dictionary(x, architecture="topk", width=512, seed=0):
     """Untrained, but at home at these activations [n, d]: random directions about their mean."""
     d = x.shape[1]
+    normalised = architecture == "layer_norm"
+    rule = "topk" if normalised else architecture
+    k, facts = (16 if rule == "topk" else None), {"hook_name": HOOK}
     sae = SparseAutoencoder(
-        SAEConfig(d, width, architecture, k=16 if architecture == "topk" else None, metadata={"hook_name": HOOK})
+        SAEConfig(d, width, rule, k=k, input_normalization="layer_norm" if normalised else "none", metadata=facts)
     )
     directions = torch.randn(width, d, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         sae.W_dec.copy_(directions / directions.norm(dim=1, keepdim=True))
         sae.W_enc.copy_(sae.W_dec.T)
-        sae.b_dec.copy_(x.mean(0))
+        sae.b_dec.copy_(sae.normalised(x)[0].mean(0))
         if sae.threshold is not None:
             sae.threshold.copy_(sae.pre_activations(x).quantile(0.97, dim=0))
     return sae
@@ -54,7 +57,7 @@ def x(model, tokens):
     return at(model, tokens, HOOK)
 
 
-@pytest.fixture(scope="module", params=["topk", "jumprelu"])
+@pytest.fixture(scope="module", params=["topk", "jumprelu", "layer_norm"])
 def sae(request, x):
     return dictionary(x[:, 1:].flatten(0, 1), request.param)
 
@@ -122,6 +125,8 @@ def test_changes_move_the_activation_along_decoder_directions(model, tokens, sae
     f = sae.encode(x).detach()
     changes = {"steer": {j: 8.0}, "add": {other: -2.5}, "ablate": [silent]}
     change = (8.0 - f[..., j, None]) * sae.W_dec[j] - 2.5 * sae.W_dec[other] - f[..., silent, None] * sae.W_dec[silent]
+    if (scale := sae.normalised(x)[1]) is not None:
+        change = change * scale.scale
     for add_error, before in ((True, x), (False, sae(x))):
         with saekit.splice(model, sae, add_error=add_error, positions="all", **changes):
             close(at(model, tokens, HOOK), (before + change).detach())
