@@ -112,7 +112,9 @@ def check_inside(path: Path, folder: Path) -> None:
     except (OSError, RuntimeError, ValueError) as error:  # a link to itself, or no name of a file
         raise SaekitError(f"cannot read '{path}': {first_line(error)}") from None
     hub = next((place.parents[1] for place in (root, *root.parents) if place.parent.name == "snapshots"), None)
-    shared = hub is not None and found.parent.parent == hub.parent / "blobs" and _HASHED.fullmatch(found.name) is not None
+    shared = (
+        hub is not None and found.parent.parent == hub.parent / "blobs" and _HASHED.fullmatch(found.name) is not None
+    )
     if not (found.is_relative_to(root) or (hub is not None and found.is_relative_to(hub / "blobs")) or shared):
         raise SaekitError(f"'{path}' is a link that leads out of its folder; saekit does not follow it")
 
