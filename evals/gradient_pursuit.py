@@ -42,7 +42,8 @@ def encode_by_pursuit(
     if l0 is None or x.shape[-1] != sae.cfg.d_in:  # encode_sparse names a wrong width
         l0 = sae.encode_sparse(x).matches_per_token()
     width, W_dec = sae.cfg.d_sae, sae.W_dec
-    signal = x.to(W_dec).reshape(-1, sae.cfg.d_in) - sae.b_dec
+    encoded, scale = sae.normalised(x.to(W_dec).reshape(-1, sae.cfg.d_in))
+    signal = encoded - sae.b_dec
     counts = _checked(l0, len(signal), width).to(W_dec.device, torch.long)
     order = counts.argsort(descending=True, stable=True)  # those still searching are a chunk's first
     rows = max(1, _CHUNK // width)
@@ -55,7 +56,7 @@ def encode_by_pursuit(
         features.append(support[row, place])
         values.append(coefficients[row, place])
     token, by_token = torch.cat(tokens).sort(stable=True)
-    return SparseCode(token, torch.cat(features)[by_token], torch.cat(values)[by_token], len(signal), width)
+    return SparseCode(token, torch.cat(features)[by_token], torch.cat(values)[by_token], len(signal), width, scale)
 
 
 def _checked(l0: Int[Tensor, "n"] | int, n: int, width: int) -> Int[Tensor, "n"]:
