@@ -14,6 +14,7 @@ from saekit.files import expanded
 from saekit.kernels.scores import has_fast_bfloat16
 from saekit.reading import is_plain, read_yaml
 from saekit.trainers.auxiliary import POOLS
+from saekit.trainers.loggers import LOGGERS
 from saekit.trainers.variants import VARIANTS
 
 _MANY = 2**31
@@ -94,6 +95,12 @@ class TrainConfig(BaseModel):
     calibration_tokens: int = Field(262_144, gt=0, lt=2**50, description="tokens on which inference thresholds are set")
     log_every: int = Field(10, gt=0, lt=2**50, description="steps between lines of metrics.jsonl")
     checkpoint_every: int = Field(500, gt=0, lt=2**50, description="steps between checkpoints")
+    log: list[str] = Field(
+        default_factory=list,
+        description="where metrics go beside metrics.jsonl: "
+        + ", ".join(LOGGERS)
+        + "; none for nowhere, when resuming",
+    )
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -106,6 +113,19 @@ class TrainConfig(BaseModel):
     def _plain(cls, value: Any, info: ValidationInfo) -> Any:
         if isinstance(value, (str, Path)) and not is_plain(str(value)):
             raise ValueError(f"{info.field_name} = {reprlib.repr(str(value))} has characters that no name has")
+        return value
+
+    @field_validator("log", mode="before")
+    @classmethod
+    def _loggers(cls, value: Any) -> Any:
+        names = [value] if isinstance(value, str) else value
+        if isinstance(names, list):
+            for name in names:
+                if name not in (*LOGGERS, "none"):
+                    raise ValueError(
+                        f"unknown logger {reprlib.repr(name)}{did_you_mean(str(name), (*LOGGERS, 'none'))}"
+                    )
+            return [name for name in dict.fromkeys(names) if name != "none"]
         return value
 
     @field_validator("variant", "aux", "device")

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from saekit.files import WriteError, replace_file, writing
 from saekit.trainers.config import TrainConfig
+from saekit.trainers.loggers import OpenLoggers
 
 
 def bars(quiet: bool) -> Progress:
@@ -29,18 +30,22 @@ def bars(quiet: bool) -> Progress:
 
 
 class TrainingProgress:
-    """A bar of one run on the screen and lines in its ``metrics.jsonl``."""
+    """A bar of one run on the screen, lines in its ``metrics.jsonl``, and what its loggers get."""
 
     def __init__(self, config: TrainConfig, step: int, screen: Progress, name: str) -> None:
         self.config = config
         self.first = step
         self.start = time.perf_counter()
         path = config.out / "metrics.jsonl"
-        kept = _lines_until(path, step)
-        replace_file(path, lambda part: part.write_text("".join(kept)))
+        lines = _lines(path)
+        self.loggers = OpenLoggers(config, step, max(lines, default=0))
+        kept = "".join(line for number, line in lines.items() if number <= step)
+        replace_file(path, lambda part: part.write_text(kept))
         self.file: TextIO = path.open("a")
         self.screen = screen
         self.task = screen.add_task(name, total=config.steps, completed=step, figures="")
+        for kind, logger in self.loggers.open.items() if not screen.disable else ():
+            screen.console.print(f"{kind}: {logger.where}", highlight=False, markup=False, soft_wrap=True)
 
     def __enter__(self) -> TrainingProgress:
         return self
@@ -48,6 +53,7 @@ class TrainingProgress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.loggers.close(failed=error is not None)
         with contextlib.suppress(WriteError) if error is not None else nullcontext(), writing(Path(self.file.name)):
             self.file.close()  # writes what could not be written before, if only it can now
 
@@ -64,6 +70,7 @@ class TrainingProgress:
         with writing(Path(self.file.name)):
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()
+        self.loggers.log(step, {key: value for key, value in line.items() if key != "step"})
         figures = (
             "{rate:,.0f} tokens/s  dead {dead_share:.1%}  waited {waited_share:.0%}\n"
             "loss {loss:.4f}  FVU {fvu:.4f}  L0 {l0:.1f}"
@@ -71,13 +78,13 @@ class TrainingProgress:
         self.screen.update(self.task, figures=figures.format(rate=rate, **metrics))
 
 
-def _lines_until(path: Path, step: int) -> list[str]:
-    """The lines of an earlier start that lead up to ``step``; a line cut off by a crash is dropped."""
-    kept = []
+def _lines(path: Path) -> dict[int, str]:
+    """The lines of an earlier start by their step; one cut off by a crash is dropped."""
+    found = {}
     for line in path.read_text(errors="replace").splitlines(keepends=True) if path.is_file() else []:
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
+            if type(step := json.loads(line)["step"]) is int:
+                found[step] = line
         except (ValueError, KeyError, TypeError, RecursionError):
             continue
-    return kept
+    return found

@@ -20,11 +20,12 @@ from saekit.files import (
 from saekit.sae import SparseAutoencoder
 from saekit.trainers.checkpoint import checkpoints
 from saekit.trainers.config import TrainConfig
+from saekit.trainers.loggers import files_of_loggers
 
 CONFIG, METRICS, CHECKPOINTS, DICTIONARY = "config.yaml", "metrics.jsonl", "checkpoints", "sae"
 STATISTICS, EVALUATION = "statistics.safetensors", "eval.json"
 BEGUN = "begun.yaml"  # of several runs, while not each has its folder yet
-MAY_CHANGE = {"skip_bad_tokens"}  # settings that a run may go on with otherwise
+MAY_CHANGE = {"skip_bad_tokens", "log"}  # settings that a run may go on with otherwise
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def _prepare(config: TrainConfig) -> None:
     old = [*(config.out / name for name in (CONFIG, METRICS, STATISTICS, EVALUATION))]  # from here on, it is no run
     old += (config.out / CHECKPOINTS).glob("step-*")
     remove_unfinished(config.out, [STATISTICS, f"{CHECKPOINTS}/*", f"{DICTIONARY}/*"])
-    for path in [*old, *(config.out / DICTIONARY).glob("*")]:
+    for path in [*old, *files_of_loggers(config.out), *(config.out / DICTIONARY).glob("*")]:
         if path.is_file():
             path.unlink()
     replace_file(config.out / CONFIG, lambda path: path.write_text(config.to_yaml()))

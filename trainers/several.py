@@ -16,6 +16,7 @@ from saekit.trainers.checkpoint import load_checkpoints
 from saekit.trainers.config import TrainConfig
 from saekit.trainers.data import data_of_hooks
 from saekit.trainers.lock_step import take_steps
+from saekit.trainers.loggers import check_installed
 from saekit.trainers.run_folder import (
     BEGUN,
     CHECKPOINTS,
@@ -106,6 +107,7 @@ def _train(
     """Train what is not finished."""
     if not configs:
         return []
+    check_installed(configs[0].log)
     device = pick_device(configs[0].device)
     with ExitStack() as stack:
         found = load_checkpoints([config.out / CHECKPOINTS for config in configs], device) if resume else None

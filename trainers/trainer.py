@@ -26,6 +26,7 @@ from saekit.trainers.data import TrainingData, resolved, training_data
 from saekit.trainers.dictionary import affinity_scale, empty_dictionary, initialise, unscale
 from saekit.trainers.divergence import Divergence
 from saekit.trainers.lock_step import take_steps
+from saekit.trainers.loggers import check_installed
 from saekit.trainers.optimizer import DictionaryAdam, learning_rate
 from saekit.trainers.run_folder import (
     CHECKPOINTS,
@@ -83,6 +84,7 @@ def train(
                 return finished
         else:
             check_new(config, overwrite=overwrite)
+        check_installed(config.log)
         device = pick_device(config.device)
         found = load_checkpoints([config.out / CHECKPOINTS], device) if resume else None
         state = found[1][0] if found else None

@@ -12,6 +12,8 @@ import typer
 
 from saekit.commands.evaluate import judge
 
+_AGAIN = {"hook": "; give it again for a dictionary at each", "log": "; give it again for both"}
+
 
 def _flags_of_config(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command one flag for each field of TrainConfig, so that names, types and help stand in one place."""
@@ -22,9 +24,9 @@ def _flags_of_config(command: Callable[..., None]) -> Callable[..., None]:
     flags = []
     for name, field in TrainConfig.model_fields.items():
         default = "" if field.default is None or field.default_factory else f" [default: {field.default}]"
-        again = "; give it again for a dictionary at each" if name == "hook" else ""
+        again = _AGAIN.get(name, "")
         option = typer.Option(help=f"{field.description}{default}{again}", show_default=False)
-        kind: Any = Annotated[(list[str] if name == "hook" else kinds.get(field.annotation, str)) | None, option]
+        kind: Any = Annotated[(list[str] if name in _AGAIN else kinds.get(field.annotation, str)) | None, option]
         flags.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind))
     command.__signature__ = inspect.Signature([*flags, *fixed])  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in [*flags, *fixed]}
@@ -55,6 +57,7 @@ def train(
     from saekit.trainers.several import hooks_in
 
     hooks = flags.pop("hook") or []
+    flags["log"] = flags["log"] or None
     if resume and config is None and flags["out"] is not None:
         started = Path(flags["out"]) / "config.yaml"
         config = started if started.is_file() else None
