@@ -4,66 +4,58 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
-from saekit.errors import SaekitError
+from saekit.errors import SaekitError, did_you_mean
 from saekit.files import check_free, check_writable
-
-if TYPE_CHECKING:
-    from saekit.sae import SparseAutoencoder
 
 
 def convert(
-    source: str = typer.Argument(help="folder of a dictionary or run, or hf://owner/repo/path"),
+    source: str = typer.Argument(help="a dictionary or run in any format that is read, or hf://owner/repo/path"),
     target: Path = typer.Argument(help="folder to write"),
-    to: str = typer.Option("saelens", help="format: saelens"),
-    lossy: bool = typer.Option(False, help="write the nearest dictionary where the format cannot hold this one"),
-    model: str | None = typer.Option(None, help="--lossy: the model [what the dictionary names]"),
-    hook: str | None = typer.Option(None, help="--lossy: the hook point [what the dictionary names]"),
-    dataset: str | None = typer.Option(None, help="--lossy: text to set thresholds on [what the dictionary names]"),
-    cache: Path | None = typer.Option(None, help="--lossy: activation cache to set them on instead"),
+    to: str = typer.Option("saelens", help="saelens (saekit's own too), dictionary_learning or sparsify"),
+    lossy: bool = typer.Option(
+        False, help="where the format cannot hold this dictionary: write the nearest one, and print what that costs"
+    ),
+    model: str | None = typer.Option(None, help="--lossy: the model; by default what the dictionary names"),
+    hook: str | None = typer.Option(None, help="--lossy: the hook point; by default what the dictionary names"),
+    dataset: str | None = typer.Option(
+        None,
+        help="--lossy: text to set thresholds or k on, and to compare both on; by default what the dictionary names",
+    ),
+    cache: Path | None = typer.Option(None, help="--lossy: activation cache to use instead of a model and text"),
     tokens: int = typer.Option(131_072, min=1024, help="--lossy: tokens to set them on, and to compare both on"),
-    overwrite: bool = typer.Option(False, help="replace a dictionary in the target folder"),
+    overwrite: bool = typer.Option(False, help="replace a dictionary of the same format in the target folder"),
     device: str = typer.Option("auto", help="auto, cpu, cuda, mps"),
     trust_remote_code: bool = typer.Option(False, help="--lossy: let code run that comes with the model"),
 ) -> None:
-    """Write a dictionary in the format of another package."""
+    """Write a dictionary in the format of another package.
+
+    Features and reconstructions stay as they are, up to rounding; otherwise it refuses and says what would be lost.
+    """
     import saekit
+    from saekit.commands.nearest import NEAREST, nearest, refusal
+    from saekit.formats import WRITABLE
 
     check_free(target, overwrite=overwrite, hint="choose another folder, or pass --overwrite")
     check_writable(target)
-    if to != "saelens":
-        raise SaekitError(f"unknown format '{to}'; choose from saelens")
-    sae = saekit.load(source)
-    if sae.cfg.affinity_scale != "none":
-        if not lossy:
-            raise SaekitError(
-                f"the thresholds of '{source}' follow each token's norm, which the format of SAELens cannot hold; "
-                f"--lossy writes the nearest plain ones and compares both"
-            )
+    if to not in WRITABLE:
+        raise SaekitError(f"unknown format '{to}'{did_you_mean(to, WRITABLE)}")
+    writer, sae = WRITABLE[to], saekit.load(source)
+    lack = writer.lacks(sae)
+    if lack is not None:
+        if not lossy or lack not in NEAREST:
+            raise refusal(source, to, lack)
+        from saekit.evals import Judge
+        from saekit.trainers.trainer import pick_device
+
         facts: dict[str, Any] = {"model": model, "hook": hook, "dataset": dataset, "cache": cache, "tokens": tokens}
-        facts["trust_remote_code"] = trust_remote_code
-        sae = _plain(sae, source, device, **facts)
-    sae.save(target, overwrite=overwrite)
+        judge = Judge(device=str(pick_device(device)), trust_remote_code=trust_remote_code, **facts)
+        sae = nearest(sae, lack, source, judge)
+    writer.write(sae, target, overwrite=overwrite)
     print(f"dictionary: {target}")
-
-
-def _plain(sae: SparseAutoencoder, path: str, device: str, **facts: Any) -> SparseAutoencoder:
-    """The dictionary with plain thresholds; prints what the change costs."""
-    from saekit.evals import Judge, evaluate_activations
-    from saekit.trainers.calibration import with_plain_thresholds
-    from saekit.trainers.trainer import pick_device
-
-    judge = Judge(device=str(pick_device(device)), **facts)
-    sae = sae.to(judge.device)
-    plain = with_plain_thresholds(sae, lambda: judge.activations(sae, path, "calibration"))
-    for name, each in (("thresholds by token norm", sae), ("plain thresholds", plain)):
-        report = evaluate_activations(each, judge.activations(sae, path, "heldout"))
-        l0, fvu = report["sparsity"]["l0"], report["reconstruction"]["fvu"]
-        print(f"{name + ':':26} FVU {fvu:.4f} at L0 {l0:.1f} on {report['sparsity']['tokens']:,} held-out tokens")
-    return plain.cpu()
 
 
 def info(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from saekit.errors import SaekitError, first_line
+from saekit.files import writable_folder
 
 if TYPE_CHECKING:
     from saekit.sae import SAEConfig, SparseAutoencoder
@@ -20,6 +21,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 OURS = {"W_enc": "DF", "b_enc": "F", "W_dec": "FD", "b_dec": "D", "threshold": "F"}  # D is d_in, F is d_sae
 
 
+WEIGHTS = ("sae_weights.safetensors", "ae.pt", "sae.safetensors", "params.npz", "params.safetensors")
 Lack = Literal["token_norm", "thresholds", "layer_norm", "zero_rows"]
 LACKS: dict[Lack, str] = {
     "token_norm": "thresholds by each token's norm",
@@ -165,6 +167,23 @@ def at_least_float32(weights: Mapping[str, Tensor]) -> torch.dtype:
 def own_metadata(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """What saekit has written into the config of another package."""
     return mapping(mapping(cfg.get("saekit", {})).get("metadata", {}))
+
+
+def place(folder: Path, weights: str, *, overwrite: bool) -> None:
+    """Make the folder that a dictionary is written to.
+
+    Args:
+        folder: where.
+        weights: name of the file of weights of this format.
+        overwrite: whether it may hold something already, though no dictionary of another format: it would be neither.
+
+    Raises:
+        SaekitError: it holds something, or cannot be written to.
+    """
+    other = next((name for name in WEIGHTS if name != weights and (folder / name).is_file()), None)
+    if other is not None and overwrite:
+        raise SaekitError(f"'{folder}' holds a dictionary of another format ({other}); choose another folder")
+    writable_folder(folder, overwrite=overwrite)
 
 
 def check_holds(lack: Lack | None, name: str) -> None:

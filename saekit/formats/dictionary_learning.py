@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from saekit.errors import SaekitError, did_you_mean
-from saekit.files import replace_files, writable_folder
+from saekit.files import replace_files
 from saekit.formats import checks
 from saekit.formats.checks import Stored
 from saekit.formats.origin import of_dictionary_learning
@@ -139,7 +139,7 @@ def write(sae: SparseAutoencoder, folder: Path, *, overwrite: bool = False) -> P
         SaekitError: the format cannot hold it, or the folder holds something and ``overwrite`` is not set.
     """
     checks.check_holds(lacks(sae), "dictionary_learning")
-    writable_folder(folder, overwrite=overwrite)
+    checks.place(folder, WEIGHTS, overwrite=overwrite)
     name = _WRITTEN[sae.cfg.architecture]
     kind, facts = KINDS[name], sae.cfg.metadata
     weights = {

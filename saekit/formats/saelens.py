@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from saekit.errors import SaekitError
-from saekit.files import replace_files, writable_folder
+from saekit.files import replace_files
 from saekit.formats import checks
 from saekit.formats.checks import DTYPES, OURS, Stored
 from saekit.formats.saelens_before_6 import modernised
@@ -55,7 +55,7 @@ def write(sae: SparseAutoencoder, folder: Path, *, overwrite: bool = False) -> P
     Raises:
         SaekitError: the folder holds something and ``overwrite`` is not set.
     """
-    writable_folder(folder, overwrite=overwrite)
+    checks.place(folder, WEIGHTS, overwrite=overwrite)
     cfg: dict[str, Any] = {
         "architecture": sae.cfg.architecture if sae.cfg.affinity_scale == "none" else _TOKEN_NORM,
         "d_in": sae.cfg.d_in,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from saekit.files import replace_files, writable_folder
+from saekit.files import replace_files
 from saekit.formats import checks
 from saekit.formats.checks import Stored
 from saekit.formats.origin import of_sparsify
@@ -78,7 +78,7 @@ def write(sae: SparseAutoencoder, folder: Path, *, overwrite: bool = False) -> P
         SaekitError: it is not ``topk``, or the folder holds something and ``overwrite`` is not set.
     """
     checks.check_holds(lacks(sae), "sparsify")
-    writable_folder(folder, overwrite=overwrite)
+    checks.place(folder, WEIGHTS, overwrite=overwrite)
     weights: dict[str, Any] = dict(sae.state_dict())
     if not sae.cfg.apply_b_dec_to_input:
         weights = checks.with_b_dec(weights, 1)

@@ -1,4 +1,4 @@
-"""Dictionaries of other packages: read as those packages compute them (``scripts/make_fixtures.py``), written, refused."""
+"""Dictionaries of other packages: read as those compute them (``scripts/make_fixtures.py``), written, refused."""
 
 from __future__ import annotations
 
