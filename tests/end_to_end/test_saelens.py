@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from saekit.activations import ActivationCache
 from saekit.trainers import TrainConfig, train
 
 ROOT = Path(__file__).parents[2]
-ENVIRONMENT = ROOT / ".venv-saelens"
+ENVIRONMENT = Path(os.environ.get("SAEKIT_ENVIRONMENTS", ROOT)) / ".venv-saelens"
 SCRIPT = """
 import sys
 from safetensors.torch import load_file, save_file
