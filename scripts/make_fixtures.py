@@ -131,7 +131,8 @@ def openai() -> None:
     state: dict[str, Any] = {name: torch.randn(shape, generator=generator) * 0.5 for name, shape in shapes.items()}
     state |= {"stats_last_nonzero": torch.zeros(F, dtype=torch.long), "latents_mean_square": torch.zeros(F)}
     state |= {"latents_activation_frequency": torch.ones(F)}
-    top_k = {"activation": "TopK", "activation_state_dict": {"k": K, "postact_fn": "ReLU"}}
+    facts = {"k": K, "postact_fn": "ReLU"}
+    top_k = {"activation": "TopK", "activation_state_dict": facts, "activation.k": K, "activation.postact_fn": "ReLU"}
     for name, more in {"topk": top_k, "relu": {"activation": "ReLU", "activation_state_dict": {}}}.items():
         folder = DATA / f"openai_{name}/gpt2-small/resid_post_mlp_v5_32k/autoencoders"
         folder.mkdir(parents=True, exist_ok=True)

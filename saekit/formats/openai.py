@@ -26,7 +26,10 @@ _PLACES = {
     "W_dec": Stored("decoder.weight", "DF"),
     "b_dec": Stored("pre_bias", "D"),
 }
-_STATISTICS = ("stats_last_nonzero", "latents_activation_frequency", "latents_mean_square")
+_BESIDE = {
+    *("stats_last_nonzero", "latents_activation_frequency", "latents_mean_square"),
+    *("activation.k", "activation.postact_fn"),  # said again by activation_state_dict
+}
 
 
 def recognises(path: Path) -> bool:
@@ -47,8 +50,7 @@ def read(path: Path, device: str | torch.device = "cpu") -> SparseAutoencoder:
     assert file is not None
     found = read_tensors(file, file.parent)
     activation, state = found.pop("activation", "ReLU"), found.pop("activation_state_dict", {})
-    for name in _STATISTICS:
-        found.pop(name, None)
+    found = {name: value for name, value in found.items() if name not in _BESIDE}
     weights = checks.arranged(found, _PLACES, file)
     checks.refuse(activation not in ("ReLU", "TopK"), file, f"the activation {reprlib.repr(activation)}")
     top_k = activation == "TopK"
