@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.table import Table
 
@@ -32,7 +33,13 @@ _FIGURES = (
     ("CE", "downstream", "ce_clean", "{:.3f}", "nats a token of the model as it is"),
     ("CE with x̂", "downstream", "ce_reconstructed", "{:.3f}", "with the reconstruction spliced in"),
     ("CE with 0", "downstream", "ce_zero", "{:.3f}", "with zeros in place of the activations"),
-    ("recovered", "downstream", "recovered_share", "{:.4f}", "share of the cross-entropy between those two kept"),
+    (
+        "recovered",
+        "downstream",
+        "recovered_share",
+        "{:.4f}",
+        "share of what zeros would cost (CE with 0 − CE) that x̂ saves",
+    ),
     ("KL", "downstream", "kl", "{:.4f}", "nats a token from the model's own predictions"),
     (
         "CE sampled",
@@ -100,7 +107,8 @@ class Report:
         rows = [
             (title, _shown(_found(self, group, key), shape), meaning) for title, group, key, shape, meaning in figures
         ]
-        return display.table(str(self.about.get("dictionary", "Report")), rows, ("figure", "value", "meaning"))
+        title = self.about.get("dictionary") or self.about.get("hook") or "Report"
+        return display.table(str(title), rows, ("figure", "value", "meaning"))
 
     def to_dict(self) -> dict[str, Any]:
         """The groups, and ``about``."""
@@ -147,6 +155,28 @@ def groups_in(path: str | Path) -> dict[str, Any]:
 def to_json(value: Any) -> str:
     """JSON text; figures that are not finite become null."""
     return json.dumps(_finite(value), indent=2, allow_nan=False)
+
+
+class Figure(NamedTuple):
+    """One figure as people read it, and what it means."""
+
+    title: str
+    group: str
+    key: str
+    value: str
+    meaning: str
+
+
+def figures(groups: Mapping[str, Any]) -> list[Figure]:
+    """The figures that these groups have, in the order of the table; what is no number is left out."""
+    found = []
+    for title, group, key, shape, meaning in _FIGURES:
+        value: Any = groups
+        for part in f"{group}.{key}".split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if isinstance(value, int | float) and math.isfinite(value) and (isinstance(value, int) or "d" not in shape):
+            found.append(Figure(title, group, key, shape.format(value), meaning))
+    return found
 
 
 def table(reports: Mapping[str, Report] | Sequence[tuple[str, Report]]) -> Table:

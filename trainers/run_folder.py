@@ -23,7 +23,7 @@ from saekit.trainers.config import TrainConfig
 from saekit.trainers.loggers import files_of_loggers
 
 CONFIG, METRICS, CHECKPOINTS, DICTIONARY = "config.yaml", "metrics.jsonl", "checkpoints", "sae"
-STATISTICS, EVALUATION = "statistics.safetensors", "eval.json"
+STATISTICS, EVALUATION, REPORT = "statistics.safetensors", "eval.json", "report.html"
 BEGUN = "begun.yaml"  # of several runs, while not each has its folder yet
 MAY_CHANGE = {"skip_bad_tokens", "log"}  # settings that a run may go on with otherwise
 
@@ -90,7 +90,7 @@ def _config_to_resume(config: TrainConfig) -> TrainConfig:
     changed = [key for key, value in asked.items() if value is not None and value != getattr(before, key)]
     if lasting := [key for key in changed if key not in MAY_CHANGE]:
         raise SaekitError(f"the run in '{config.out}' was started with another {', '.join(lasting)}")
-    remove_unfinished(config.out, [CONFIG, METRICS, STATISTICS, EVALUATION, f"{DICTIONARY}/*"])
+    remove_unfinished(config.out, [CONFIG, METRICS, STATISTICS, EVALUATION, REPORT, f"{DICTIONARY}/*"])
     new = before.model_copy(update={key: asked[key] for key in changed})
     if changed:
         replace_file(written, lambda path: path.write_text(new.to_yaml()))
@@ -120,7 +120,9 @@ def prepared_folder(config: TrainConfig, *, overwrite: bool) -> Iterator[None]:
 
 
 def _prepare(config: TrainConfig) -> None:
-    old = [*(config.out / name for name in (CONFIG, METRICS, STATISTICS, EVALUATION))]  # from here on, it is no run
+    old = [
+        *(config.out / name for name in (CONFIG, METRICS, STATISTICS, EVALUATION, REPORT))
+    ]  # from here on, it is no run
     old += (config.out / CHECKPOINTS).glob("step-*")
     remove_unfinished(config.out, [STATISTICS, f"{CHECKPOINTS}/*", f"{DICTIONARY}/*"])
     for path in [*old, *files_of_loggers(config.out), *(config.out / DICTIONARY).glob("*")]:
