@@ -1,6 +1,6 @@
 """Whatever stands in a file, it is read or refused by a SaekitError: no other error, no hang, no memory it asks for.
 
-The slow test goes through 10,000 generated configs, manifests, ``cfg.json`` and headers; every run through 1,500.
+The slow test goes through 11,000 generated configs, manifests, ``cfg.json`` and headers; every run through 1,650.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 import time
 from contextlib import suppress
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -25,12 +26,13 @@ from saekit import SAEConfig, SaekitError, SparseAutoencoder
 from saekit.activations import ActivationCache
 from saekit.activations.manifest import Manifest
 from saekit.activations.shards import _header
+from saekit.formats import WRITABLE
 from saekit.reading import parse_json, read_yaml
 from saekit.seal import BLANK, stamp
 from saekit.trainers import TrainConfig
 
 SECONDS, MEGABYTES = 1.0, 300  # of processor time a file; of memory, for all files of a test
-SLOW = {"configs": 3000, "manifests": 2500, "cfg": 2500, "weights": 1000, "shards": 1000}  # 10,000
+SLOW = {"configs": 3000, "manifests": 2500, "cfg": 2500, "weights": 1000, "shards": 1000, "archives": 1000}
 
 anyone = st.sampled_from(
     [
@@ -273,6 +275,9 @@ DICTIONARIES = {
 }
 
 
+FOREIGN = {"dictionary_learning": "config.json", "sparsify": "cfg.json"}
+
+
 @pytest.fixture
 def dictionaries(tmp_path):
     """The folder of a dictionary of each kind."""
@@ -281,6 +286,9 @@ def dictionaries(tmp_path):
         for tensor in sae.state_dict().values():
             torch.nn.init.uniform_(tensor)
         sae.save(tmp_path / name)
+    for name in FOREIGN:
+        config = SAEConfig(4, 9, "topk", k=2, metadata={"model_name": "m"})
+        WRITABLE[name].write(SparseAutoencoder(config), tmp_path / name)
     return tmp_path
 
 
@@ -301,13 +309,32 @@ def check_dictionary(folder):
 
 @number_of_examples("cfg")
 def test_cfg_json(dictionaries, examples):
-    documents = {name: json.loads((dictionaries / name / "cfg.json").read_text()) for name in DICTIONARIES}
+    files = {**dict.fromkeys(DICTIONARIES, "cfg.json"), **FOREIGN}
+    documents = {name: json.loads((dictionaries / name / file).read_text()) for name, file in files.items()}
     each = st.one_of([st.tuples(st.just(name), any_json([document])) for name, document in documents.items()])
 
     def check(example):
         name, content = example
-        (dictionaries / name / "cfg.json").write_bytes(content)
+        (dictionaries / name / files[name]).write_bytes(content)
         check_dictionary(dictionaries / name)
+
+    every(examples, each, check)
+
+
+@number_of_examples("archives")
+def test_archives_of_tensors(dictionaries, examples):
+    """Of torch and of numpy, with any bytes changed."""
+    torch_file, numpy_file = dictionaries / "dictionary_learning/ae.pt", dictionaries / "numpy/params.npz"
+    numpy_file.parent.mkdir()
+    tensors = saekit.load(dictionaries / "jumprelu").state_dict()
+    np.savez(numpy_file, **{name: tensor.numpy() for name, tensor in tensors.items()})
+    files = [(path, path.read_bytes()) for path in (torch_file, numpy_file)]
+    each = st.one_of([st.tuples(st.just(path), edited(st.just(content))) for path, content in files])
+
+    def check(example):
+        path, content = example
+        path.write_bytes(content)
+        check_dictionary(path)
 
     every(examples, each, check)
 

@@ -11,6 +11,7 @@ from hostile import EMBEDDED, read_all
 
 from saekit import SAEConfig, SparseAutoencoder
 from saekit.activations import ActivationCache
+from saekit.formats import WRITABLE
 from saekit.trainers import TrainConfig, train
 from saekit.trainers.trainer import Trainer
 
@@ -28,6 +29,8 @@ def made(tmp_path_factory):
     """What the commands read: a dictionary, a cache, a finished and a stopped run, a begun harvest, a model, text."""
     home = tmp_path_factory.mktemp("made")
     SparseAutoencoder(SAEConfig(6, 16, "jumprelu")).save(home / "sae")
+    for name in ("dictionary_learning", "sparsify"):
+        WRITABLE[name].write(SparseAutoencoder(SAEConfig(6, 16, "topk", 2)), home / name)
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("saekit.activations.cache.SHARD_ROWS", 400)

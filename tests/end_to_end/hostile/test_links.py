@@ -23,6 +23,8 @@ SECONDS = 20  # after which a command that waits for a FIFO counts as hanging
 LINKS = {  # a file that is a link out of its folder, and what comes upon it
     "sae/cfg.json": "info sae",
     "sae/sae_weights.safetensors": "convert sae new",
+    "dictionary_learning/ae.pt": "info dictionary_learning",
+    "sparsify/sae.safetensors": "info sparsify",
     "finished/sae/cfg.json": "eval finished --cache cache",
     "finished/sae/sae_weights.safetensors": "train --resume --out finished",
     "cache/shard-00001.safetensors": "train --cache cache --out new",
@@ -120,6 +122,8 @@ def test_a_saved_dataset_that_is_a_link(what, saved):
 IN_THE_WAY = {  # a file in whose place something else stands, and what comes upon it
     "sae/cfg.json": "info sae",
     "sae/sae_weights.safetensors": "info sae",
+    "dictionary_learning/ae.pt": "info dictionary_learning",
+    "any.pt": "info any.pt",
     "finished/sae/cfg.json": "train --resume --out finished --eval-tokens 0 --quiet",
     "finished/eval.json": "train --resume --out finished --quiet",
     "finished/config.yaml": "train --resume --out finished --eval-tokens 0 --quiet",

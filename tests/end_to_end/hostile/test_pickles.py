@@ -37,6 +37,12 @@ def test_the_pickles_would_work(tmp_path):
 PICKLES = {  # name of the file, the command that comes upon it, and the exit code: 0 where it is not read at all
     "sae/cfg.json": ("info sae", 2),
     "sae/sae_weights.safetensors": ("convert sae new", 2),
+    "dictionary_learning/config.json": ("info dictionary_learning", 2),
+    "dictionary_learning/ae.pt": ("info dictionary_learning", 2),
+    "sparsify/sae.safetensors": ("convert sparsify new", 2),
+    "params.npz": ("info params.npz", 2),
+    "params.safetensors": ("info params.safetensors", 2),
+    "any.pt": ("convert any.pt new", 2),
     "finished/sae/sae_weights.safetensors": ("eval finished --cache cache", 2),
     "finished/sae/cfg.json": ("train --resume --out finished", 2),
     "finished/eval.json": ("train --resume --out finished --quiet", 2),
