@@ -59,9 +59,8 @@ OURS = {
 }
 ROWS = (
     "l0", "frac_alive", "cossim", "l2_ratio", "ce_loss_without_sae", "ce_loss_with_sae", SPECIAL,
-    "ce_loss_with_ablation", "ce_loss_score", "kl_div_with_sae", "kl_div_with_ablation", "kl_div_score",
-    "explained_variance", "explained_variance_legacy", "mse", "relative_reconstruction_bias", "l1", "l2_norm_in",
-    "l2_norm_out",
+    "ce_loss_with_ablation", "ce_loss_score", "kl_div_with_sae", "kl_div_with_ablation", "explained_variance",
+    "explained_variance_legacy", "mse", "relative_reconstruction_bias", "l1",
 )  # fmt: skip
 
 
@@ -69,13 +68,17 @@ def main() -> None:
     """Read the command line and judge."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("dictionaries", nargs="+", help="dictionaries, or runs, that name their model and text")
-    parser.add_argument("--tokens", type=int, default=32_768, help="held-out tokens, at least")
+    parser.add_argument("--tokens", type=int, default=32_768, help="held-out tokens, about")
     parser.add_argument("--json", type=Path, help="file that receives the figures")
     parser.add_argument("--page", type=Path, help="page that receives the tables")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     found = {path: judged(path, arguments.tokens) for path in arguments.dictionaries}
-    text = f"{versions()}\n\n" + "\n\n".join(table(path, columns) for path, columns in found.items())
+    sizes = {
+        f"{about['tokens']:,} tokens in {about['contexts']:,} contexts"
+        for about in (columns["about"] for columns in found.values())
+    }
+    text = f"{versions()} {'; '.join(sizes)}.\n\n{table(found)}"
     print(text)
     if arguments.json:
         replace_file(arguments.json, lambda path: path.write_text(to_json(found)))
@@ -97,7 +100,7 @@ def judged(path: str, tokens: int) -> dict[str, dict[str, float]]:
             "SAEBench": by_saebench(sae, model, contexts, special),
             "SAELens": by_saelens(sae, model, contexts, special),
             "saekit": by_saekit(sae, source, contexts),
-            "SAEBench's definition, from saekit": by_definition(sae, source, contexts),
+            "definition": by_definition(sae, source, contexts),
             "about": {"tokens": int(contexts.kept.sum()), "contexts": len(contexts.tokens)},
         }
 
@@ -239,22 +242,18 @@ def by_definition(sae: SparseAutoencoder, source: ActivationSource, contexts: Co
     }
 
 
-def table(path: str, columns: dict[str, dict[str, float]]) -> str:
-    """Markdown: a row a figure, a column a judge."""
-    judges = [judge for judge in columns if judge != "about"]
-    sae, about = saekit.load(path), columns["about"]
-    shown = f"k = {sae.cfg.k}" if sae.cfg.k is not None else "thresholds"
-    lines = [
-        f"**{path}** ({sae.cfg.architecture}, {sae.cfg.d_sae:,} features, {shown}), {about['tokens']:,} tokens in "
-        f"{about['contexts']:,} contexts",
-        "",
-        f"| figure | {' | '.join(judges)} |",
-        f"|---|{'--:|' * len(judges)}",
-    ]
-    for row in ROWS:
-        values = [columns[judge].get(row) for judge in judges]
-        lines.append(f"| {row} | {' | '.join('' if value is None else f'{value:.6g}' for value in values)} |")
-    return "\n".join(lines)
+def table(found: dict[str, dict[str, dict[str, float]]]) -> str:
+    """Markdown: a row a figure, columns by dictionary and judge."""
+    head, lines = ["figure"], [[row] for row in ROWS]
+    for path, columns in found.items():
+        for judge, figures in columns.items():
+            if judge != "about":
+                head.append(f"{path} {judge}" if judge == "SAEBench" else judge)
+                for line in lines:
+                    value = figures.get(line[0])
+                    line.append("" if value is None else f"{value:.6g}")
+    rows = [head, ["---", *["--:"] * (len(head) - 1)], *lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def versions() -> str:
