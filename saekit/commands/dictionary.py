@@ -65,12 +65,16 @@ def info(
     import saekit
     from saekit.activations import ActivationCache
     from saekit.activations.manifest import MANIFEST
+    from saekit.formats import format_of
+    from saekit.hub import local_folder
 
     if (Path(path) / MANIFEST).is_file():
         found = ActivationCache.open(path)
         facts: dict[str, Any] = {"cache": path, "tokens": len(found), "d_in": found.d_in, "dtype": found.dtype}
         facts |= {"shards": len(found.shards), "passport": found.passport}
     else:
-        sae = saekit.load(path)
-        facts = {"dictionary": path, **{k: v for k, v in vars(sae.cfg).items() if v is not None}}
+        folder = local_folder(path)
+        sae = saekit.load(folder if folder.exists() else path)
+        facts = {"dictionary": path, "format": format_of(folder)[0]}
+        facts |= {key: value for key, value in vars(sae.cfg).items() if value is not None}
     print(json.dumps(facts, indent=2))

@@ -61,13 +61,27 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> SparseAutoenco
     folder = local_folder(path)
     if not folder.exists():
         raise SaekitError(f"there is no dictionary at '{path}'" + _neighbours(folder))
+    name, place = format_of(folder, path)
+    return FORMATS[name].read(place, device).eval()
+
+
+def format_of(folder: Path, called: str | Path | None = None) -> tuple[str, Path]:
+    """The format of a dictionary, and where in the folder it lies: there, or in a run's ``sae/``.
+
+    Args:
+        folder: or file.
+        called: what the user called it, if not that.
+
+    Raises:
+        SaekitError: there is none in a known format.
+    """
     for place in (folder, folder / "sae"):
-        for adapter in FORMATS.values():
+        for name, adapter in FORMATS.items():
             if adapter.recognises(place):
-                sae = adapter.read(place, device)
-                sae.eval()
-                return sae
-    raise SaekitError(f"'{path}' holds no dictionary in a known format ({', '.join(FORMATS)})")
+                return name, place
+    several = sorted(folder.glob("*.pt"))[:1] if folder.is_dir() else []
+    hint = f"; name one of its files, such as '{several[0]}'" if several else ""
+    raise SaekitError(f"'{called or folder}' holds no dictionary in a known format ({', '.join(FORMATS)}){hint}")
 
 
 def _neighbours(folder: Path) -> str:
@@ -76,4 +90,5 @@ def _neighbours(folder: Path) -> str:
     parent = folder.parent
     if not parent.is_dir():
         return ""
-    return did_you_mean(str(folder), (str(p) for p in sorted(parent.iterdir()) if p.is_dir()))
+    there = (p for p in sorted(parent.iterdir()) if p.is_dir() or p.suffix in (".pt", ".npz", ".safetensors"))
+    return did_you_mean(str(folder), map(str, there))
