@@ -12,15 +12,12 @@ import typer
 from saekit.commands.cache import cache_app
 from saekit.commands.dictionary import convert, info
 from saekit.commands.evaluate import evaluate
+from saekit.commands.help import explain
 from saekit.commands.push import push
-from saekit.commands.train import train
+from saekit.commands.train import add_flags, train
 from saekit.errors import SaekitError, first_line
 
-app = typer.Typer(
-    add_completion=True,
-    pretty_exceptions_enable=False,
-    help="Train, load and judge sparse autoencoders of language-model activations.",
-)
+app = typer.Typer(add_completion=True, pretty_exceptions_enable=False)
 app.command()(train)
 app.add_typer(cache_app, name="cache")
 app.command("eval")(evaluate)
@@ -34,6 +31,21 @@ _CLOSED_PIPE = 141  # what a shell says of a program that SIGPIPE ended
 _UsageError: Any = typer.BadParameter.__base__  # click's, which typer may carry inside itself
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        from saekit import __version__
+
+        print(f"saekit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(False, "--version", is_eager=True, callback=_print_version, help="say the version"),
+) -> None:
+    """Train, load and judge sparse autoencoders of language-model activations."""
+
+
 def main() -> None:
     """Run the command line; what goes wrong is one line on standard error.
 
@@ -43,7 +55,9 @@ def main() -> None:
     debug = _DEBUG in sys.argv
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
-        code = typer.main.get_command(app).main(arguments, prog_name="saekit", standalone_mode=False)
+        if "train" in [*arguments, *_to_complete()]:
+            add_flags()
+        code = explain(typer.main.get_command(app)).main(arguments, prog_name="saekit", standalone_mode=False)
         print(end="", flush=True)  # a closed pipe is met here rather than while Python shuts down
         sys.exit(code)
     except (KeyboardInterrupt, typer.Abort) as error:
@@ -66,6 +80,11 @@ def main() -> None:
         except OSError:
             _drop_output()
         sys.exit(code)
+
+
+def _to_complete() -> list[str]:
+    """The words of the line that a shell asks to complete."""
+    return [word for name in ("COMP_WORDS", "_TYPER_COMPLETE_ARGS") for word in os.environ.get(name, "").split()]
 
 
 def _explained(error: Exception) -> tuple[str, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import reprlib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -121,21 +121,16 @@ class TrainConfig(BaseModel):
         names = [value] if isinstance(value, str) else value
         if isinstance(names, list):
             for name in names:
-                if name not in (*LOGGERS, "none"):
-                    raise ValueError(
-                        f"unknown logger {reprlib.repr(name)}{did_you_mean(str(name), (*LOGGERS, 'none'))}"
-                    )
+                if name not in choices("log"):
+                    raise ValueError(f"unknown logger {reprlib.repr(name)}{did_you_mean(str(name), choices('log'))}")
             return [name for name in dict.fromkeys(names) if name != "none"]
         return value
 
     @field_validator("variant", "aux", "device")
     @classmethod
     def _known(cls, value: str, info: ValidationInfo) -> str:
-        what, known = {
-            "variant": ("variant", tuple(VARIANTS)),
-            "aux": ("auxiliary loss", tuple(POOLS)),
-            "device": ("device", ("auto", "cpu", "cuda", "mps")),
-        }[info.field_name or ""]
+        known = choices(info.field_name or "")
+        what = "auxiliary loss" if info.field_name == "aux" else info.field_name
         name = value.split(":")[0] if what == "device" else value  # cuda:1
         if name not in known:
             raise ValueError(f"unknown {what} '{value}'{did_you_mean(value, known)}")
@@ -188,6 +183,16 @@ class TrainConfig(BaseModel):
     def to_yaml(self) -> str:
         """The config as YAML; ``from_yaml`` reads it back."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def choices(setting: str) -> tuple[str, ...]:
+    """The values that a setting may have, where they are few; a device may have a number after a colon."""
+    if setting == "device":
+        return ("auto", "cpu", "cuda", "mps")
+    if setting in ("variant", "aux", "log"):
+        return {"variant": tuple(VARIANTS), "aux": tuple(POOLS), "log": (*LOGGERS, "none")}[setting]
+    annotation = TrainConfig.model_fields[setting].annotation
+    return get_args(annotation) if get_origin(annotation) is Literal else ()
 
 
 def _one_line(error: ValidationError) -> str:

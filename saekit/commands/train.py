@@ -4,36 +4,42 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from saekit.commands.evaluate import judge
+from saekit.commands.help import among
 
 _AGAIN = {"hook": "; give it again for a dictionary at each", "log": "; give it again for both"}
 
 
-def _flags_of_config(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command one flag for each field of TrainConfig, so that names, types and help stand in one place."""
-    from saekit.trainers.config import TrainConfig
+def add_flags() -> None:
+    """Give ``train`` one flag for each field of TrainConfig, so that names, types and help stand in one place.
+
+    This imports torch, so it is done for those alone who train or ask how to.
+    """
+    from saekit.trainers.config import TrainConfig, choices
 
     kinds: dict[Any, Any] = {int: int, float: float, int | None: int, float | None: float, bool: bool}
-    fixed = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
     flags = []
     for name, field in TrainConfig.model_fields.items():
         default = "" if field.default is None or field.default_factory else f" [default: {field.default}]"
         again = _AGAIN.get(name, "")
-        option = typer.Option(help=f"{field.description}{default}{again}", show_default=False)
+        values = among(*known) if (known := choices(name)) else None
+        option = typer.Option(help=f"{field.description}{default}{again}", show_default=False, autocompletion=values)
         kind: Any = Annotated[(list[str] if name in _AGAIN else kinds.get(field.annotation, str)) | None, option]
         flags.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind))
-    command.__signature__ = inspect.Signature([*flags, *fixed])  # type: ignore[attr-defined]
-    command.__annotations__ = {p.name: p.annotation for p in [*flags, *fixed]}
-    return command
+    _show([*flags, *_OWN])
 
 
-@_flags_of_config
+def _show(parameters: list[inspect.Parameter]) -> None:
+    """Let Typer see these parameters of ``train``."""
+    train.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    train.__annotations__ = {p.name: p.annotation for p in parameters}
+
+
 def train(
     *,
     config: Path | None = typer.Option(None, help="YAML file of settings; flags win over it"),
@@ -46,9 +52,7 @@ def train(
 ) -> None:
     """Train a dictionary, evaluate it on held-out text, and save both in the run's folder.
 
-    With no model and no dataset named, the embedded ones are used. Example:
-
-    saekit train --variant mutual_choice --width 4096 --k 32 --tokens 2000000 --out runs/demo
+    With no model and no dataset named, the embedded ones are used.
     """
     from saekit.evals.report import groups_in
     from saekit.interrupt import Interrupted
@@ -86,3 +90,7 @@ def train(
             f"its thresholds follow each token's norm, which SAELens cannot read; for the nearest plain ones:\n"
             f"  saekit convert {one} FOLDER --to saelens --lossy"
         )
+
+
+_OWN = [p for p in inspect.signature(train).parameters.values() if p.kind is not p.VAR_KEYWORD]
+_show(_OWN)

@@ -1,0 +1,91 @@
+"""What ``--help`` shows beside the flags' own words: panels and examples. Nothing here imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rich.markup import escape
+
+_TEXT = ("model", "hook", "dataset", "column", "split", "streaming", "context_length")
+_RUN = ("out", "config", "resume", "overwrite", "device", "trust_remote_code", "quiet")
+
+# by command and title, the parameters that stand in a panel of their own; others stay among the options
+_PANELS: dict[str, dict[str, tuple[str, ...]]] = {
+    "train": {
+        "Data": (*_TEXT, "dtype", "cache", "buffer"),
+        "Dictionary": (
+            *("variant", "width", "expansion", "k", "affinity_scale", "feature_choice_fraction", "budgets"),
+            *("zipf_exponent", "zipf_shift", "beta", "aux", "aux_alpha", "k_aux", "tau"),
+        ),
+        "Optimisation": (
+            *("tokens", "batch_size", "lr", "warmup", "decay", "clip", "dead_after", "seed", "precision"),
+            "calibration_tokens",
+        ),
+        "Run": (*_RUN, "skip_bad_tokens", "log", "log_every", "checkpoint_every", "eval_tokens", "features_shown"),
+    },
+    "cache": {"Data": (*_TEXT, "tokens", "dtype", "model_dtype", "gradients", "skip_bad_tokens"), "Run": _RUN},
+    "eval": {
+        "Data": (*_TEXT, "model_dtype", "cache", "tokens"),
+        "Suite dark_matter": ("earlier", "pursuit", "ce_tokens", "figures"),
+        "Run": _RUN,
+    },
+    "convert": {"With --lossy": ("model", "hook", "dataset", "cache", "tokens", "trust_remote_code", "device")},
+}
+
+_EXAMPLES: dict[str, tuple[str, ...]] = {
+    "saekit": ("saekit train --out runs/demo", "saekit eval runs/demo", "saekit train --help"),
+    "train": (
+        "saekit train --variant mutual_choice --width 4096 --k 32 --tokens 2000000 --out runs/demo",
+        "saekit train --cache caches/gpt2-6 --k 64 --aux aux_zipf --log tensorboard --out runs/k64",
+        "saekit train --out runs/k64 --resume",
+    ),
+    "cache": (
+        "saekit cache --model gpt2 --hook blocks.6.hook_resid_post --dataset monology/pile-uncopyrighted "
+        "--tokens 50000000 --out caches/gpt2-6",
+        "saekit cache --out caches/gpt2-6 --resume",
+    ),
+    "verify": ("saekit cache verify caches/gpt2-6",),
+    "repair": ("saekit cache repair caches/gpt2-6",),
+    "eval": (
+        "saekit eval runs/k32 runs/k64",
+        "saekit eval hf://owner/repo/path --tokens 500000",
+        "saekit eval --suite dark_matter runs/k32 runs/k64 --figures figures",
+    ),
+    "convert": (
+        "saekit convert runs/k32 saelens/k32 --lossy",
+        "saekit convert hf://owner/repo/path here --to dictionary_learning",
+    ),
+    "info": ("saekit info runs/k32", "saekit info hf://owner/repo/path"),
+    "push": ("saekit push runs/k32 owner/repo/layer_6/k32", "saekit push runs/k32 owner/repo --private"),
+}
+
+
+def explain(command: Any) -> Any:
+    """Give a command, and those below it, their panels and examples, and let brackets in their texts be seen.
+
+    Args:
+        command: as Typer makes it; it is changed in place and returned.
+    """
+    for each in _below(command):
+        panels = {name: title for title, names in _PANELS.get(each.name, {}).items() for name in names}
+        for parameter in each.params:
+            if panels.get(parameter.name):
+                parameter.rich_help_panel = panels[parameter.name]
+            if getattr(parameter, "help", None):
+                parameter.help = escape(parameter.help)  # or rich takes [...] for markup
+        each.help = escape(each.help or "")
+        if examples := _EXAMPLES.get(each.name):
+            each.epilog = escape("\n\n".join(["Examples:" if len(examples) > 1 else "Example:", *examples]))
+    return command
+
+
+def _below(command: Any) -> Iterator[Any]:
+    yield command
+    for each in getattr(command, "commands", {}).values():
+        yield from _below(each)
+
+
+def among(*values: str) -> Callable[[str], list[str]]:
+    """For a flag's ``autocompletion``: those of some values that begin with what is typed."""
+    return lambda incomplete: [value for value in values if value.startswith(incomplete)]
