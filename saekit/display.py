@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
 _LONGEST = 200  # characters of a cell
 _STRONG, _NEGATIVE = "255,140,0", "0,140,255"  # half transparent, they show on white and on black
+_RULE = "border-left:3px solid rgba(128,128,128,.4)"
+_PASSAGE = f"font-family:monospace;white-space:pre-wrap;margin:4px 0;padding-left:6px;{_RULE}"
 _LEFT = ' style="text-align:left"'
 
 
@@ -81,13 +84,13 @@ class Coloured:
 
     def _repr_html_(self) -> str:
         spans = "".join(map(self._span, self.pieces, self.values))
-        return f'<div style="font-family:monospace;white-space:pre-wrap">{spans}</div>'
+        return f'<div style="{_PASSAGE}">{spans}</div>'
 
     def _span(self, piece: str, value: float) -> str:
-        text = escape(piece) + ("\n" if piece.endswith("↵") else "")
+        text = re.sub("↵+", r"\g<0>\n", escape(piece))
         depth = 0.8 * min(abs(value) / self.peak, 1.0) if self.peak > 0 else 0.0
         if not depth > 0:  # zero or NaN
-            return f"<span>{text}</span>"
+            return text
         colour = _STRONG if value > 0 else _NEGATIVE
         return f'<span title="{value:.4g}" style="background:rgba({colour},{depth:.2f})">{text}</span>'
 

@@ -68,7 +68,7 @@ def test_metadata_of_others_may_say_anything(metadata):
 def test_a_report_shows_the_figures_it_has_with_their_meanings():
     report = Report(
         {"sparsity": {"l0": 31.94, "dead": 1234, "tokens": 5000}, "reconstruction": {"fvu": float("nan")}},
-        {"dictionary": EVIL},
+        {"dictionary": EVIL, "hook": "blocks.1.hook_resid_post"},
     )
     page = Page(report._repr_html_())
     assert page.text[:4] == [EVIL, "figure", "value", "meaning"]
@@ -83,16 +83,17 @@ def test_long_cells_are_cut():
 
 
 def test_tokens_are_coloured_by_their_values():
-    pieces = ["<BOS>", EVIL, " if", "↵", "x"]
+    pieces = ["<BOS>", EVIL, " if", "↵↵  ", "x"]
     shown = coloured(pieces, torch.tensor([0.0, 1.0, 4.0, -2.0, float("nan")]), peak=4.0)
     page = Page(shown._repr_html_())
-    assert page.text == ["<BOS>", EVIL, " if", "↵\n", "x"]
-    assert page.titles[1:] == [None, "1", "4", "-2", None]
-    depths = [re.findall(r"rgba\((.*),([\d.]+)\)", style or "") for style in page.styles[1:]]
-    assert depths == [[], [("255,140,0", "0.20")], [("255,140,0", "0.80")], [("0,140,255", "0.40")], []]
+    assert page.tags == ["div", "span", "span", "span"]
+    assert page.text == ["<BOS>", EVIL, " if", "↵↵\n  ", "x"]
+    assert page.titles == [None, "1", "4", "-2"]
+    depths = [re.findall(r"background:rgba\((.*),([\d.]+)\)", style) for style in page.styles[1:]]
+    assert depths == [[("255,140,0", "0.20")], [("255,140,0", "0.80")], [("0,140,255", "0.40")]]
     assert "color:" not in shown._repr_html_().replace("background", ""), "the theme decides on the letters"
     assert repr(shown) == "5 tokens, coloured up to 4"
     assert coloured(["a"], [-3.0]).peak == 3
-    assert Page(coloured(["a", "b"], [0, 0])._repr_html_()).text == ["a", "b"]
+    assert Page(coloured(["a", "b"], [0, 0])._repr_html_()).text == ["ab"]
     with pytest.raises(SaekitError, match="2 tokens cannot be coloured by 3 values"):
         coloured(["a", "b"], [1, 2, 3])
