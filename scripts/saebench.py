@@ -78,7 +78,7 @@ def main() -> None:
         f"{about['tokens']:,} tokens in {about['contexts']:,} contexts"
         for about in (columns["about"] for columns in found.values())
     }
-    text = f"{versions()} {'; '.join(sizes)}.\n\n{table(found)}"
+    text = f"{versions()}\n{'; '.join(sizes)}.\n\n{table(found)}"
     print(text)
     if arguments.json:
         replace_file(arguments.json, lambda path: path.write_text(to_json(found)))
