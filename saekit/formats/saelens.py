@@ -63,7 +63,7 @@ def write(sae: SparseAutoencoder, folder: Path, *, overwrite: bool = False) -> P
         "dtype": str(sae.W_dec.dtype).removeprefix("torch."),
         "apply_b_dec_to_input": sae.cfg.apply_b_dec_to_input,
         "normalize_activations": sae.cfg.input_normalization,
-        "reshape_activations": "none",
+        "reshape_activations": "hook_z" if str(sae.cfg.metadata.get("hook_name")).endswith("hook_z") else "none",
         "metadata": {**sae.cfg.metadata, "sae_lens_version": "6.0.0"},
     }
     if sae.cfg.k is not None:
@@ -92,7 +92,10 @@ def read(path: Path, device: str | torch.device = "cpu") -> SparseAutoencoder:
         cfg = modernised(checks.mapping(read_json(folder / CONFIG)), folder / CONFIG)
         config, dtype = _config(cfg), DTYPES[cfg["dtype"]]
     reshaped = cfg.get("reshape_activations") or "none"
-    checks.refuse(reshaped != "none", folder / CONFIG, f"reshape_activations = {reprlib.repr(reshaped)}")
+    # "hook_z": heads are put side by side, which is how activations come to dictionaries here
+    checks.refuse(
+        reshaped not in ("none", "hook_z"), folder / CONFIG, f"reshape_activations = {reprlib.repr(reshaped)}"
+    )
     found, file = read_tensors(folder / WEIGHTS, folder), folder / WEIGHTS
     scaling = found.pop("scaling_factor", None)  # of SAELens before 6, where it was written without effect too
     if scaling is not None and not bool((scaling == 1).all()):

@@ -307,7 +307,7 @@ def test_configs_of_saelens_before_6(tmp_path):
         ({"activation_fn_kwargs": {"k": 3, "signed": True}}, "asks for activation_fn = 'topk' of"),
         ({"finetuning_scaling_factor": True}, "finetuning_scaling_factor"),
         ({"normalize_activations": True}, "normalize_activations = 'expected_average_only_in' is not read"),
-        ({"hook_point": "blocks.1.attn.hook_z"}, "reshape_activations = 'hook_z'"),
+        ({"reshape_activations": "hook_q"}, "reshape_activations = 'hook_q'"),
     ):
         (tmp_path / "cfg.json").write_text(json.dumps(top_k | change))
         with pytest.raises(SaekitError, match=message):

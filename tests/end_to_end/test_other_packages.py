@@ -6,6 +6,7 @@ Each needs an environment of its own, made once beside the repository's (minutes
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -29,8 +30,9 @@ OPENS = {
 from sae_lens import SAE
 def opened(folder, x):
     sae = SAE.load_from_disk(folder)
+    x = x.view(len(x), 2, 4) if "heads" in folder else x
     f = sae.encode(x)
-    return f, sae.decode(f)
+    return f, sae.decode(f).flatten(1)
 """,
     "dictionary-learning": """
 from dictionary_learning.utils import load_dictionary
@@ -81,6 +83,7 @@ def dictionaries():
                 for name, value in sae.state_dict().items():
                     value.copy_(torch.randn(value.shape) if name != "threshold" else torch.rand(32) * 2)
             yield f"{rule}, {'x - b_dec' if subtracts else 'x'}", sae
+    yield "heads", copy.deepcopy(sae).with_metadata(hook_name="blocks.0.attn.hook_z")
     for path in (
         "saelens_gated",
         "saelens_layer_norm",
