@@ -117,9 +117,12 @@ def scattered(weights: Mapping[str, Tensor], places: Mapping[str, Stored]) -> di
 
 
 def scaled_rows(weights: Mapping[str, Tensor], norms: Tensor) -> dict[str, Tensor]:
-    """The same dictionary with decoder rows divided by ``norms`` [d_sae] and features multiplied by them."""
+    """The same dictionary with decoder rows divided by ``norms`` [d_sae] and features multiplied by them.
+
+    Where a norm is 0 the row stays, and the feature is silent.
+    """
     wide = {name: value.double() for name, value in weights.items()} | {"norms": norms.double()}
-    scaled = {"W_dec": wide["W_dec"] / wide["norms"][:, None]}
+    scaled = {"W_dec": wide["W_dec"] / torch.where(norms > 0, wide["norms"], 1)[:, None]}
     scaled |= {name: wide[name] * wide["norms"] for name in ("W_enc", "b_enc", "threshold") if name in wide}
     return {name: scaled.get(name, weights[name]).to(weights[name].dtype) for name in weights}
 

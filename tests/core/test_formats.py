@@ -285,6 +285,17 @@ def test_a_dead_decoder_row_stays_where_others_are_normalised(tmp_path):
     assert sae(torch.randn(5, 8)).isfinite().all()
 
 
+@torch.no_grad()
+def test_a_dead_decoder_row_where_selection_is_by_its_norm(tmp_path):
+    sae, x = dictionary("topk"), torch.randn(50, 8)
+    sae.W_dec[3] = 0
+    sae.b_enc[3] = 100
+    with_config(sae.save(tmp_path) / "cfg.json", rescale_acts_by_decoder_norm=True)
+    again = saekit.load(tmp_path)
+    assert (again.encode(x)[:, 3] == 0).all()
+    assert again(x).isfinite().all()
+
+
 OLD = {"d_in": 8, "d_sae": 32, "dtype": "float32", "model_name": "gpt2", "hook_point": "blocks.1.hook_resid_pre"}
 
 
