@@ -9,6 +9,7 @@ from pathlib import Path
 
 import typer
 
+from saekit.commands.help import DTYPES, among
 from saekit.errors import SaekitError
 
 cache_app = typer.Typer()
@@ -26,8 +27,12 @@ def cache(
     split: str = typer.Option("train", help="split of a dataset of the hub"),
     streaming: bool = typer.Option(True, help="read a dataset of the hub as it downloads"),
     context_length: int | None = typer.Option(None, min=3, help="tokens a context"),
-    dtype: str = typer.Option("bfloat16", help="how activations are stored: float32, bfloat16, float16"),
-    model_dtype: str = typer.Option("float32", help="in which the model runs: float32, bfloat16, float16"),
+    dtype: str = typer.Option(
+        "bfloat16", help="how activations are stored: float32, bfloat16, float16", autocompletion=among(*DTYPES)
+    ),
+    model_dtype: str = typer.Option(
+        "float32", help="in which the model runs: float32, bfloat16, float16", autocompletion=among(*DTYPES)
+    ),
     gradients: bool = typer.Option(False, help="store the gradients of the next-token loss too, for gradient_topk"),
     skip_bad_tokens: bool = typer.Option(False, help="leave out tokens that are NaN or infinite, and count them"),
     device: str = typer.Option("auto", help="auto, cpu, cuda, mps"),

@@ -8,6 +8,7 @@ from typing import Any
 
 import typer
 
+from saekit.commands.help import among
 from saekit.errors import SaekitError, did_you_mean
 from saekit.files import check_free, check_writable
 
@@ -15,7 +16,11 @@ from saekit.files import check_free, check_writable
 def convert(
     source: str = typer.Argument(help="a dictionary or run in any format that is read, or hf://owner/repo/path"),
     target: Path = typer.Argument(help="folder to write"),
-    to: str = typer.Option("saelens", help="saelens (saekit's own too), dictionary_learning or sparsify"),
+    to: str = typer.Option(
+        "saelens",
+        help="saelens (saekit's own too), dictionary_learning or sparsify",
+        autocompletion=among("saelens", "dictionary_learning", "sparsify"),
+    ),
     lossy: bool = typer.Option(
         False, help="where the format cannot hold this dictionary: write the nearest one, and print what that costs"
     ),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from saekit.commands.help import DTYPES, among
 from saekit.errors import SaekitError, did_you_mean
 from saekit.files import check_writable, replace_file, writable_folder
 
@@ -25,11 +26,17 @@ def evaluate(
     column: str | None = typer.Option(None, help="column of the dataset that holds the text"),
     split: str | None = typer.Option(None, help="split of a dataset of the hub"),
     context_length: int | None = typer.Option(None, min=3, help="tokens a context"),
-    model_dtype: str | None = typer.Option(None, help="in which the model runs: float32, bfloat16, float16"),
+    model_dtype: str | None = typer.Option(
+        None, help="in which the model runs: float32, bfloat16, float16", autocompletion=among(*DTYPES)
+    ),
     cache: Path | None = typer.Option(None, help="judge by the held-out rows of this cache instead"),
     tokens: int = typer.Option(131_072, min=1, help="held-out tokens"),
     out: Path | None = typer.Option(None, help="write a JSON file of all reports"),
-    suite: str = typer.Option("standard", help="standard, or dark_matter: what dictionaries of one hook point miss"),
+    suite: str = typer.Option(
+        "standard",
+        help="standard, or dark_matter: what dictionaries of one hook point miss",
+        autocompletion=among("standard", "dark_matter"),
+    ),
     earlier: list[str] | None = typer.Option(
         None, help="dark_matter: a dictionary of an earlier part, to foretell the errors from; may be given again"
     ),

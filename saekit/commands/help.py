@@ -8,6 +8,7 @@ from typing import Any
 from rich.markup import escape
 
 _TEXT = ("model", "hook", "dataset", "column", "split", "streaming", "context_length")
+DTYPES = ("float32", "bfloat16", "float16")
 _RUN = ("out", "config", "resume", "overwrite", "device", "trust_remote_code", "quiet")
 
 # by command and title, the parameters that stand in a panel of their own; others stay among the options
@@ -68,14 +69,18 @@ def explain(command: Any) -> Any:
         command: as Typer makes it; it is changed in place and returned.
     """
     for each in _below(command):
-        panels = {name: title for title, names in _PANELS.get(each.name, {}).items() for name in names}
+        name = "saekit" if each is command else each.name
+        titles = {parameter: title for title, names in _PANELS.get(name, {}).items() for parameter in names}
+        order = ["", *_PANELS.get(name, {})]
         for parameter in each.params:
-            if panels.get(parameter.name):
-                parameter.rich_help_panel = panels[parameter.name]
+            parameter.rich_help_panel = titles.get(parameter.name)
             if getattr(parameter, "help", None):
                 parameter.help = escape(parameter.help)  # or rich takes [...] for markup
+            if parameter.default is False:
+                parameter.show_default = False  # a flag that is not given
+        each.params.sort(key=lambda parameter: order.index(titles.get(parameter.name, "")))
         each.help = escape(each.help or "")
-        if examples := _EXAMPLES.get(each.name):
+        if examples := _EXAMPLES.get(name):
             each.epilog = escape("\n\n".join(["Examples:" if len(examples) > 1 else "Example:", *examples]))
     return command
 

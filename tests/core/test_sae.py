@@ -201,7 +201,8 @@ from pathlib import Path
 class Block:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in {{"transformer_lens", "transformers", "datasets", "matplotlib", "einops", "jaxtyping",
-                                  "pydantic", "typer", "rich", "yaml", "pandas", "scipy"}}:
+                                  "pydantic", "typer", "rich", "yaml", "pandas", "scipy", "huggingface_hub", "wandb",
+                                  "tensorboard"}}:
             raise ImportError("blocked: " + name)
 sys.meta_path.insert(0, Block())
 import torch, saekit
