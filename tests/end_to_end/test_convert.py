@@ -115,6 +115,21 @@ def test_what_has_no_nearest_and_what_costs_nothing(planted, saekit_main, tmp_pa
     assert json.loads((tmp_path / "native/cfg.json").read_text())["normalize_activations"] == "layer_norm"
 
 
+@torch.no_grad()
+def test_a_dictionary_behind_a_layer_norm_is_judged(planted, saekit_main, tmp_path):
+    flags = (planted / "layer_norm", "--cache", planted / "cache", "--quiet", "--tokens", 1000)
+    done(saekit_main("eval", *flags, "--out", "report.json", cwd=tmp_path))
+    sae = saekit.load(planted / "layer_norm")
+    x = torch.cat([b.x for b in ActivationCache.open(planted / "cache").batches("heldout", 1024)])
+    fvu = float((x - sae.decode(sae.encode(x), x)).square().sum() / (x - x.mean(0)).square().sum())
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["reconstruction"]["fvu"] == pytest.approx(fvu, rel=1e-4)
+    done(saekit_main("eval", "--suite", "dark_matter", "--pursuit", *flags, "--out", "dark.json", cwd=tmp_path))
+    found = json.loads((tmp_path / "dark.json").read_text())["dark_matter"]
+    assert found["random"]["fvu"] == pytest.approx(fvu, rel=0.1)  # of the half to test on
+    assert found["pursuit"]["random"]["fvu"] < 0.1 * fvu
+
+
 @pytest.fixture(scope="module")
 def foreign(trained_run, tmp_path_factory):
     """The trained run as others would have written it, with plain thresholds and with TopK; and each here."""
