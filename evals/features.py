@@ -127,10 +127,21 @@ class FeatureStudy:
 
     def neighbours(self, feature: int, count: int = 8) -> list[tuple[int, float]]:
         """The features whose decoder rows point the same way most nearly, with the cosine, nearest first."""
-        cosines = self._directions @ self._directions[feature]
-        cosines[feature] = -2
-        best = cosines.topk(min(count, len(cosines) - 1))
-        return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+        [found] = self.neighbours_of([feature], count)
+        return found
+
+    def neighbours_of(self, features: Sequence[int], count: int = 8) -> list[list[tuple[int, float]]]:
+        """``neighbours`` of several features, in fewer products."""
+        found: list[list[tuple[int, float]]] = []
+        for part in torch.split(torch.tensor(list(features)), 256):
+            part = part.to(self._directions.device)
+            cosines = self._directions[part] @ self._directions.T
+            cosines.scatter_(1, part[:, None], -2)  # not itself
+            best = cosines.topk(min(count, cosines.shape[1] - 1))
+            found += [
+                list(zip(*each, strict=True)) for each in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            ]
+        return found
 
     def logits(self, feature: int, count: int = 10) -> tuple[Logits, Logits]:
         """The tokens whose logits the feature's decoder row raises most and lowers most, with by how much (``LOGITS``).

@@ -38,7 +38,7 @@ _FIGURES = (
         "downstream",
         "recovered_share",
         "{:.4f}",
-        "share of what zeros would cost (CE with 0 − CE) that x̂ saves",
+        "share of what zeros would cost that x̂ saves",
     ),
     ("KL", "downstream", "kl", "{:.4f}", "nats a token from the model's own predictions"),
     (

@@ -150,12 +150,20 @@ class Judge:
         self._models[model, dtype] = source.model
         return source
 
-    def _by_text(self, sae: SparseAutoencoder, path: str) -> Report:
+    def text_of(self, sae: SparseAutoencoder, path: str) -> tuple[ActivationSource, ContextBatch]:
+        """Model, hook and text (``source_of``), and the held-out contexts to judge by.
+
+        Raises:
+            SaekitError: as ``source_of``, or there is no held-out text.
+        """
         source = self.source_of(sae, path)
         key = (source.name, source.text.fingerprint, source.split, source.column, source.context_length)
         if key not in self._contexts:
             self._contexts[key] = heldout_contexts(source, self.tokens)
-        contexts = self._contexts[key]
+        return source, self._contexts[key]
+
+    def _by_text(self, sae: SparseAutoencoder, path: str) -> Report:
+        source, contexts = self.text_of(sae, path)
         tell = self.on_contexts(path, passes(sae) * len(contexts.tokens)) if self.on_contexts is not None else None
         report = evaluate(sae, source.model, contexts, hook=source.hook, on_batch=tell)
         return Report(report.groups, {**source.passport("heldout"), **report.about})

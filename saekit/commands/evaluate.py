@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
 from saekit.commands.help import DTYPES, among
+from saekit.commands.judging import bars, judged, open_judge, show
+from saekit.commands.report import SHOWN, report_on_several
 from saekit.errors import SaekitError, did_you_mean
 from saekit.files import check_writable, replace_file, writable_folder
-
-if TYPE_CHECKING:
-    from saekit.evals import Judge, Report
 
 
 def evaluate(
@@ -32,6 +29,8 @@ def evaluate(
     cache: Path | None = typer.Option(None, help="judge by the held-out rows of this cache instead"),
     tokens: int = typer.Option(131_072, min=1, help="held-out tokens"),
     out: Path | None = typer.Option(None, help="write a JSON file of all reports"),
+    html: Path | None = typer.Option(None, help="write a report for the browser, with pages of the first's features"),
+    features_shown: int = typer.Option(SHOWN, min=0, help="features with a page in --html, spread over densities"),
     suite: str = typer.Option(
         "standard",
         help="standard, or dark_matter: what dictionaries of one hook point miss",
@@ -58,12 +57,11 @@ def evaluate(
     asked = {"earlier": earlier, "pursuit": pursuit, "ce-tokens": ce_tokens is not None, "figures": figures}
     if suite == "standard" and (given := [name for name, value in asked.items() if value]):
         raise SaekitError(f"--{given[0]} goes with --suite dark_matter")
-    if out is not None and out.exists():
-        raise SaekitError(f"'{out}' exists already; choose another --out")
-    if out is not None and not out.parent.is_dir():
-        raise SaekitError(f"there is no folder '{out.parent}' to write '{out.name}' into")
-    if out is not None:
-        check_writable(out.parent)
+    if suite != "standard" and html is not None:
+        raise SaekitError("--html goes with --suite standard; it shows what dark_matter has left in a run's eval.json")
+    for path, flag in ((out, "--out"), (html, "--html")):
+        if path is not None:
+            _check_new_file(path, flag)
     settings: dict[str, Any] = dict(
         model=model,
         hook=hook,
@@ -81,20 +79,24 @@ def evaluate(
         few = 65_536 if ce_tokens is None else ce_tokens
         _take_apart(dictionaries, quiet, out, figures, settings, earlier=earlier or (), pursuit=pursuit, ce_tokens=few)
         return
-    reports = judge(dictionaries, quiet, **settings)
+    judge = open_judge(**settings)
+    reports = judged(judge, dictionaries, quiet)
     if out is not None and len(reports) == 1:
         next(iter(reports.values())).save(out)
     elif out is not None:
         everything = {name: json.loads(report.to_json()) for name, report in reports.items()}
         replace_file(out, lambda part: part.write_text(json.dumps(everything, indent=2) + "\n"))
+    if html is not None:
+        report_on_several(html, reports, judge, features_shown, quiet)
 
 
-def judge(paths: Sequence[str | Path], quiet: bool, **settings: Any) -> dict[str, Report]:
-    """Evaluate and print one table; returns the reports by the dictionary's path."""
-    with _opened_judge(quiet, settings) as opened:
-        reports = {str(path): opened(path) for path in paths}
-    _print(reports)
-    return reports
+def _check_new_file(path: Path, flag: str) -> None:
+    """Raise SaekitError where a file cannot be written, or is there already."""
+    if path.exists():
+        raise SaekitError(f"'{path}' exists already; choose another {flag}")
+    if not path.parent.is_dir():
+        raise SaekitError(f"there is no folder '{path.parent}' to write '{path.name}' into")
+    check_writable(path.parent)
 
 
 def _take_apart(
@@ -111,9 +113,10 @@ def _take_apart(
         check_writable(run)
     if folder is not None:
         writable_folder(folder, overwrite=True)
-    with _opened_judge(quiet, settings) as opened:
-        reports, compared = DarkMatterJudge(opened, **asked)(paths)
-    _print(reports)
+    judge = open_judge(**settings)
+    with bars(judge, quiet):
+        reports, compared = DarkMatterJudge(judge, **asked)(paths)
+    show(reports)
     if out is not None and len(reports) == 1:
         next(iter(reports.values())).save(out)
     elif out is not None:
@@ -126,31 +129,3 @@ def _take_apart(
     if folder is not None:
         for file in draw({path: report["dark_matter"] for path, report in reports.items()}, compared, folder):
             print(f"figure: {file}")
-
-
-@contextmanager
-def _opened_judge(quiet: bool, settings: dict[str, Any]) -> Iterator[Judge]:
-    """A judge with progress bars."""
-    from rich.progress import Progress
-
-    from saekit.evals import Judge
-    from saekit.trainers.trainer import pick_device
-
-    with Progress(disable=quiet) as progress:
-
-        def bar(name: str, contexts: int) -> Callable[[int], object]:
-            task = progress.add_task(f"evaluating {name}", total=contexts)
-            return lambda done: progress.advance(task, done)
-
-        device = str(pick_device(settings["device"]))
-        yield Judge(on_contexts=bar, **{**settings, "device": device})
-
-
-def _print(reports: dict[str, Report]) -> None:
-    from rich.console import Console
-
-    from saekit.evals import table
-
-    console = Console()
-    console.width = console.width if len(reports) == 1 else max(console.width, 140)  # rather wrapped than cut off
-    console.print(table(reports))

@@ -9,8 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from saekit.commands.evaluate import judge
 from saekit.commands.help import among
+from saekit.commands.judging import judged, open_judge
+from saekit.commands.report import SHOWN, report_on_run
 
 _AGAIN = {"hook": "; give it again for a dictionary at each", "log": "; give it again for both"}
 
@@ -46,6 +47,7 @@ def train(
     resume: bool = typer.Option(False, help="go on with the run in --out"),
     overwrite: bool = typer.Option(False, help="replace the run in --out"),
     eval_tokens: int = typer.Option(131_072, min=0, help="held-out tokens to evaluate on at the end; 0 for none"),
+    features_shown: int = typer.Option(SHOWN, min=0, help="features with a page in report.html, spread over densities"),
     trust_remote_code: bool = typer.Option(False, help="let code run that comes with the model"),
     quiet: bool = typer.Option(False, help="no progress bar"),
     **flags: Any,
@@ -58,6 +60,7 @@ def train(
     from saekit.interrupt import Interrupted
     from saekit.trainers import TrainConfig, train_hooks
     from saekit.trainers import train as run_training
+    from saekit.trainers.run_folder import REPORT
     from saekit.trainers.several import hooks_in
 
     hooks = flags.pop("hook") or []
@@ -78,9 +81,12 @@ def train(
     for run in runs:
         if run.path in finished:
             print(f"the run in {run.path} was finished already")
-    if eval_tokens and (unjudged := [run.path for run in runs if "sparsity" not in groups_in(run.path / "eval.json")]):
-        facts = {"device": runs[0].config.device, "trust_remote_code": trust_remote_code}
-        for path, report in judge(unjudged, quiet, tokens=eval_tokens, **facts).items():
+    judge = None
+    if eval_tokens:
+        judge = open_judge(device=runs[0].config.device, tokens=eval_tokens, trust_remote_code=trust_remote_code)
+    unjudged = [run.path for run in runs if "sparsity" not in groups_in(run.path / "eval.json")]
+    if judge is not None and unjudged:
+        for path, report in judged(judge, unjudged, quiet).items():
             report.join(Path(path) / "eval.json")
     for run in runs:
         print(f"run: {run.path}    dictionary: {run.path / 'sae'}")
@@ -90,6 +96,9 @@ def train(
             f"its thresholds follow each token's norm, which SAELens cannot read; for the nearest plain ones:\n"
             f"  saekit convert {one} FOLDER --to saelens --lossy"
         )
+    for run in runs:  # last: whatever goes wrong here, the run is whole, and --resume draws the report again
+        if not (run.path / REPORT).exists():
+            report_on_run(run.path, judge, features_shown, quiet)
 
 
 _OWN = [p for p in inspect.signature(train).parameters.values() if p.kind is not p.VAR_KEYWORD]

@@ -1,0 +1,182 @@
+"""What the report says of a dictionary as a whole: figures with their meaning, curves, densities."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from saekit.errors import SaekitError
+from saekit.evals.features import FeatureStudy
+from saekit.evals.report import figures
+from saekit.reading import parse_json, read_bounded
+from saekit.sae import SparseAutoencoder
+from saekit.zipf import ZipfLaw
+
+_HEADLINE = (("reconstruction", "fvu"), ("sparsity", "l0"), ("downstream", "recovered_share"), ("sparsity", "dead"))
+_GROUPS = {
+    "sparsity": "Sparsity",
+    "reconstruction": "Reconstruction",
+    "downstream": "Downstream",
+    "gradient_selection": "Selection by gradients",
+    "dark_matter": "Dark matter",
+}
+_MORE = (  # what the table on the screen leaves out: group, key, title, format, meaning
+    ("reconstruction", "norm_ratio", "length", "{:.4f}", "mean of ‖x̂‖ / ‖x‖"),
+    ("downstream", "ce_mean", "CE with x̄", "{:.3f}", "with the mean activation in place of each"),
+    ("downstream", "recovered_share_mean", "recovered, x̄", "{:.4f}", "the share kept where x̄, not 0, is the baseline"),
+)
+_CURVES = ("loss", "fvu", "l0", "dead_share")
+_POINTS = 400  # of a curve
+_LONGEST = 200  # characters of a text that somebody else may have written
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A dictionary to report on.
+
+    Attributes:
+        name: what to call it.
+        sae: it.
+        groups: groups of figures (``Report.groups``), as far as there are any.
+        about: what was judged on what (``Report.about``).
+        metrics: the run's ``metrics.jsonl``, for the curves of training.
+    """
+
+    name: str
+    sae: SparseAutoencoder
+    groups: Mapping[str, Any] = field(default_factory=dict)
+    about: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Path | None = None
+
+
+def overview(subject: Subject, study: FeatureStudy | None) -> dict[str, Any]:
+    """All but the pages of features, as JSON takes it."""
+    found = figures(subject.groups)
+    headline = [figure for key in _HEADLINE for figure in found if (figure.group, figure.key) == key]
+    return {
+        "name": _text(subject.name),
+        "made": _made(subject.sae),
+        "judged": _judged(subject),
+        "headline": [[each.title, each.value, each.meaning] for each in headline],
+        "tables": [
+            [
+                title,
+                [[each.title, each.value, each.meaning] for each in found if each.group == group]
+                + _more(subject, group),
+            ]
+            for group, title in _GROUPS.items()
+            if any(each.group == group for each in found)
+        ],
+        "curves": curves(subject.metrics) if subject.metrics is not None else None,
+        "density": _density(subject.groups.get("sparsity")),
+        "l0": study.l0_counts.tolist() if study is not None else None,
+        "facts": _facts({**subject.sae.cfg.metadata, "judged on": dict(subject.about)}),
+    }
+
+
+def comparison(subjects: Sequence[Subject]) -> dict[str, Any]:
+    """One row a dictionary, one column a figure that any of them has."""
+    found = [{(f.group, f.key): f for f in figures(subject.groups)} for subject in subjects]
+    columns = list(dict.fromkeys(key for each in found for key in each))
+    titles = {key: figure for each in found for key, figure in each.items()}
+    return {
+        "columns": [[titles[key].title, titles[key].meaning] for key in columns],
+        "rows": [
+            [_text(subject.name), *(each[key].value if key in each else "" for key in columns)]
+            for subject, each in zip(subjects, found, strict=True)
+        ],
+    }
+
+
+def curves(path: Path) -> dict[str, list[float]]:
+    """The figures of training by tokens, thinned out to about 400 lines; lines that are damaged are left out.
+
+    Times are not among them, so that a run that was interrupted gives the same report.
+    """
+    lines = []
+    try:
+        text = read_bounded(path, 1 << 28).decode("utf-8", "replace")
+    except SaekitError:
+        return {}
+    for line in text.splitlines():
+        try:
+            found = parse_json(line, path)
+        except SaekitError:
+            continue
+        if isinstance(found, dict) and all(_is_number(found.get(key)) for key in ("tokens", *_CURVES)):
+            lines.append([float(found[key]) for key in ("tokens", *_CURVES)])
+    step = max(1, math.ceil(len(lines) / _POINTS))
+    lines = lines[::-1][::step][::-1]  # the last is always there
+    return {key: [line[i] for line in lines] for i, key in enumerate(("tokens", *_CURVES))} if lines else {}
+
+
+def _made(sae: SparseAutoencoder) -> dict[str, Any]:
+    """How the dictionary came about, as far as it tells."""
+    own = sae.cfg.metadata.get("saekit")
+    own = own if isinstance(own, dict) else {}
+    tokens, k = own.get("training_tokens"), own.get("k", sae.cfg.k)
+    told = {name: sae.cfg.metadata.get(name) for name in ("model_name", "hook_name", "dataset_path")}
+    return {
+        "rule": _text(own.get("variant") or sae.cfg.architecture),
+        "k": k if isinstance(k, int) and 0 < k < 1 << 53 else None,
+        "width": sae.cfg.d_sae,
+        "d_in": sae.cfg.d_in,
+        "tokens": tokens if isinstance(tokens, int) and 0 < tokens < 1 << 53 else None,
+        **{name: _text(value) if isinstance(value, str) else None for name, value in told.items()},
+    }
+
+
+def _judged(subject: Subject) -> dict[str, Any] | None:
+    """On how many tokens of what."""
+    tokens = (subject.groups.get("sparsity") or {}).get("tokens")
+    if not isinstance(tokens, int):
+        return None
+    on = subject.about.get("dataset") or subject.about.get("cache")
+    return {"tokens": tokens, "text": _text(on) if isinstance(on, str) else None}
+
+
+def _more(subject: Subject, group: str) -> list[list[str]]:
+    values = subject.groups.get(group) or {}
+    return [
+        [title, shape.format(values[key]), meaning]
+        for where, key, title, shape, meaning in _MORE
+        if where == group and _is_number(values.get(key))
+    ]
+
+
+def _density(sparsity: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Densities by rank and the law fitted to them."""
+    if not sparsity or not sparsity.get("density_by_rank"):
+        return None
+    ranks, law = sparsity["density_by_rank"], sparsity.get("zipf")
+    curve = ZipfLaw(**law).curve(sparsity["features"]) if law else None
+    return {
+        "rank": ranks["rank"],
+        "density": ranks["density"],
+        "fitted": [float(curve[rank - 1]) for rank in ranks["rank"]] if curve is not None else None,
+        "law": law,
+    }
+
+
+def _facts(facts: Mapping[str, Any], prefix: str = "") -> list[list[str]]:
+    """Plain values of a mapping, those of mappings in it under dotted names."""
+    found = []
+    for name, value in facts.items():
+        if isinstance(value, Mapping) and prefix.count(".") < 2:
+            found += _facts(value, f"{prefix}{name}.")
+        elif isinstance(value, str | int | float) and value != "":
+            found.append([_text(f"{prefix}{name}"), _text(value if isinstance(value, str) else json.dumps(value))])
+    return found[:100]
+
+
+def _text(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) < 1e300

@@ -1,0 +1,54 @@
+"""A judge of dictionaries with progress bars on the screen, for the commands that need one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from saekit.evals import Judge, Report
+
+
+def open_judge(*, device: str, **settings: Any) -> Judge:
+    """A judge with these settings on the device of this name."""
+    from saekit.evals import Judge
+    from saekit.trainers.trainer import pick_device
+
+    return Judge(device=str(pick_device(device)), **settings)
+
+
+@contextmanager
+def bars(judge: Judge, quiet: bool) -> Iterator[None]:
+    """While it is entered, the judge shows how far it is."""
+    from rich.progress import Progress
+
+    with Progress(disable=quiet) as progress:
+
+        def bar(name: str, contexts: int) -> Callable[[int], object]:
+            task = progress.add_task(f"evaluating {name}", total=contexts)
+            return lambda done: progress.advance(task, done)
+
+        judge.on_contexts = bar
+        yield
+    judge.on_contexts = None
+
+
+def judged(judge: Judge, paths: Sequence[str | Path], quiet: bool) -> dict[str, Report]:
+    """Evaluate dictionaries and print one table; returns the reports by the dictionary's path."""
+    with bars(judge, quiet):
+        reports = {str(path): judge(path) for path in paths}
+    show(reports)
+    return reports
+
+
+def show(reports: dict[str, Report]) -> None:
+    """Print one table."""
+    from rich.console import Console
+
+    from saekit.evals import table
+
+    console = Console()
+    console.width = console.width if len(reports) == 1 else max(console.width, 140)  # rather wrapped than cut off
+    console.print(table(reports))
