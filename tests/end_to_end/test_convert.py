@@ -127,7 +127,7 @@ def test_a_dictionary_behind_a_layer_norm_is_judged(planted, saekit_main, tmp_pa
     done(saekit_main("eval", "--suite", "dark_matter", "--pursuit", *flags, "--out", "dark.json", cwd=tmp_path))
     found = json.loads((tmp_path / "dark.json").read_text())["dark_matter"]
     assert found["random"]["fvu"] == pytest.approx(fvu, rel=0.1)  # of the half to test on
-    assert found["pursuit"]["random"]["fvu"] < 0.1 * fvu
+    assert found["pursuit"]["fvu"] < 0.1 * fvu
 
 
 @pytest.fixture(scope="module")
