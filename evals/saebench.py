@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from copy import copy
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from saekit.activations.model import model_path
+from saekit.code import SparseCode
 from saekit.errors import SaekitError
 from saekit.sae import SAEConfig, SparseAutoencoder
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 class Facts(dict[str, Any]):
@@ -42,7 +47,28 @@ class SAEBenchConfig(SAEConfig):
         return {f.name: getattr(self, f.name) for f in fields(self)} | {"dtype": self.dtype}
 
 
-def for_saebench(sae: SparseAutoencoder) -> SparseAutoencoder:
+class SAEBenchDictionary(SparseAutoencoder):
+    """A dictionary whose dense codes decode without further arguments, and whose heads are flat already."""
+
+    hook_z_reshaping_mode = False
+    _encoded: Tensor | None = None
+
+    def turn_off_forward_pass_hook_z_reshaping(self) -> None:
+        """Nothing: SAEBench flattens heads itself after this."""
+
+    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+        """Feature activations; x is kept where decoding needs it."""
+        self._encoded = x if self.cfg.input_normalization != "none" else None
+        return super().encode(x)
+
+    def decode(
+        self, f: Float[Tensor, "*batch d_sae"] | SparseCode, x: Float[Tensor, "*batch d_in"] | None = None
+    ) -> Float[Tensor, "*batch d_in"]:
+        """Reconstructions; tokens that were normalised get back the scale of those that were encoded last."""
+        return super().decode(f, self._encoded if x is None and isinstance(f, Tensor) else x)
+
+
+def for_saebench(sae: SparseAutoencoder) -> SAEBenchDictionary:
     """The same dictionary, ready for SAEBench's evaluations; shares its weights.
 
     SAEBench 0.6.0 asks of a dictionary ``encode``, ``decode``, ``W_enc``, ``b_enc``, ``W_dec``, ``device``, ``dtype``
@@ -62,9 +88,8 @@ def for_saebench(sae: SparseAutoencoder) -> SparseAutoencoder:
         facts["model_name"] = str(folder.resolve())
     if facts.get("prepend_bos") is None:
         facts["prepend_bos"] = True  # SAEBench's default
-    judged = copy(sae)
-    judged.cfg = cfg = SAEBenchConfig(
-        **{f.name: getattr(sae.cfg, f.name) for f in fields(sae.cfg)} | {"metadata": facts}
-    )
+    cfg = SAEBenchConfig(**{f.name: getattr(sae.cfg, f.name) for f in fields(sae.cfg)} | {"metadata": facts})
     cfg.dtype = str(sae.dtype).removeprefix("torch.")
-    return judged
+    judged = SAEBenchDictionary(cfg, sae.dtype, "meta")  # no memory
+    judged.load_state_dict(sae.state_dict(), assign=True)
+    return judged.train(sae.training)

@@ -117,7 +117,8 @@ def test_a_dictionary_for_saebench_is_the_same_dictionary():
     sae.with_metadata(hook_name="blocks.1.hook_resid_post")
     judged = for_saebench(sae)
     assert torch.equal(judged(x), before)
-    assert judged.W_dec is sae.W_dec
+    assert judged.W_dec.data_ptr() == sae.W_dec.data_ptr()
+    assert torch.allclose(judged.decode(judged.encode(x)), before, atol=1e-5)
     cfg = judged.cfg
     assert cfg.metadata.hook_name == "blocks.1.hook_resid_post"
     assert cfg.metadata.hook_head_index is None
@@ -126,3 +127,16 @@ def test_a_dictionary_for_saebench_is_the_same_dictionary():
     assert (cfg.hook_layer, cfg.metadata["hook_layer"], cfg.dtype) == (1, 1, "float32")
     assert json.loads(json.dumps(cfg.to_dict()))["k"] == 4
     assert sae.cfg.metadata == {"model_name": "embedded", "hook_name": "blocks.1.hook_resid_post"}
+
+
+def test_tokens_that_were_normalised_get_their_scale_back():
+    import torch
+
+    facts = {"model_name": "embedded", "hook_name": "blocks.1.hook_resid_post"}
+    cfg = saekit.SAEConfig(8, 32, "topk", k=4, input_normalization="layer_norm", metadata=facts)
+    sae = saekit.SparseAutoencoder(cfg)
+    torch.nn.init.normal_(sae.W_enc)
+    torch.nn.init.normal_(sae.W_dec)
+    x = 3 * torch.randn(2, 5, 8) + 1
+    judged = for_saebench(sae)
+    assert torch.allclose(judged.decode(judged.encode(x)), sae(x), atol=1e-5)
