@@ -29,7 +29,7 @@ _PANELS: dict[str, dict[str, tuple[str, ...]]] = {
     "eval": {
         "Data": (*_TEXT, "model_dtype", "cache", "tokens"),
         "Suite dark_matter": ("earlier", "pursuit", "ce_tokens", "figures"),
-        "Run": _RUN,
+        "Run": (*_RUN, "html", "features_shown"),
     },
     "convert": {"With --lossy": ("model", "hook", "dataset", "cache", "tokens", "trust_remote_code", "device")},
 }

@@ -26,7 +26,8 @@ def add_flags() -> None:
     kinds: dict[Any, Any] = {int: int, float: float, int | None: int, float | None: float, bool: bool}
     flags = []
     for name, field in TrainConfig.model_fields.items():
-        default = "" if field.default is None or field.default_factory else f" [default: {field.default}]"
+        given = field.default_factory is None and field.default is not None and field.default is not False
+        default = f" [default: {field.default}]" if given else ""
         again = _AGAIN.get(name, "")
         values = among(*known) if (known := choices(name)) else None
         option = typer.Option(help=f"{field.description}{default}{again}", show_default=False, autocompletion=values)
