@@ -14,8 +14,9 @@ from torch import Tensor
 from saekit.errors import SaekitError, did_you_mean
 from saekit.files import replace_files
 from saekit.formats import checks
-from saekit.formats.checks import Stored
-from saekit.formats.origin import of_dictionary_learning
+from saekit.formats.layout import OURS, Stored, arranged, dictionary, scattered
+from saekit.formats.origin import for_dictionary_learning, of_dictionary_learning
+from saekit.formats.rewriting import gated, scaled_rows, wide, with_b_dec
 from saekit.formats.tensor_files import read_tensors, write_torch
 from saekit.reading import check_inside, read_json
 
@@ -32,15 +33,23 @@ _GATED = {
     "r_mag": Stored("r_mag", "F"),
     "b_dec": Stored("decoder_bias", "D"),
 }
-_PLAIN = {name: Stored(name, letters) for name, letters in checks.OURS.items() if name != "threshold"}
+_PLAIN = {name: Stored(name, letters) for name, letters in OURS.items() if name != "threshold"}
 
 
 class Kind(NamedTuple):
-    """A class of the package: our rule, where its tensors stand, and whether it subtracts b_dec from the input."""
+    """A class of the package.
+
+    Attributes:
+        architecture: our rule.
+        places: where its tensors stand.
+        subtracts: whether b_dec is subtracted from the input.
+        counts: whether it has a k, and a threshold for all features, which may be unset.
+    """
 
     architecture: Architecture
     places: dict[str, Stored]
     subtracts: bool = True
+    counts: bool = False
 
 
 KINDS = {
@@ -48,9 +57,9 @@ KINDS = {
     "AutoEncoderNew": Kind("standard", {**_BIASED, "b_dec": Stored("decoder.bias", "D")}, subtracts=False),
     "GatedAutoEncoder": Kind("jumprelu", _GATED),
     "JumpReluAutoEncoder": Kind("jumprelu", {**_PLAIN, "threshold": Stored("threshold", "F")}, subtracts=False),
-    "AutoEncoderTopK": Kind("topk", _TOP_K),
-    "BatchTopKSAE": Kind("jumprelu", _TOP_K),
-    "MatryoshkaBatchTopKSAE": Kind("jumprelu", _PLAIN),
+    "AutoEncoderTopK": Kind("topk", _TOP_K, counts=True),
+    "BatchTopKSAE": Kind("jumprelu", _TOP_K, counts=True),
+    "MatryoshkaBatchTopKSAE": Kind("jumprelu", _PLAIN, counts=True),
 }
 _WRITTEN = {"topk": "AutoEncoderTopK", "standard": "AutoEncoder", "jumprelu": "JumpReluAutoEncoder"}
 
@@ -74,27 +83,24 @@ def read(path: Path, device: str | torch.device = "cpu") -> SparseAutoencoder:
         cfg = checks.mapping(read_json(folder / CONFIG))
         trainer, own = checks.mapping(cfg["trainer"]), checks.own_metadata(cfg)
         name = str(trainer["dict_class"])
-        k = checks.whole(trainer, "k") if KINDS.get(name, KINDS["AutoEncoder"]).places in (_TOP_K, _PLAIN) else None
-    if name not in KINDS:
-        hint = did_you_mean(name, KINDS)
-        raise SaekitError(f"'{folder / CONFIG}' is of the class {reprlib.repr(name)}, which saekit does not read{hint}")
-    kind, file = KINDS[name], folder / WEIGHTS
+        kind = _kind(name, folder / CONFIG)
+        k = checks.whole(trainer, "k") if kind.counts else None
+    file = folder / WEIGHTS
     found = read_tensors(file, folder)
     limit = _numbers(found, k, file) if k is not None else None
-    weights = checks.arranged(found, kind.places, file)
+    weights = wide(arranged(found, kind.places, file))
     d_in, d_sae = weights["W_enc"].shape
     if name == "AutoEncoder":
         norms = weights["W_dec"].norm(dim=1)
         if not torch.allclose(norms, torch.ones_like(norms)):  # as the package does when it loads one
-            weights = checks.scaled_rows(weights, torch.where(norms > 0, norms, 1))
+            weights = scaled_rows(weights, torch.where(norms > 0, norms, 1))
     elif name == "GatedAutoEncoder":
-        weights = checks.gated(weights)
-    elif kind.architecture == "jumprelu" and limit is not None:
-        if limit < 0:
-            warnings.warn(
-                f"'{file}' has no threshold yet: as in its own code, all positive features are active", stacklevel=3
-            )
+        weights = gated(weights)
+    elif limit is not None and kind.architecture == "jumprelu":
         weights["threshold"] = weights["b_enc"].new_full((d_sae,), limit)
+        if limit < 0:
+            told = "has no threshold yet: as in its own code, all positive features are active"
+            warnings.warn(f"'{file}' {told}", stacklevel=3)
     config = SAEConfig(
         d_in,
         d_sae,
@@ -103,11 +109,18 @@ def read(path: Path, device: str | torch.device = "cpu") -> SparseAutoencoder:
         apply_b_dec_to_input=kind.subtracts,
         metadata=own or of_dictionary_learning(trainer, cfg.get("buffer")),
     )
-    return checks.dictionary(config, weights, checks.at_least_float32(weights), device)
+    return dictionary(config, weights, weights["W_dec"].dtype, device)
+
+
+def _kind(name: str, file: Path) -> Kind:
+    if name not in KINDS:
+        hint = did_you_mean(name, KINDS)
+        raise SaekitError(f"'{file}' is of the class {reprlib.repr(name)}, which saekit does not read{hint}")
+    return KINDS[name]
 
 
 def _numbers(found: dict[str, Any], k: int, file: Path) -> float:
-    """Take what is no weight out of the tensors of a TopK class; returns the threshold.
+    """Take what is no weight out of the tensors of a class that counts; returns the threshold.
 
     Raises:
         SaekitError: one of them is no number, or k is another than in the config.
@@ -142,14 +155,12 @@ def write(sae: SparseAutoencoder, folder: Path, *, overwrite: bool = False) -> P
     checks.place(folder, WEIGHTS, overwrite=overwrite)
     name = _WRITTEN[sae.cfg.architecture]
     kind, facts = KINDS[name], sae.cfg.metadata
-    weights = {
-        ours: value.to(torch.promote_types(value.dtype, torch.float32)) for ours, value in sae.state_dict().items()
-    }
+    weights = wide(sae.state_dict())
     if kind.subtracts != sae.cfg.apply_b_dec_to_input:
-        weights = checks.with_b_dec(weights, 1 if kind.subtracts else -1)
+        weights = with_b_dec(weights, 1 if kind.subtracts else -1)
     if name == "AutoEncoder":
-        weights = checks.scaled_rows(weights, weights["W_dec"].norm(dim=1))
-    tensors = checks.scattered(weights, kind.places)
+        weights = scaled_rows(weights, weights["W_dec"].norm(dim=1))
+    tensors = scattered(weights, kind.places)
     if sae.cfg.k is not None:
         tensors |= {"k": torch.tensor(sae.cfg.k, dtype=torch.int32), "threshold": torch.tensor(-1.0)}
     cfg = {
@@ -157,7 +168,7 @@ def write(sae: SparseAutoencoder, folder: Path, *, overwrite: bool = False) -> P
             "dict_class": name,
             "activation_dim": sae.cfg.d_in,
             "dict_size": sae.cfg.d_sae,
-            "lm_name": facts.get("model_name"),
+            **for_dictionary_learning(facts),
             **({"k": sae.cfg.k} if sae.cfg.k is not None else {}),
         },
         "buffer": {"d_submodule": sae.cfg.d_in, "ctx_len": facts.get("context_size")},

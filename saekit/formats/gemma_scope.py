@@ -10,15 +10,16 @@ import torch
 
 from saekit.errors import SaekitError
 from saekit.formats import checks
-from saekit.formats.checks import Stored
+from saekit.formats.layout import OURS, Stored, arranged, dictionary
 from saekit.formats.origin import of_gemma_scope
+from saekit.formats.rewriting import wide
 from saekit.formats.tensor_files import read_tensors
 
 if TYPE_CHECKING:
     from saekit.sae import SparseAutoencoder
 
 WEIGHTS = ("params.npz", "params.safetensors")
-_PLACES = {name: Stored(name.lower(), letters) for name, letters in checks.OURS.items()}
+_PLACES = {name: Stored(name.lower(), letters) for name, letters in OURS.items()}
 _NO_AUTOENCODER = re.compile(r"gemma-scope.*(transcoder|crosscoder|clt)")  # their tensors look alike
 
 
@@ -43,7 +44,7 @@ def read(path: Path, device: str | torch.device = "cpu") -> SparseAutoencoder:
     if _NO_AUTOENCODER.search(folder.resolve().as_posix()) or (out_of is not None and out_of != into):
         raise SaekitError(f"'{file}' is a transcoder, not an autoencoder; saekit does not read those")
     found = {name.lower(): value for name, value in read_tensors(file, folder).items()}
-    weights = checks.arranged(found, _PLACES, file)
+    weights = wide(arranged(found, _PLACES, file))
     d_in, d_sae = weights["W_enc"].shape
     config = SAEConfig(d_in, d_sae, "jumprelu", apply_b_dec_to_input=False, metadata=of_gemma_scope(folder))
-    return checks.dictionary(config, weights, checks.at_least_float32(weights), device)
+    return dictionary(config, weights, weights["W_dec"].dtype, device)

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from saekit.formats import checks
-from saekit.formats.checks import Stored
+from saekit.formats.layout import Stored, arranged, dictionary
 from saekit.formats.origin import of_openai
+from saekit.formats.rewriting import wide
 from saekit.formats.tensor_files import read_tensors
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def read(path: Path, device: str | torch.device = "cpu") -> SparseAutoencoder:
     found = read_tensors(file, file.parent)
     activation, state = found.pop("activation", "ReLU"), found.pop("activation_state_dict", {})
     found = {name: value for name, value in found.items() if name not in _BESIDE}
-    weights = checks.arranged(found, _PLACES, file)
+    weights = wide(arranged(found, _PLACES, file))
     checks.refuse(activation not in ("ReLU", "TopK"), file, f"the activation {reprlib.repr(activation)}")
     top_k = activation == "TopK"
     with checks.understanding(file):
@@ -68,7 +69,7 @@ def read(path: Path, device: str | torch.device = "cpu") -> SparseAutoencoder:
         input_normalization="layer_norm" if top_k else "none",
         metadata=of_openai(file),
     )
-    return checks.dictionary(config, weights, checks.at_least_float32(weights), device)
+    return dictionary(config, weights, weights["W_dec"].dtype, device)
 
 
 def _file(path: Path) -> Path | None:

@@ -41,6 +41,13 @@ def of_dictionary_learning(trainer: Mapping[str, Any], buffer: Any) -> dict[str,
     return known(model_name=trainer.get("lm_name"), hook_name=hook, context_size=_length(context))
 
 
+def for_dictionary_learning(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The same in the words of a trainer's config."""
+    found = re.fullmatch(r"blocks\.(\d{1,4})\.hook_resid_post", str(facts.get("hook_name")))
+    where = {"layer": int(found[1]), "submodule_name": f"resid_post_layer_{int(found[1])}"} if found else {}
+    return {"lm_name": facts.get("model_name"), **where}
+
+
 def of_sparsify(folder: Path, run: Mapping[str, Any]) -> dict[str, Any]:
     """From the name of a hook point's folder (relative to the base model) and the run's config beside it."""
     model = run.get("model")

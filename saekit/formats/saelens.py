@@ -16,7 +16,8 @@ import torch
 from saekit.errors import SaekitError
 from saekit.files import replace_files
 from saekit.formats import checks
-from saekit.formats.checks import DTYPES, OURS, Stored
+from saekit.formats.layout import DTYPES, OURS, Stored, arranged, dictionary
+from saekit.formats.rewriting import gated, scaled_rows
 from saekit.formats.saelens_before_6 import modernised
 from saekit.formats.tensor_files import read_tensors, write_safetensors
 from saekit.reading import check_inside, read_json
@@ -100,12 +101,12 @@ def read(path: Path, device: str | torch.device = "cpu") -> SparseAutoencoder:
     scaling = found.pop("scaling_factor", None)  # of SAELens before 6, where it was written without effect too
     if scaling is not None and not bool((scaling == 1).all()):
         raise SaekitError(f"'{file}' holds a scaling_factor, which saekit does not read")
-    weights = checks.arranged(found, _PLACES.get(cfg["architecture"], _PLAIN), file, D=config.d_in, F=config.d_sae)
+    weights = arranged(found, _PLACES.get(cfg["architecture"], _PLAIN), file, D=config.d_in, F=config.d_sae)
     if cfg["architecture"] == "gated":
-        weights = checks.gated(weights)
+        weights = gated(weights)
     if cfg.get("rescale_acts_by_decoder_norm"):  # selection by f·‖W_dec‖: the same dictionary with unit rows
-        weights = checks.scaled_rows(weights, weights["W_dec"].norm(dim=1))
-    return checks.dictionary(config, weights, dtype, device)
+        weights = scaled_rows(weights, weights["W_dec"].norm(dim=1))
+    return dictionary(config, weights, dtype, device)
 
 
 def _config(cfg: dict[str, Any]) -> SAEConfig:

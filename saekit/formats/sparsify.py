@@ -11,8 +11,9 @@ import torch
 
 from saekit.files import replace_files
 from saekit.formats import checks
-from saekit.formats.checks import Stored
+from saekit.formats.layout import Stored, arranged, dictionary, scattered
 from saekit.formats.origin import of_sparsify
+from saekit.formats.rewriting import with_b_dec
 from saekit.formats.tensor_files import read_tensors, write_safetensors
 from saekit.reading import check_inside, read_json
 
@@ -58,10 +59,8 @@ def read(path: Path, device: str | torch.device = "cpu") -> SparseAutoencoder:
     config = SAEConfig(
         d_in, d_sae, "topk", k, metadata=own or of_sparsify(folder, checks.optional_json(folder.parent / "config.json"))
     )
-    weights = checks.arranged(
-        read_tensors(folder / WEIGHTS, folder), _PLACES, folder / WEIGHTS, D=config.d_in, F=config.d_sae
-    )
-    return checks.dictionary(config, weights, weights["W_enc"].dtype, device)
+    weights = arranged(read_tensors(folder / WEIGHTS, folder), _PLACES, folder / WEIGHTS, D=config.d_in, F=config.d_sae)
+    return dictionary(config, weights, weights["W_enc"].dtype, device)
 
 
 def lacks(sae: SparseAutoencoder) -> checks.Lack | None:
@@ -81,8 +80,8 @@ def write(sae: SparseAutoencoder, folder: Path, *, overwrite: bool = False) -> P
     checks.place(folder, WEIGHTS, overwrite=overwrite)
     weights: dict[str, Any] = dict(sae.state_dict())
     if not sae.cfg.apply_b_dec_to_input:
-        weights = checks.with_b_dec(weights, 1)
-    tensors = checks.scattered(weights, _PLACES)
+        weights = with_b_dec(weights, 1)
+    tensors = scattered(weights, _PLACES)
     cfg = {
         "activation": "topk",
         "expansion_factor": max(1, sae.cfg.d_sae // sae.cfg.d_in),

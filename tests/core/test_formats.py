@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import saekit
 from saekit import SAEConfig, SaekitError, SparseAutoencoder, SparseCode
 from saekit.evals import encode_by_pursuit
-from saekit.formats import WRITABLE, checks, origin
+from saekit.formats import WRITABLE, checks, origin, rewriting
 
 DATA = Path(__file__).parents[1] / "data"
 GEMMA, GEMMA_2 = "layer_20/width_16k/average_l0_71", "resid_post/layer_9_width_16k_l0_small"
@@ -128,6 +128,17 @@ def test_dtypes(tmp_path):
         assert torch.equal(again.W_dec, sae.W_dec.to(dtype))
 
 
+def test_what_dictionary_learning_says_of_the_origin(tmp_path):
+    """In its own words too, where it has them."""
+    facts = {"model_name": "gpt2", "hook_name": "blocks.5.hook_resid_post", "context_size": 64}
+    for change, expected in (({}, facts), ({"hook_name": "blocks.5.hook_mlp_out"}, {**facts, "hook_name": None})):
+        sae = dictionary("topk", metadata=facts | change)
+        WRITABLE["dictionary_learning"].write(sae, tmp_path, overwrite=True)
+        assert saekit.load(tmp_path).cfg.metadata == facts | change
+        with_config(tmp_path / "config.json", saekit=None)
+        assert saekit.load(tmp_path).cfg.metadata == {name: fact for name, fact in expected.items() if fact}
+
+
 def test_what_formats_cannot_hold(tmp_path):
     dead = dictionary("standard")
     with torch.no_grad():
@@ -158,7 +169,7 @@ def test_a_gated_dictionary_is_a_jumprelu(seed):
     shapes = {"W_enc": [5, 11], "W_dec": [11, 5], "b_dec": [5], "r_mag": [11], "b_gate": [11], "b_mag": [11]}
     w = {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
     sae = SparseAutoencoder(SAEConfig(5, 11, "jumprelu"), torch.float64)
-    sae.load_state_dict(checks.gated(w))
+    sae.load_state_dict(rewriting.gated(w))
     x = torch.randn(40, 5, dtype=torch.float64)
     p = (x - w["b_dec"]) @ w["W_enc"]
     f = torch.relu(w["r_mag"].exp() * p + w["b_mag"]) * (p + w["b_gate"] > 0)
