@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import reprlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,9 +57,9 @@ def read(path: Path, device: str | torch.device = "cpu") -> SparseAutoencoder:
     for key in ("transcode", "skip_connection", "signed"):
         checks.refuse(bool(cfg.get(key)), file, f"{key} = {reprlib.repr(cfg.get(key))}")
     checks.refuse(cfg["activation"] != "topk", file, f"activation = {reprlib.repr(cfg['activation'])}")
-    config = SAEConfig(
-        d_in, d_sae, "topk", k, metadata=own or of_sparsify(folder, checks.optional_json(folder.parent / "config.json"))
-    )
+    point = folder.parent if re.fullmatch(r"seed\d+", folder.name) else folder  # of one hook point, several seeds
+    facts = own or of_sparsify(point, checks.optional_json(point.parent / "config.json"))
+    config = SAEConfig(d_in, d_sae, "topk", k, metadata=facts)
     weights = arranged(read_tensors(folder / WEIGHTS, folder), _PLACES, folder / WEIGHTS, D=config.d_in, F=config.d_sae)
     return dictionary(config, weights, weights["W_enc"].dtype, device)
 

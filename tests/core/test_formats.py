@@ -189,6 +189,15 @@ def with_config(path, **changes):
     path.write_text(json.dumps(cfg))
 
 
+def test_several_seeds_of_sparsify(tmp_path):
+    run = copy_of("sparsify", tmp_path)
+    (run / "layers.3").rename(tmp_path / "seed1")
+    (run / "layers.3").mkdir()
+    (tmp_path / "seed1").rename(run / "layers.3/seed1")
+    expected = {**SMOL, "hook_name": "blocks.3.hook_resid_post"}
+    assert saekit.load(run / "layers.3/seed1").cfg.metadata == expected
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
