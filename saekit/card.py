@@ -16,13 +16,17 @@ if TYPE_CHECKING:
 
 _LONGEST = 200  # characters of a text from a file
 _HUB_NAME = re.compile(r"(?:[A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
-_OURS = {"embedded": "the language model that ships with saekit", "python": "the Python source of the machine"}
+_OURS = {
+    "embedded": "the language model that ships with saekit",
+    "python": "the Python source on the machine it was trained on",
+}
 _RULES = {
     "topk": "the {k} largest pre-activations of each token, where positive",
     "jumprelu": "pre-activations above a threshold of each feature",
     "standard": "positive pre-activations",
     "token_norm": "pre-activations, over the token's ‖x − b_dec‖, above a threshold of each feature",
 }
+_NORMALISED = {"layer_norm": "each token's layer norm, which the reconstruction undoes"}
 _GROUPS = ("sparsity", "reconstruction", "downstream")
 
 
@@ -41,11 +45,12 @@ def card(folder: str | Path, place: HubPath | None = None, *, above: bool = Fals
         SaekitError: the folder holds no dictionary, or its report is damaged or of another one.
     """
     import saekit
+    from saekit.formats import saelens
 
     sae = saekit.load(folder)
     files = files_of(Path(folder))
     told = _Told(sae)
-    readable = "sae_weights.safetensors" in files and sae.cfg.affinity_scale == "none"
+    readable = "sae_weights.safetensors" in files and saelens.lacks(sae) is None
     head = told.head(["sparse-autoencoder", "interpretability", *(["saelens"] if readable else [])])
     if above:
         assert place is not None
@@ -93,6 +98,7 @@ class _Told:
             "model": _described(self.texts["model"]),
             "hook point": _code(self.texts["hook"]) if self.texts["hook"] else None,
             "features": f"{cfg.d_sae:,}, of activations of width {cfg.d_in:,}",
+            "input": _NORMALISED.get(cfg.input_normalization),
             "active are": rule,
             "trained on": " of ".join(filter(None, [f"{self.tokens:,} tokens" if self.tokens else None, text])),
             "context": f"{self.context:,} tokens" if self.context else None,

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
@@ -132,7 +133,9 @@ def _needed(place: HubPath, names: set[str]) -> list[str]:
     for folder in (place, inner):
         if any(folder.file(name) in names for name in WEIGHTS):
             wanted = [folder.file(name) for name in (*WEIGHTS, *CONFIGS)] + [place.file(name) for name in ABOUT]
-            return [name for name in wanted if name in names]
+            if folder.file("sae.safetensors") in names:  # of sparsify, which tells the model beside its hook points
+                wanted.append(replace(folder, path=_split(folder.path)[0]).file("config.json"))
+            return [name for name in dict.fromkeys(wanted) if name in names]
     folders = {re.sub(r"(^|/)sae$", "", folder) for folder, _, file in map(_split, names) if file in WEIGHTS}
     there = sorted(folders | {name for name in names if name.endswith(".pt") and _split(name)[2] not in WEIGHTS})
     if not there:
@@ -262,9 +265,10 @@ def push(
     message: str | None = None,
     overwrite: bool = False,
 ) -> HubPath:
-    """Push a dictionary to the hub in one commit: its files as they are, the run's figures, and a model card.
+    """Push a dictionary to the hub in one commit, with its run's figures and a model card.
 
-    The repository, or the branch, is made where it is missing.
+    Its files are pushed as they are, or those that ``save`` writes where it is in another package's format. The
+    repository, or the branch, is made where it is missing.
 
     Args:
         dictionary: its folder, or its run's; it is loaded first, so nothing broken is pushed.
@@ -280,19 +284,32 @@ def push(
         SaekitError: there is no dictionary or no token, a dictionary is there already, the repository is public though
             ``private`` is asked, or the hub refuses or cannot be reached.
     """
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, get_token
+    from huggingface_hub import get_token
 
-    from saekit.card import card
+    import saekit
+    from saekit.formats import format_of
 
     place = HubPath.parse(to)
     if place.revision and re.fullmatch("[0-9a-f]{40}", place.revision):
         raise SaekitError(f"'{to}' names a commit; a dictionary is pushed to a branch")
-    folder = local_folder(dictionary)
-    files = files_of(folder)
-    text = card(folder, place)
     if get_token() is None:
         raise SaekitError("there is no token to write to the hub with; `hf auth login` or HF_TOKEN gives one")
-    api = _api()
+    with TemporaryDirectory() as spare:
+        folder = local_folder(dictionary)
+        sae = saekit.load(folder)
+        if format_of(folder)[0] != "saelens":
+            folder = sae.save(Path(spare) / "sae")
+        _commit(_api(), folder, place, private, message, overwrite)
+    return place
+
+
+def _commit(api: HfApi, folder: Path, place: HubPath, private: bool, message: str | None, overwrite: bool) -> None:
+    """Write what belongs to a dictionary in one commit."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    from saekit.card import card
+
+    files, text = files_of(folder), card(folder, place)
     head, there = _prepared(api, place, private)
     ours = {place.file(name) for name in (*WEIGHTS, *CONFIGS, *ABOUT)} & there
     if ours and not overwrite:
@@ -315,7 +332,6 @@ def push(
             revision=place.revision,
             parent_commit=head,
         )
-    return place
 
 
 def _prepared(api: HfApi, place: HubPath, private: bool) -> tuple[str | None, set[str]]:
@@ -342,14 +358,12 @@ def files_of(folder: Path) -> dict[str, Path]:
     """The files that belong to a dictionary, in its own or its run's folder, by their name on the hub.
 
     Raises:
-        SaekitError: one is a link that leads out of its folder.
+        SaekitError: there is none, or one is a link that leads out of its folder.
     """
-    if folder.is_file():
-        return {
-            folder.name: folder,
-            **{name: folder.with_name(name) for name in CONFIGS if folder.with_name(name).is_file()},
-        }
-    place = folder if any((folder / name).is_file() for name in WEIGHTS) else folder / "sae"
+    from saekit.formats import format_of
+
+    place = format_of(folder)[1]
+    place = place.parent if place.is_file() else place
     run = place.parent if place.name == "sae" and (place.parent / "config.yaml").is_file() else place
     found = {name: place / name for name in (*CONFIGS, *WEIGHTS) if (place / name).is_file()}
     found |= {name: home / name for home in (run, place) for name in ABOUT if (home / name).is_file()}

@@ -76,7 +76,7 @@ def of_gemma_scope(folder: Path) -> dict[str, Any]:
 
 def of_openai(path: Path) -> dict[str, Any]:
     """From a path as OpenAI published its dictionaries of GPT-2 small."""
-    found = _OPENAI.search(path.resolve().as_posix())
+    found = _OPENAI.search((path.parent.resolve() / path.name).as_posix())  # the file may be a link of the hub's cache
     if not found:
         return {}
     return known(model_name="gpt2", hook_name=f"blocks.{int(found[2])}.{_OPENAI_HOOKS[found[1]]}")

@@ -240,6 +240,34 @@ def test_only_what_is_needed_is_fetched(hub):
     assert hub.fetched() == ["l2/eval.json", "l2/sae/cfg.json", "l2/sae/sae_weights.safetensors"]
 
 
+PACKAGES = {
+    "dictionary_learning_AutoEncoderTopK": "",
+    "saelens_layer_norm": "",
+    "sparsify": "layers.3",
+    "gemma_scope/gemma-scope-2b-pt-res": "layer_20/width_16k/average_l0_71",
+    "gemma_scope_2/gemma-scope-2-270m-pt": "resid_post/layer_9_width_16k_l0_small",
+    "openai_topk": "gpt2-small/resid_post_mlp_v5_32k/autoencoders/6.pt",
+}
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_dictionaries_of_other_packages(name, hub, tmp_path):
+    """They are what they are in a folder, and go to the hub as saekit and SAELens write them."""
+    home, place = DATA / name, PACKAGES[name]
+    repo = f"google/{home.name}" if "gemma" in name else "me/x"
+    hub.add(repo, {str(file.relative_to(home)): file.read_bytes() for file in home.rglob("*") if file.is_file()})
+    local, remote = saekit.load(home / place), saekit.load(f"hf://{repo}/{place}")
+    assert same(local, remote)
+    assert not any("expected" in file for file in hub.fetched())
+    saekit.hub.push(home / place, "me/pushed/x")
+    assert {"x/cfg.json", "x/sae_weights.safetensors", "x/README.md"} < hub.files("me/pushed").keys()
+    assert not any(file.endswith((".pt", ".npz")) for file in hub.files("me/pushed"))
+    pushed = saekit.load("hf://me/pushed/x")
+    torch.testing.assert_close(pushed.W_enc, local.W_enc)
+    for fact in ("model_name", "hook_name"):
+        assert pushed.cfg.metadata.get(fact) == local.cfg.metadata.get(fact)
+
+
 def test_files_of_strangers_are_checked(hub):
     hub.add("me/x", {"cfg.json": b"{" * 99, "sae_weights.safetensors": b"x"})
     with pytest.raises(SaekitError, match="damaged"):
@@ -319,7 +347,7 @@ def test_a_card(run):
     assert head_of(text) == {"library_name": "saekit", "tags": ["sparse-autoencoder", "interpretability", "saelens"]}
     for words in (
         "| features | 20, of activations of width 6 |",
-        "On 4,321 held-out tokens of the Python source of the machine",
+        "On 4,321 held-out tokens of the Python source on the machine",
         "| FVU | 0.2500 | fraction of the activations' variance unexplained |",
         'sae = saekit.load("hf://me/x/y")',
         'SAE.from_pretrained("me/x", "y")',
