@@ -56,18 +56,23 @@ def keep(folder: Path, x: Tensor, f: Tensor, x_hat: Tensor) -> None:
 
 
 def saelens() -> None:
-    """SAELens: gated, and TopK behind a layer norm."""
+    """SAELens: gated, TopK behind a layer norm, and BatchTopK as it is saved for inference."""
     from sae_lens import SAE
+    from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
     from sae_lens.saes.gated_sae import GatedSAE, GatedSAEConfig
     from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 
     x = activations()
+    batch = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(d_in=D, d_sae=F, k=K))
+    batch.topk_threshold.fill_(0.6)
     for name, sae in {
+        "batchtopk": batch,
         "gated": GatedSAE(GatedSAEConfig(d_in=D, d_sae=F)),
         "layer_norm": TopKSAE(TopKSAEConfig(d_in=D, d_sae=F, k=K, normalize_activations="layer_norm")),
     }.items():
         folder = DATA / f"saelens_{name}"
-        randomised(sae).save_model(folder)
+        save = randomised(sae).save_inference_model if name == "batchtopk" else randomised(sae).save_model
+        save(folder)
         again = SAE.load_from_disk(folder)
         f = again.encode(x)
         keep(folder, x, f, again.decode(f))

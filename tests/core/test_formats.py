@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import saekit
 from saekit import SAEConfig, SaekitError, SparseAutoencoder, SparseCode
+from saekit.allocation import token_choice
 from saekit.evals import encode_by_pursuit
 from saekit.formats import WRITABLE, checks, origin, rewriting
 
@@ -34,6 +35,7 @@ CLASSES = {
 }
 FIXTURES = {  # the dictionary; what is expected of it; its rule here; what is known of its origin
     "saelens_gated": ("saelens_gated", "jumprelu", None),
+    "saelens_batchtopk": ("saelens_batchtopk", "jumprelu", None),
     "saelens_layer_norm": ("saelens_layer_norm", "topk", None),
     **{f"dictionary_learning_{name}": (f"dictionary_learning_{name}", rule, PYTHIA) for name, rule in CLASSES.items()},
     "dictionary_learning_AutoEncoderTopK/ae.pt": ("dictionary_learning_AutoEncoderTopK", "topk", PYTHIA),
@@ -406,7 +408,9 @@ def test_layer_norm_of_the_input(architecture, tmp_path, monkeypatch):
     near(sae.decode(half), sae.decode(f / 2, x).reshape(-1, 8))
     strongest = code.values > code.values.median()
     near(sae.decode(code.where(strongest)), sae.decode(code.where(strongest).to_dense().view(5, 7, 32), x).view(-1, 8))
-    for lost in (f, SparseCode(*vars_of(code))):
+    chosen = token_choice(sae.pre_activations(x.flatten(0, 1)), 32)  # by a rule that knows nothing of the layer norm
+    torch.testing.assert_close(chosen.to_dense() * (code.to_dense() > 0), code.to_dense())
+    for lost in (f, chosen, SparseCode(*vars_of(code))):
         with pytest.raises(SaekitError, match="normalises each token: decode what encode_sparse gives"):
             sae.decode(lost)
     again = saekit.load(sae.save(tmp_path / "x"))
