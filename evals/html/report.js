@@ -69,8 +69,10 @@ function key(event) {
   const typing = event.target === list.search;
   const name = event.key;
   if (name === "/" && !typing) {
-    if (views.features.hidden) location.hash = "#features";
-    setTimeout(() => list.search.select());
+    if (list.search.offsetParent === null) location.hash = "#features";
+    route(); // now, so that what is typed next is not lost
+    list.search.focus();
+    list.search.select();
   } else if (views.features.hidden) {
     return;
   } else if (name === "Escape") {

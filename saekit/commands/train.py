@@ -85,7 +85,7 @@ def train(
     judge = None
     if eval_tokens:
         judge = open_judge(device=runs[0].config.device, tokens=eval_tokens, trust_remote_code=trust_remote_code)
-    unjudged = [run.path for run in runs if "sparsity" not in groups_in(run.path / "eval.json")]
+    unjudged = [run.path for run in runs if judge and "sparsity" not in groups_in(run.path / "eval.json")]
     if judge is not None and unjudged:
         for path, report in judged(judge, unjudged, quiet).items():
             report.join(Path(path) / "eval.json")
@@ -98,7 +98,7 @@ def train(
             f"  saekit convert {one} FOLDER --to saelens --lossy"
         )
     for run in runs:  # last: whatever goes wrong here, the run is whole, and --resume draws the report again
-        if not (run.path / REPORT).exists():
+        if run.path in unjudged or not (run.path / REPORT).exists():
             report_on_run(run.path, judge, features_shown, quiet)
 
 
