@@ -10,7 +10,7 @@ import typer
 
 from saekit.commands.help import among
 from saekit.errors import SaekitError, did_you_mean
-from saekit.files import check_free, check_writable
+from saekit.files import check_free, check_writable, expanded
 
 
 def convert(
@@ -44,6 +44,7 @@ def convert(
     from saekit.commands.nearest import NEAREST, nearest, refusal
     from saekit.formats import WRITABLE
 
+    target = expanded(target)
     check_free(target, overwrite=overwrite, hint="choose another folder, or pass --overwrite")
     check_writable(target)
     if to not in WRITABLE:

@@ -150,7 +150,7 @@ def test_the_first_of_two_harvests_is_unharmed(harvest, harvested, text, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
 
 
-@pytest.mark.parametrize("where", ["trainers.checkpoint", "trainers.trainer", "formats.saelens"])
+@pytest.mark.parametrize("where", ["trainers.checkpoint", "trainers.trainer", "formats.tensor_files"])
 def test_the_first_of_two_trainings_is_unharmed(where, cache, undisturbed, saekit_main, tmp_path, monkeypatch):
     out = tmp_path / "run"
     config = TrainConfig(cache=cache, out=out, log_every=1, checkpoint_every=10, **STEPS)
