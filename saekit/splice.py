@@ -66,10 +66,10 @@ def splice(
             normalises it).
         add: what to add to features, active or not.
         ablate: features to set to zero.
-        positions: where to splice. ``text``, as dictionaries are trained and judged: all but BOS, known by its id (all
-            where the model names none or is not called with token ids). ``all``. A mask [b, t], or what broadcasts to
-            it. A function from token ids [b, t] to such a mask; it also does for generation, where passes differ in
-            length.
+        positions: where to splice. ``text``, as dictionaries are trained: all but BOS, known by its id (all where the
+            model names none or is not called with token ids). ``all``. A mask [b, t], or what broadcasts to it, such
+            as a ``ContextBatch``'s ``kept``, by which evaluations leave out separators too. A function from token ids
+            [b, t] to such a mask; it also does for generation, where passes differ in length.
 
     Yields:
         The splice, with its modules.
@@ -169,8 +169,8 @@ class Splice:
             return mask.to(flat.device, torch.bool).broadcast_to(flat.shape[:-1])
         except RuntimeError:
             raise SaekitError(
-                f"positions of shape {list(mask.shape)} do not fit activations at {list(flat.shape[:-1])} positions; a "
-                f"function of the token ids fits passes of every length"
+                f"positions of shape {list(mask.shape)} do not fit activations at {list(flat.shape[:-1])} positions; give "
+                f"a mask that does, a function of token ids, or 'all'"
             ) from None
 
 
