@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from saekit.files import PART, WriteError
 
-SAVES = ("activations.shards", "trainers.checkpoint", "trainers.trainer", "formats.tensor_files")  # modules with save_file
+SAVES = ("activations.shards", "trainers.checkpoint", "trainers.trainer", "formats.tensor_files")  # have save_file
 
 
 MODEL = "saekit.activations.source.load_model"
