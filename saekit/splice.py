@@ -169,8 +169,8 @@ class Splice:
             return mask.to(flat.device, torch.bool).broadcast_to(flat.shape[:-1])
         except RuntimeError:
             raise SaekitError(
-                f"positions of shape {list(mask.shape)} do not fit activations at {list(flat.shape[:-1])} positions; give "
-                f"a mask that does, a function of token ids, or 'all'"
+                f"positions of shape {list(mask.shape)} do not fit activations at {list(flat.shape[:-1])} positions; "
+                f"give a mask that does, a function of token ids, or 'all'"
             ) from None
 
 
