@@ -18,7 +18,7 @@ import torch
 
 import saekit
 from saekit import SaekitError
-from saekit.formats.tensor_files import read_tensors
+from saekit.formats.tensor_files import read_tensors, write_torch
 
 DATA = Path(__file__).parents[1] / "data"
 CLASS = DATA / "dictionary_learning_AutoEncoderTopK"
@@ -166,6 +166,14 @@ def test_archives_of_numpy(tmp_path):
     refused(path, "grows more than weights do")
     path.write_bytes(b"not a zip")
     refused(path, "is damaged")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_is_told_as_such():
+    """Also where torch writes, which has other words for it."""
+    for tensors in ({"a": torch.zeros(3)}, {"a": torch.zeros(1 << 16), "b": torch.zeros(1 << 16)}):
+        with pytest.raises(OSError, match="No space left on device"):
+            write_torch(tensors, Path("/dev/full"))
 
 
 def test_links_out_of_the_folder(place, tmp_path):
