@@ -123,18 +123,20 @@ def download(path: str | Path) -> Path:
 def _needed(place: HubPath, names: set[str]) -> list[str]:
     """The files of a repository that the dictionary at a place consists of.
 
+    Weights come last: where a cache holds them, it holds the others too.
+
     Raises:
         SaekitError: there is none.
     """
-    if place.path in names:  # one file, with the configs beside it
+    if place.path in names and (_split(place.path)[2] in WEIGHTS or place.path.endswith(".pt")):
         folder = replace(place, path=_split(place.path)[0])
-        return [place.path, *(folder.file(name) for name in CONFIGS if folder.file(name) in names)]
+        return [*(folder.file(name) for name in CONFIGS if folder.file(name) in names), place.path]
     inner = replace(place, path=place.file("sae"))
     for folder in (place, inner):
         if any(folder.file(name) in names for name in WEIGHTS):
-            wanted = [folder.file(name) for name in (*WEIGHTS, *CONFIGS)] + [place.file(name) for name in ABOUT]
+            wanted = [*(place.file(name) for name in ABOUT), *(folder.file(name) for name in (*CONFIGS, *WEIGHTS))]
             if folder.file("sae.safetensors") in names:  # of sparsify, which tells the model beside its hook points
-                wanted.append(replace(folder, path=_split(folder.path)[0]).file("config.json"))
+                wanted.insert(0, replace(folder, path=_split(folder.path)[0]).file("config.json"))
             return [name for name in dict.fromkeys(wanted) if name in names]
     folders = {re.sub(r"(^|/)sae$", "", folder) for folder, _, file in map(_split, names) if file in WEIGHTS}
     there = sorted(folders | {name for name in names if name.endswith(".pt") and _split(name)[2] not in WEIGHTS})

@@ -46,6 +46,7 @@ class StandIn:
         repos: by ``owner/name``.
         asked: every request so far, as ``"GET /path"``.
         broken: a status to answer everything with.
+        missing: a file that is listed and cannot be had.
         before_commit: called once when a commit arrives, before it is looked at.
     """
 
@@ -54,6 +55,7 @@ class StandIn:
         self.stored: dict[str, bytes] = {}
         self.asked: list[str] = []
         self.broken: int | None = None
+        self.missing = ""
         self.before_commit: Any = None
         self.url = ""
 
@@ -177,7 +179,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _file(self, repo: str, number: str, name: str) -> None:
         content = self.hub.repos[repo].commits[number].get(name)
-        if content is None:
+        if content is None or name == self.hub.missing:
             raise _Refusal(404, "EntryNotFound")
         self._answer(200, content, {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": number})
 

@@ -211,6 +211,7 @@ def test_nothing_broken_is_pushed(hub, run, tmp_path):
         ("hf://me/x/layer_11", "'me/x' holds no dictionary at 'layer_11'; did you mean 'layer_1' or 'layer_2'"),
         ("hf://me/x", "'me/x' holds no dictionary at its root; choose from layer_1, layer_2"),
         ("hf://me/empty", "'me/empty' holds no dictionary in a known format"),
+        ("hf://me/empty/model.safetensors", "'me/empty' holds no dictionary in a known format"),
         ("hf://me", "'hf://me' names no repository of the hub; write hf://owner/repo/path"),
         ("hf://me/x/../../y", "names no folder of a repository"),
         ("hf://me/x/..%2f", "no dictionary at '..%2f'"),
@@ -266,6 +267,20 @@ def test_dictionaries_of_other_packages(name, hub, tmp_path):
     torch.testing.assert_close(pushed.W_enc, local.W_enc)
     for fact in ("model_name", "hook_name"):
         assert pushed.cfg.metadata.get(fact) == local.cfg.metadata.get(fact)
+
+
+def test_a_download_that_was_cut_off_is_no_dictionary(hub, monkeypatch):
+    """The configs come first, so what lacks the weights is not taken for whole."""
+    from huggingface_hub import constants
+
+    hub.add("me/x", dictionary_files())
+    hub.missing = "sae_weights.safetensors"
+    with pytest.raises(SaekitError, match="hf://me/x' cannot be read"):
+        saekit.load("hf://me/x")
+    assert hub.fetched() == ["cfg.json"]
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(SaekitError, match="'hf://me/x' is not in the cache"):
+        saekit.load("hf://me/x")
 
 
 def test_files_of_strangers_are_checked(hub):
