@@ -171,9 +171,7 @@ def figures(groups: Mapping[str, Any]) -> list[Figure]:
     """The figures that these groups have, in the order of the table; what is no number is left out."""
     found = []
     for title, group, key, shape, meaning in _FIGURES:
-        value: Any = groups
-        for part in f"{group}.{key}".split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
+        value = lookup(groups, f"{group}.{key}")
         if isinstance(value, int | float) and math.isfinite(value) and (isinstance(value, int) or "d" not in shape):
             found.append(Figure(title, group, key, shape.format(value), meaning))
     return found
@@ -214,11 +212,11 @@ def _found(report: Report, group: str, key: str) -> Any:
     return lookup(report.groups, f"{group}.{key}")
 
 
-def lookup(figures: Mapping[str, Any], key: str) -> Any:
+def lookup(figures: Any, key: str) -> Any:
     """The figure at a dotted key, which leads through groups; None where it is not there."""
-    value: Any = figures
+    value = figures
     for part in key.split("."):
-        value = value.get(part) if value is not None else None
+        value = value.get(part) if isinstance(value, Mapping) else None
     return value
 
 

@@ -6,6 +6,8 @@ import math
 from typing import Any
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from saekit.code import SparseCode
 from saekit.zipf import fit_zipf
@@ -19,6 +21,7 @@ class Sparsity:
     def __init__(self, n_features: int) -> None:
         self.tokens = 0
         self.matches = torch.zeros(n_features, dtype=torch.long)
+        self.l0_counts = torch.zeros(n_features + 1, dtype=torch.long)
         self.l0_sum = self.l0_squares = 0.0
         self.l0_max = 0
 
@@ -27,6 +30,7 @@ class Sparsity:
         each = code.matches_per_token().cpu().double()
         self.tokens += code.n_tokens
         self.matches += code.matches_per_feature().cpu()
+        self.l0_counts += torch.bincount(each.long(), minlength=len(self.l0_counts))
         self.l0_sum += float(each.sum())
         self.l0_squares += float(each.square().sum())
         self.l0_max = max(self.l0_max, int(each.max()) if code.n_tokens else 0)
@@ -37,6 +41,7 @@ class Sparsity:
         Keys:
             tokens: over how many tokens everything here was counted.
             l0, l0_std, l0_max: active features a token.
+            l0_histogram: on how many tokens so many are active (``histogram``).
         dead, dead_share: features that fired on none of these tokens.
         density_quantiles: firing rates (share of the tokens) at quantiles over the features.
         density_by_rank: rank (1 the densest) and firing rate, at about a hundred ranks in equal steps of log rank.
@@ -58,6 +63,7 @@ class Sparsity:
             "l0": mean,
             "l0_std": max(0.0, self.l0_squares / self.tokens - mean**2) ** 0.5,
             "l0_max": self.l0_max,
+            "l0_histogram": histogram(self.l0_counts),
             "dead": dead,
             "dead_share": dead / len(self.matches),
             "density_mean": float(density.mean()),
@@ -67,3 +73,18 @@ class Sparsity:
             "underutilised": low,
             "underutilised_share": low / len(self.matches),
         }
+
+
+def histogram(counts: Int[Tensor, "l"], bins: int = 40) -> dict[str, Any]:
+    """Counts of 0, 1, 2, ... in at most so many bins.
+
+    Returns:
+        width: whole numbers in each bin, the first of which begins at 0.
+        counts: of each bin, up to the one that makes 99.9% of all: a far tail would flatten the rest.
+        beyond: how many lie beyond.
+    """
+    total = int(counts.sum())
+    most = int((counts.cumsum(0) < 0.999 * total).sum()) + 1
+    width = -(-most // bins)
+    sums = [int(part.sum()) for part in torch.split(counts[: -(-most // width) * width], width)]
+    return {"width": width, "counts": sums, "beyond": total - sum(sums)}

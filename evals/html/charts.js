@@ -55,6 +55,7 @@ function scale(axis, values, start, end) {
   const usable = axis.log ? values.filter((value) => value > 0) : values;
   let low = axis.from0 ? 0 : least(usable);
   let high = -least(usable.map((value) => -value));
+  if (axis.from0 && !(high > 0)) high = axis.least || 1;
   if (!(high > low)) [low, high] = axis.log ? [low / 2, low * 2] : [low - Math.abs(low) / 10 - 1e-9, low + Math.abs(low) / 10 + 1e-9];
   else if (!axis.log && axis.padded) [low, high] = [Math.max(low - (high - low) / 12, low < 0 ? -Infinity : 0), high + (high - low) / 12];
   if (axis.log && axis.padded) [low, high] = [low / (high / low) ** 0.06, high * (high / low) ** 0.06];

@@ -97,15 +97,17 @@ function passage({ tokens, at }, peak, label) {
 
 // Indentation is cut short, for it would push the words out of sight; signs of line ends and tabs are pale.
 function token({ text, level }, peak, chosen) {
-  const parts = text.replace(/ {3,}/g, "  ").split(/([↵⇥]+)/).filter(Boolean);
-  const inside = parts.map((part) => (/^[↵⇥]/.test(part) ? el("span", { class: "sign" }, part) : part));
-  if (!level) return inside;
-  const space = typeof inside[0] === "string" && /^ +(?=[^ ])/.exec(inside[0]);
-  if (space) inside[0] = inside[0].slice(space[0].length);
-  const node = el("mark", { class: chosen ? "chosen" : null, title: short((level / 100) * peak) }, ...inside);
-  node.style.setProperty("--level", (0.12 + 0.88 * (level / 100)).toFixed(2));
-  return space ? [space[0], node] : [node];
+  const shown = text.replace(/ {3,}/g, "  ");
+  if (!level) return signs(shown);
+  const node = el("mark", { class: chosen ? "chosen" : null, title: short((level / 100) * peak) });
+  node.style.setProperty("--level", (0.08 + 0.92 * (level / 100)).toFixed(2));
+  const word = shown.replace(/^ +| +$/g, "") || shown; // spaces around it stay uncoloured, as between words
+  const start = shown.indexOf(word);
+  node.append(...signs(word));
+  return [shown.slice(0, start), node, shown.slice(start + word.length)].filter(Boolean);
 }
+
+const signs = (text) => text.split(/([↵⇥]+)/).filter(Boolean).map((part) => (/^[↵⇥]/.test(part) ? el("span", { class: "sign" }, part) : part));
 
 function histogram([width, counts], fired) {
   const format = (i) => `${short(width * i)} to ${short(width * (i + 1))}`;

@@ -61,7 +61,7 @@ function training(curves) {
       title,
       note,
       x: { label: "tokens", from0: true },
-      y: { log, from0: key === "dead_share", padded: key !== "dead_share", format: key === "dead_share" ? percentTick : short },
+      y: { log, from0: key === "dead_share", least: 0.01, padded: key !== "dead_share", format: key === "dead_share" ? percentTick : short },
       series: [{ kind: "line", x: curves.tokens, y }],
       readout: (i) => (i === y.length - 1 ? `${format(y[i])} at the end` : `${format(y[i])} after ${short(curves.tokens[i])}`),
     });
@@ -91,23 +91,16 @@ function density(found) {
   });
 }
 
-function tokensL0(counts) {
-  if (!counts) return null;
-  const total = counts.reduce((a, b) => a + b, 0);
-  let seen = 0;
-  const most = counts.findIndex((count) => (seen += count) >= 0.999 * total) + 1; // a far tail would flatten the rest
-  const width = Math.max(1, Math.ceil(most / 40));
-  const x = [];
-  const y = [];
-  for (let from = 0; from < most; from += width) {
-    x.push(from);
-    y.push(counts.slice(from, Math.min(from + width, most)).reduce((a, b) => a + b, 0) / total);
-  }
+function tokensL0(found) {
+  if (!found) return null;
+  const { width, counts, beyond } = found;
+  const total = counts.reduce((a, b) => a + b, beyond);
+  const x = counts.map((_, i) => i * width);
+  const y = counts.map((count) => count / total);
   const label = (i) => (width === 1 ? `${x[i]}` : `${x[i]} to ${x[i] + width - 1}`);
-  const beyond = total - counts.slice(0, most).reduce((a, b) => a + b, 0);
   return chart({
     title: "L0 of a token",
-    note: "share of tokens on which so many features are active" + (beyond ? `; ${whole(beyond)} tokens with ${most} to ${counts.length - 1} are not drawn` : ""),
+    note: "share of tokens on which so many features are active" + (beyond ? `; ${whole(beyond)} tokens with more are not drawn` : ""),
     x: { label: "active features", from0: true },
     y: { from0: true, format: percentTick },
     series: [{ kind: "bars", x, y, width }],

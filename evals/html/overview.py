@@ -11,7 +11,8 @@ from typing import Any
 
 from saekit.errors import SaekitError
 from saekit.evals.features import FeatureStudy
-from saekit.evals.report import figures
+from saekit.evals.report import figures, lookup
+from saekit.evals.sparsity import histogram
 from saekit.reading import parse_json, read_bounded
 from saekit.sae import SparseAutoencoder
 from saekit.zipf import ZipfLaw
@@ -72,15 +73,18 @@ def overview(subject: Subject, study: FeatureStudy | None) -> dict[str, Any]:
             if any(each.group == group for each in found)
         ],
         "curves": curves(subject.metrics) if subject.metrics is not None else None,
-        "density": _density(subject.groups.get("sparsity")),
-        "l0": study.l0_counts.tolist() if study is not None else None,
+        "density": _density(subject.groups.get("sparsity"), subject.sae.cfg.d_sae),
+        "l0": _l0(subject.groups.get("sparsity"), study),
         "facts": _facts({**subject.sae.cfg.metadata, "judged on": dict(subject.about)}),
     }
 
 
 def comparison(subjects: Sequence[Subject]) -> dict[str, Any]:
-    """One row a dictionary, one column a figure that any of them has."""
-    found = [{(f.group, f.key): f for f in figures(subject.groups)} for subject in subjects]
+    """One row a dictionary, one column a figure that any of them has; those of dark matter are of other tokens."""
+    found = [
+        {(each.group, each.key): each for each in figures(subject.groups) if each.group != "dark_matter"}
+        for subject in subjects
+    ]
     columns = list(dict.fromkeys(key for each in found for key in each))
     titles = {key: figure for each in found for key, figure in each.items()}
     return {
@@ -132,7 +136,7 @@ def _made(sae: SparseAutoencoder) -> dict[str, Any]:
 
 def _judged(subject: Subject) -> dict[str, Any] | None:
     """On how many tokens of what."""
-    tokens = (subject.groups.get("sparsity") or {}).get("tokens")
+    tokens = lookup(subject.groups, "sparsity.tokens")
     if not isinstance(tokens, int):
         return None
     on = subject.about.get("dataset") or subject.about.get("cache")
@@ -140,26 +144,35 @@ def _judged(subject: Subject) -> dict[str, Any] | None:
 
 
 def _more(subject: Subject, group: str) -> list[list[str]]:
-    values = subject.groups.get(group) or {}
     return [
-        [title, shape.format(values[key]), meaning]
+        [title, shape.format(value), meaning]
         for where, key, title, shape, meaning in _MORE
-        if where == group and _is_number(values.get(key))
+        if where == group and _is_number(value := lookup(subject.groups, f"{group}.{key}"))
     ]
 
 
-def _density(sparsity: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def _density(sparsity: Any, width: int) -> dict[str, Any] | None:
     """Densities by rank and the law fitted to them."""
-    if not sparsity or not sparsity.get("density_by_rank"):
+    ranks, law = lookup(sparsity, "density_by_rank"), lookup(sparsity, "zipf")
+    rank, density = lookup(ranks, "rank"), lookup(ranks, "density")
+    if not (_are_numbers(rank) and _are_numbers(density) and len(rank) == len(density)):
         return None
-    ranks, law = sparsity["density_by_rank"], sparsity.get("zipf")
-    curve = ZipfLaw(**law).curve(sparsity["features"]) if law else None
-    return {
-        "rank": ranks["rank"],
-        "density": ranks["density"],
-        "fitted": [float(curve[rank - 1]) for rank in ranks["rank"]] if curve is not None else None,
-        "law": law,
-    }
+    if not all(1 <= each <= width for each in rank):
+        return None
+    fitted = None
+    if isinstance(law, Mapping) and set(law) == set(ZipfLaw._fields) and _are_numbers([*law.values()]):
+        curve = ZipfLaw(**law).curve(width)
+        fitted = [float(curve[int(each) - 1]) for each in rank]
+        fitted = fitted if _are_numbers(fitted) else None
+    return {"rank": rank, "density": density, "fitted": fitted, "law": law if fitted else None}
+
+
+def _l0(sparsity: Any, study: FeatureStudy | None) -> dict[str, Any] | None:
+    """On how many tokens how many features are active; reports of older versions do not tell."""
+    found = lookup(sparsity, "l0_histogram")
+    if _are_numbers(lookup(found, "counts")) and _are_numbers([lookup(found, "width"), lookup(found, "beyond")]):
+        return dict(found)
+    return histogram(study.l0_counts) if study is not None else None
 
 
 def _facts(facts: Mapping[str, Any], prefix: str = "") -> list[list[str]]:
@@ -179,4 +192,8 @@ def _text(value: Any) -> str:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and abs(value) < 1e300
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def _are_numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(map(_is_number, values))

@@ -272,6 +272,30 @@ class TestThePage:
         assert found["tokens"][-1] == 20_010
         assert {*found["loss"]} == {0.5}
 
+    def test_figures_that_are_none(self, study):
+        """What another's eval.json may hold in place of figures."""
+        for junk in (
+            EVIL,
+            5,
+            None,
+            [],
+            {"tokens": EVIL},
+            {"density_by_rank": EVIL},
+            {"l0_histogram": {"counts": EVIL}},
+        ):
+            for group in ("sparsity", "reconstruction", "downstream", "dark_matter"):
+                found = overview.overview(Subject("a", study.sae, {group: junk}), None)
+                assert (found["headline"], found["tables"], found["density"], found["l0"]) == ([], [], None, None)
+        ranks = {"rank": [1, 9], "density": [0.5, 0.1]}
+        names = ("exponent", "shift", "scale", "r2")
+        for law in (None, {}, {"exponent": EVIL}, dict.fromkeys(names, EVIL), dict.fromkeys(names, -1e200)):
+            assert overview._density({"density_by_rank": ranks, "zipf": law}, 10)["fitted"] is None
+        assert overview._density({"density_by_rank": ranks, "zipf": dict.fromkeys(names, 1.0)}, 10)["fitted"] == [
+            0.5,
+            0.1,
+        ]
+        assert overview._density({"density_by_rank": {**ranks, "rank": [1, 10**12]}}, 10) is None
+
     def test_features_of_another_space_have_no_logits(self, source, contexts, shown, tmp_path):
         sae = SparseAutoencoder(SAEConfig(256, 16, "topk", k=2)).requires_grad_(False)
         sae.W_enc.normal_()
@@ -298,7 +322,7 @@ class TestCommands:
         assert os.stat(report) == before
 
     def test_several_dictionaries(self, trained_run, saekit_main, tmp_path, shown):
-        command = ("eval", trained_run, trained_run / "sae", "--tokens", 3000, "--quiet", "--html", "report.html")
+        command = ("eval", trained_run, trained_run / "sae", "--tokens", 1000, "--quiet", "--html", "report.html")
         done = saekit_main(*command, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         tab = shown(tmp_path / "report.html")

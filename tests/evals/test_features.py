@@ -14,6 +14,7 @@ from saekit.errors import SaekitError
 from saekit.evals.activity import Histograms
 from saekit.evals.features import spread_over_densities, study_features
 from saekit.evals.pieces import pieces
+from saekit.evals.sparsity import histogram
 from saekit.sae import SAEConfig, SparseAutoencoder
 
 HOOK, TOP, QUANTILES, WINDOW, BATCH, F = "blocks.1.hook_resid_post", 4, 3, 9, 3, 40
@@ -160,6 +161,18 @@ def test_histograms(study, dense):
         assert edges[-2] <= float(fires.max()) < edges[-1]
         expected = [int(((fires >= a) & (fires < b)).sum()) for a, b in itertools.pairwise(edges)]
         assert counts == expected
+
+
+def test_a_histogram_of_l0():
+    generator = torch.Generator().manual_seed(4)
+    for spread, tail in ((5, 0), (30, 0), (300, 3)):
+        l0 = [*torch.randint(0, spread, (5000,), generator=generator).tolist(), *[4000] * tail]
+        found = histogram(torch.bincount(torch.tensor(l0)))
+        width, bins = found["width"], len(found["counts"])
+        assert bins <= 40
+        assert (bins - 1) * width < spread
+        assert found["counts"] == [sum(i * width <= each < (i + 1) * width for each in l0) for i in range(bins)]
+        assert found["beyond"] == sum(each >= bins * width for each in l0) <= 5
 
 
 def test_histograms_grow_exactly():
