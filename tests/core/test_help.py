@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import typer
 
+import saekit
 from saekit.cli import app
 from saekit.commands.help import _EXAMPLES, _PANELS, among
 from saekit.commands.train import add_flags
@@ -54,7 +55,7 @@ def test_the_first_page(wide, saekit_main, tmp_path):
         assert name in done.stdout or " " in name
     assert all(example in done.stdout for example in _EXAMPLES["saekit"])
     assert saekit_main(cwd=tmp_path).stdout == done.stdout
-    assert saekit_main("--version", cwd=tmp_path).stdout == "saekit 0.1.0\n"
+    assert saekit_main("--version", cwd=tmp_path).stdout == f"saekit {saekit.__version__}\n"
 
 
 def test_panels():
