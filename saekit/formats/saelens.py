@@ -19,13 +19,14 @@ from saekit.formats import checks
 from saekit.formats.layout import DTYPES, OURS, Stored, arranged, dictionary
 from saekit.formats.rewriting import gated, scaled_rows
 from saekit.formats.saelens_before_6 import modernised
-from saekit.formats.tensor_files import read_tensors, write_safetensors
+from saekit.formats.tensor_files import read_tensors, sealed_with, write_safetensors
 from saekit.reading import check_inside, read_json
 
 if TYPE_CHECKING:
     from saekit.sae import SAEConfig, SparseAutoencoder
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+_RULE = ("architecture", "k", "apply_b_dec_to_input", "normalize_activations")  # no shape tells when these are others
 _TOKEN_NORM = "saekit_jumprelu_token_norm"
 _AS = {"gated": "jumprelu", _TOKEN_NORM: "jumprelu"}  # what some architectures are here
 _PLAIN = {name: Stored(name, letters) for name, letters in OURS.items() if name != "threshold"}
@@ -73,7 +74,7 @@ def write(sae: SparseAutoencoder, folder: Path, *, overwrite: bool = False) -> P
     text = json.dumps(cfg, indent=2) + "\n"
     replace_files(
         {
-            folder / WEIGHTS: lambda part: write_safetensors(tensors, part),
+            folder / WEIGHTS: lambda part: write_safetensors(tensors, part, _rule(cfg)),
             folder / CONFIG: lambda part: part.write_text(text),
         }
     )
@@ -102,11 +103,18 @@ def read(path: Path, device: str | torch.device = "cpu") -> SparseAutoencoder:
     if scaling is not None and not bool((scaling == 1).all()):
         raise SaekitError(f"'{file}' holds a scaling_factor, which saekit does not read")
     weights = arranged(found, _PLACES.get(cfg["architecture"], _PLAIN), file, D=config.d_in, F=config.d_sae)
+    if (rule := sealed_with(file)) and rule != _rule(cfg):
+        raise SaekitError(f"'{folder / CONFIG}' says {_rule(cfg)}, but its weights were saved with {rule}")
     if cfg["architecture"] == "gated":
         weights = gated(weights)
     if cfg.get("rescale_acts_by_decoder_norm"):  # selection by f·‖W_dec‖: the same dictionary with unit rows
         weights = scaled_rows(weights, weights["W_dec"].norm(dim=1))
     return dictionary(config, weights, dtype, device)
+
+
+def _rule(cfg: dict[str, Any]) -> str:
+    """The inference rule in a config, as text."""
+    return ", ".join(f"{key} = {cfg[key]}" for key in _RULE if key in cfg)
 
 
 def _config(cfg: dict[str, Any]) -> SAEConfig:

@@ -109,9 +109,15 @@ def _numpy(path: Path) -> dict[str, Tensor]:
         return {name: torch.from_numpy(np.asarray(arrays[name])) for name in arrays.files}
 
 
-def write_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write tensors with a seal, which other programs do not look at."""
-    save_file(dict(tensors), path, {"saekit": BLANK})
+def sealed_with(path: Path) -> str:
+    """What ``write_safetensors`` wrote into a file beside the tensors; nothing where another program wrote it."""
+    with safe_open(path, framework="pt") as file:
+        return str((file.metadata() or {}).get("saekit", "")[len(BLANK) :])
+
+
+def write_safetensors(tensors: Mapping[str, Tensor], path: Path, text: str = "") -> None:
+    """Write tensors with a seal and a text, which other programs do not look at."""
+    save_file(dict(tensors), path, {"saekit": BLANK + text})  # in one entry: safetensors has no order among several
     stamp_file(path)
 
 

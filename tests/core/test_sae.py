@@ -226,3 +226,17 @@ def test_dictionaries_that_saelens_wrote(name):
     else:
         torch.testing.assert_close(f, expected["f"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(sae(expected["x"]), expected["x_hat"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("k", 5), ("apply_b_dec_to_input", False), ("normalize_activations", "layer_norm")]
+)
+def test_a_config_with_another_rule_than_the_weights_were_saved_with_is_refused(key, value, tmp_path):
+    sae = SparseAutoencoder(SAEConfig(d_in=4, d_sae=8, architecture="topk", k=2))
+    sae.save(tmp_path / "sae")
+    cfg = json.loads((tmp_path / "sae/cfg.json").read_text())
+    (tmp_path / "sae/cfg.json").write_text(json.dumps({**cfg, "dtype": "bfloat16"}))  # a matter of taste
+    assert saekit.load(tmp_path / "sae").W_dec.dtype == torch.bfloat16
+    (tmp_path / "sae/cfg.json").write_text(json.dumps({**cfg, key: value}))
+    with pytest.raises(SaekitError, match=f"{key} = {value}.* but its weights were saved with .*{key} = {cfg[key]}"):
+        saekit.load(tmp_path / "sae")
