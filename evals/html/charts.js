@@ -29,18 +29,35 @@ function draw(spec, width, readout) {
   const series = spec.series.filter((each) => each.x.length);
   const right = width - MARGIN.right;
   const bottom = height - MARGIN.bottom;
-  const xs = series.flatMap((each) => (each.kind === "bars" ? [each.x[0], each.x[each.x.length - 1] + each.width] : each.x));
+  const xs = series.flatMap((each) =>
+    each.kind === "bars" ? [each.x[0], each.x[each.x.length - 1] + each.width] : each.x,
+  );
   const x = scale(spec.x, xs, MARGIN.left, right);
-  const y = scale(spec.y, series.flatMap((each) => each.y), bottom, MARGIN.top);
+  const y = scale(
+    spec.y,
+    series.flatMap((each) => each.y),
+    bottom,
+    MARGIN.top,
+  );
   const root = svg("svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "img", "aria-label": spec.title });
   for (const tick of y.ticks(bottom > 120 ? 4 : 3)) {
     root.append(
       svg("line", { class: "grid", x1: MARGIN.left, x2: right, y1: y(tick), y2: y(tick) }),
-      svg("text", { class: "tick", x: MARGIN.left - 7, y: y(tick) + 3.5, "text-anchor": "end" }, (spec.y.format || short)(tick)),
+      svg(
+        "text",
+        { class: "tick", x: MARGIN.left - 7, y: y(tick) + 3.5, "text-anchor": "end" },
+        (spec.y.format || short)(tick),
+      ),
     );
   }
   for (const tick of x.ticks(Math.max(2, Math.floor((right - MARGIN.left) / 56)))) {
-    root.append(svg("text", { class: "tick", x: x(tick), y: bottom + 15, "text-anchor": "middle" }, (spec.x.format || short)(tick)));
+    root.append(
+      svg(
+        "text",
+        { class: "tick", x: x(tick), y: bottom + 15, "text-anchor": "middle" },
+        (spec.x.format || short)(tick),
+      ),
+    );
   }
   root.append(
     svg("line", { class: "axis", x1: MARGIN.left, x2: right, y1: bottom + 0.5, y2: bottom + 0.5 }),
@@ -56,11 +73,14 @@ function scale(axis, values, start, end) {
   let low = axis.from0 ? 0 : least(usable);
   let high = -least(usable.map((value) => -value));
   if (axis.from0 && !(high > 0)) high = axis.least || 1;
-  if (!(high > low)) [low, high] = axis.log ? [low / 2, low * 2] : [low - Math.abs(low) / 10 - 1e-9, low + Math.abs(low) / 10 + 1e-9];
-  else if (!axis.log && axis.padded) [low, high] = [Math.max(low - (high - low) / 12, low < 0 ? -Infinity : 0), high + (high - low) / 12];
+  if (!(high > low))
+    [low, high] = axis.log ? [low / 2, low * 2] : [low - Math.abs(low) / 10 - 1e-9, low + Math.abs(low) / 10 + 1e-9];
+  else if (!axis.log && axis.padded)
+    [low, high] = [Math.max(low - (high - low) / 12, low < 0 ? -Infinity : 0), high + (high - low) / 12];
   if (axis.log && axis.padded) [low, high] = [low / (high / low) ** 0.06, high * (high / low) ** 0.06];
   const f = axis.log ? Math.log10 : (value) => value;
-  const to = (value) => start + ((f(axis.log ? Math.max(value, low / 10) : value) - f(low)) / (f(high) - f(low))) * (end - start);
+  const to = (value) =>
+    start + ((f(axis.log ? Math.max(value, low / 10) : value) - f(low)) / (f(high) - f(low))) * (end - start);
   to.ticks = (count) => (axis.log ? powers(low, high, count) : steps(low, high, count));
   return to;
 }
@@ -102,7 +122,14 @@ function bars(series, x, y, bottom) {
     if (!series.y[i]) return;
     const left = x(from);
     const top = Math.min(y(series.y[i]), bottom - 1);
-    all.append(svg("rect", { x: left + 0.5, y: top, width: Math.max(1, x(from + series.width) - left - 1), height: bottom - top }));
+    all.append(
+      svg("rect", {
+        x: left + 0.5,
+        y: top,
+        width: Math.max(1, x(from + series.width) - left - 1),
+        height: bottom - top,
+      }),
+    );
   });
   return all;
 }

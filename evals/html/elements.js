@@ -7,7 +7,8 @@ const SVG = "http://www.w3.org/2000/svg";
 function fill(node, attributes, children) {
   for (const [name, value] of Object.entries(attributes)) {
     if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
-    else if (value !== null && value !== undefined && value !== false) node.setAttribute(name, value === true ? "" : value);
+    else if (value !== null && value !== undefined && value !== false)
+      node.setAttribute(name, value === true ? "" : value);
   }
   node.append(...children.filter((child) => child !== null && child !== undefined));
   return node;
@@ -34,7 +35,8 @@ const trimmed = (value) => String(Number(value.toPrecision(3)));
 const signed = (value, digits) => (value < 0 ? "−" : "+") + Math.abs(value).toFixed(digits);
 
 // As narrow and as precise in every row of a column.
-const three = (value) => (value && Math.abs(value) < 1000 && Math.abs(value) >= 0.001 ? value.toPrecision(3) : short(value));
+const three = (value) =>
+  value && Math.abs(value) < 1000 && Math.abs(value) >= 0.001 ? value.toPrecision(3) : short(value);
 
 function percent(share) {
   const value = 100 * share;
@@ -45,4 +47,5 @@ function percent(share) {
 
 const percentTick = (share) => String(Number((100 * share).toPrecision(3))) + "%";
 
-const raisedTo = (exponent) => [...exponent.toFixed(2)].map((c) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[c] ?? { "-": "⁻", ".": "·" }[c]).join("");
+const raisedTo = (exponent) =>
+  [...exponent.toFixed(2)].map((c) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[c] ?? { "-": "⁻", ".": "·" }[c]).join("");

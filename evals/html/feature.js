@@ -21,7 +21,8 @@ class Store {
 
   token(place) {
     let number = 0;
-    for (let i = place * this.digits; i < (place + 1) * this.digits; i++) number = 64 * number + VALUE.get(this.text[i]);
+    for (let i = place * this.digits; i < (place + 1) * this.digits; i++)
+      number = 64 * number + VALUE.get(this.text[i]);
     return this.piece(number);
   }
 
@@ -36,7 +37,11 @@ class Store {
   haystack(row) {
     if (this.haystacks[row] === undefined) {
       const { e, r, l } = this.read(row);
-      const passages = e.map((passage) => this.passage(passage).tokens.map((token) => token.text).join(""));
+      const passages = e.map((passage) =>
+        this.passage(passage)
+          .tokens.map((token) => token.text)
+          .join(""),
+      );
       this.haystacks[row] = [...passages, ...[...r, ...l].map(([piece]) => this.piece(piece))].join("\n").toLowerCase();
     }
     return this.haystacks[row];
@@ -48,22 +53,62 @@ function showFeature(store, row, host, { previous, next }) {
   const id = store.id[row];
   const share = store.fired[row] / store.tokens;
   const step = (name, sign, target) =>
-    el("a", { class: "step", href: target === null ? null : `#feature-${target}`, "aria-label": name, "aria-disabled": target === null }, sign);
-  host.replaceChildren(...[
-    el("a", { class: "back", href: "#features" }, "‹ all features"),
-    el("div", { class: "feature-head" }, el("h2", { tabindex: "-1" }, "Feature ", el("b", {}, String(id))), el("span", {}, step("previous feature in the list", "↑", previous), step("next feature in the list", "↓", next))),
     el(
-      "p",
-      { class: "lead" },
-      store.fired[row]
-        ? `Fires on ${percent(share)} of the tokens (${whole(store.fired[row])} of ${whole(store.tokens)}), rank ${whole(store.ranks[row])} of ${whole(store.width)} by density. Mean activation ${short(store.mean[row])}, peak ${short(store.peak[row])}.`
-        : `Never fired on these ${whole(store.tokens)} tokens.`,
-    ),
-    ...(found.e.length ? passages(store, found.e.map((each) => store.passage(each)), store.peak[row]) : []),
-    el("section", { class: "panels" }, found.h[1].length ? histogram(found.h, store.fired[row]) : null, ...logits(store, found)),
-    store.no_logits ? null : el("p", { class: "note" }, `Raised and lowered logits: ${store.how_logits}; the direct path alone, without the layers between.`),
-    nearest(store, found.n),
-  ].filter(Boolean));
+      "a",
+      {
+        class: "step",
+        href: target === null ? null : `#feature-${target}`,
+        "aria-label": name,
+        "aria-disabled": target === null,
+      },
+      sign,
+    );
+  host.replaceChildren(
+    ...[
+      el("a", { class: "back", href: "#features" }, "‹ all features"),
+      el(
+        "div",
+        { class: "feature-head" },
+        el("h2", { tabindex: "-1" }, "Feature ", el("b", {}, String(id))),
+        el(
+          "span",
+          {},
+          step("previous feature in the list", "↑", previous),
+          step("next feature in the list", "↓", next),
+        ),
+      ),
+      el(
+        "p",
+        { class: "lead" },
+        store.fired[row]
+          ? `Fires on ${percent(share)} of the tokens (${whole(store.fired[row])} of ${whole(store.tokens)}), ` +
+              `rank ${whole(store.ranks[row])} of ${whole(store.width)} by density. ` +
+              `Mean activation ${short(store.mean[row])}, peak ${short(store.peak[row])}.`
+          : `Never fired on these ${whole(store.tokens)} tokens.`,
+      ),
+      ...(found.e.length
+        ? passages(
+            store,
+            found.e.map((each) => store.passage(each)),
+            store.peak[row],
+          )
+        : []),
+      el(
+        "section",
+        { class: "panels" },
+        found.h[1].length ? histogram(found.h, store.fired[row]) : null,
+        ...logits(store, found),
+      ),
+      store.no_logits
+        ? null
+        : el(
+            "p",
+            { class: "note" },
+            `Raised and lowered logits: ${store.how_logits}; the direct path alone, without the layers between.`,
+          ),
+      nearest(store, found.n),
+    ].filter(Boolean),
+  );
   host.scrollTop = 0;
 }
 
@@ -71,18 +116,27 @@ function passages(store, all, peak) {
   const top = all.filter((each) => each.band === 0);
   const rest = all.filter((each) => each.band > 0);
   const bands = ["strongest fifth", "second fifth", "middle fifth", "fourth fifth", "weakest fifth"];
-  const list = (some, label) => el("ol", { class: "passages" }, ...some.map((each) => passage(each, peak, label(each))));
+  const list = (some, label) =>
+    el("ol", { class: "passages" }, ...some.map((each) => passage(each, peak, label(each))));
   return [
     el("h3", {}, "Strongest passages"),
     list(top, () => null),
-    ...(rest.length ? [el("h3", {}, "From each fifth of its activations"), list(rest, (each) => bands[each.band - 1])] : []),
+    ...(rest.length
+      ? [el("h3", {}, "From each fifth of its activations"), list(rest, (each) => bands[each.band - 1])]
+      : []),
   ];
 }
 
 // A line with the token it was chosen for in the same place as in the lines above; a click shows all of it.
 function passage({ tokens, at }, peak, label) {
-  const part = (name, some) => el("span", { class: name }, el("span", {}, ...some.flatMap((each) => token(each, peak, each === tokens[at]))));
-  const line = el("div", { class: "passage", tabindex: "0", role: "button", "aria-expanded": "false" }, part("before", tokens.slice(0, at)), part("after", tokens.slice(at)));
+  const part = (name, some) =>
+    el("span", { class: name }, el("span", {}, ...some.flatMap((each) => token(each, peak, each === tokens[at]))));
+  const line = el(
+    "div",
+    { class: "passage", tabindex: "0", role: "button", "aria-expanded": "false" },
+    part("before", tokens.slice(0, at)),
+    part("after", tokens.slice(at)),
+  );
   const toggle = () => line.setAttribute("aria-expanded", String(line.classList.toggle("open")));
   line.addEventListener("click", () => getSelection().isCollapsed && toggle());
   line.addEventListener("keydown", (event) => {
@@ -107,7 +161,11 @@ function token({ text, level }, peak, chosen) {
   return [shown.slice(0, start), node, shown.slice(start + word.length)].filter(Boolean);
 }
 
-const signs = (text) => text.split(/([↵⇥]+)/).filter(Boolean).map((part) => (/^[↵⇥]/.test(part) ? el("span", { class: "sign" }, part) : part));
+const signs = (text) =>
+  text
+    .split(/([↵⇥]+)/)
+    .filter(Boolean)
+    .map((part) => (/^[↵⇥]/.test(part) ? el("span", { class: "sign" }, part) : part));
 
 function histogram([width, counts], fired) {
   const format = (i) => `${short(width * i)} to ${short(width * (i + 1))}`;
@@ -149,9 +207,24 @@ const visible = (text) => text.replaceAll(" ", "·");
 function nearest(store, all) {
   const link = ([id, cosine]) => {
     const row = store.row.get(id);
-    const words = row === undefined ? [] : store.fires_on[row].map((piece) => el("code", {}, visible(store.piece(piece))));
-    const inside = [el("b", {}, String(id)), el("span", { class: "cosine" }, cosine.toFixed(2)), el("span", { class: "words" }, ...words)];
-    return el("li", {}, row === undefined ? el("span", { class: "gone" }, ...inside) : el("a", { href: `#feature-${id}` }, ...inside));
+    const words =
+      row === undefined ? [] : store.fires_on[row].map((piece) => el("code", {}, visible(store.piece(piece))));
+    const inside = [
+      el("b", {}, String(id)),
+      el("span", { class: "cosine" }, cosine.toFixed(2)),
+      el("span", { class: "words" }, ...words),
+    ];
+    return el(
+      "li",
+      {},
+      row === undefined ? el("span", { class: "gone" }, ...inside) : el("a", { href: `#feature-${id}` }, ...inside),
+    );
   };
-  return el("section", { class: "nearest" }, el("h3", {}, "Nearest decoder directions"), el("ul", {}, ...all.map(link)), el("p", { class: "note" }, "With the cosine, and the tokens that those features fire on most strongly."));
+  return el(
+    "section",
+    { class: "nearest" },
+    el("h3", {}, "Nearest decoder directions"),
+    el("ul", {}, ...all.map(link)),
+    el("p", { class: "note" }, "With the cosine, and the tokens that those features fire on most strongly."),
+  );
 }

@@ -4,15 +4,30 @@ function showOverview(data, host) {
   const told = data.overview;
   host.append(heading(told));
   if (told.headline.length) host.append(headline(told.headline));
-  else host.append(el("p", { class: "notice" }, "Not judged on held-out text, so there are no figures but those of training."));
+  else
+    host.append(
+      el("p", { class: "notice" }, "Not judged on held-out text, so there are no figures but those of training."),
+    );
   if (data.comparison) host.append(compared(data.comparison));
-  const part = (title, name, items) => items.length && host.append(el("h2", {}, title), el("section", { class: name }, ...items));
+  const part = (title, name, items) =>
+    items.length && host.append(el("h2", {}, title), el("section", { class: name }, ...items));
   part("Training", "charts", training(told.curves));
   part("Densities", "charts", [density(told.density), tokensL0(told.l0)].filter(Boolean));
-  part("All figures", "tables", told.tables.map(([title, rows]) => table(title, rows)));
+  part(
+    "All figures",
+    "tables",
+    told.tables.map(([title, rows]) => table(title, rows)),
+  );
   if (told.facts.length) {
     const rows = told.facts.map(([name, value]) => el("tr", {}, el("th", { scope: "row" }, name), el("td", {}, value)));
-    host.append(el("details", { class: "facts" }, el("summary", {}, "Everything the dictionary tells of its origin"), el("table", {}, el("tbody", {}, ...rows))));
+    host.append(
+      el(
+        "details",
+        { class: "facts" },
+        el("summary", {}, "Everything the dictionary tells of its origin"),
+        el("table", {}, el("tbody", {}, ...rows)),
+      ),
+    );
   }
 }
 
@@ -61,9 +76,16 @@ function training(curves) {
       title,
       note,
       x: { label: "tokens", from0: true },
-      y: { log, from0: key === "dead_share", least: 0.01, padded: key !== "dead_share", format: key === "dead_share" ? percentTick : short },
+      y: {
+        log,
+        from0: key === "dead_share",
+        least: 0.01,
+        padded: key !== "dead_share",
+        format: key === "dead_share" ? percentTick : short,
+      },
       series: [{ kind: "line", x: curves.tokens, y }],
-      readout: (i) => (i === y.length - 1 ? `${format(y[i])} at the end` : `${format(y[i])} after ${short(curves.tokens[i])}`),
+      readout: (i) =>
+        i === y.length - 1 ? `${format(y[i])} at the end` : `${format(y[i])} after ${short(curves.tokens[i])}`,
     });
   });
 }
@@ -78,7 +100,8 @@ function density(found) {
   if (found.law) {
     const fitted = alive.map((i) => found.fitted[i]);
     series.push({ kind: "dash", x: rank, y: fitted });
-    note += `; dashed, the fitted Zipf law ∝ (rank + ${short(found.law.shift)})${raisedTo(-found.law.exponent)}, R² ${found.law.r2.toFixed(3)}`;
+    const law = `(rank + ${short(found.law.shift)})${raisedTo(-found.law.exponent)}`;
+    note += `; dashed, the fitted Zipf law ∝ ${law}, R² ${found.law.r2.toFixed(3)}`;
   }
   return chart({
     title: "Density by rank",
@@ -100,7 +123,9 @@ function tokensL0(found) {
   const label = (i) => (width === 1 ? `${x[i]}` : `${x[i]} to ${x[i] + width - 1}`);
   return chart({
     title: "L0 of a token",
-    note: "share of tokens on which so many features are active" + (beyond ? `; ${whole(beyond)} tokens with more are not drawn` : ""),
+    note:
+      "share of tokens on which so many features are active" +
+      (beyond ? `; ${whole(beyond)} tokens with more are not drawn` : ""),
     x: { label: "active features", from0: true },
     y: { from0: true, format: percentTick },
     series: [{ kind: "bars", x, y, width }],
@@ -118,7 +143,13 @@ const table = (title, rows) =>
       "tbody",
       {},
       ...rows.map(([name, value, meaning]) =>
-        el("tr", {}, el("th", { scope: "row" }, name), el("td", { class: "value" }, value), el("td", { class: "meaning" }, meaning)),
+        el(
+          "tr",
+          {},
+          el("th", { scope: "row" }, name),
+          el("td", { class: "value" }, value),
+          el("td", { class: "meaning" }, meaning),
+        ),
       ),
     ),
   );
@@ -136,7 +167,13 @@ function compared({ columns, rows }) {
         "table",
         {},
         el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "dictionary"), ...head)),
-        el("tbody", {}, ...rows.map(([name, ...values]) => el("tr", {}, el("th", { scope: "row" }, name), ...values.map((value) => el("td", {}, value))))),
+        el(
+          "tbody",
+          {},
+          ...rows.map(([name, ...values]) =>
+            el("tr", {}, el("th", { scope: "row" }, name), ...values.map((value) => el("td", {}, value))),
+          ),
+        ),
       ),
     ),
     el("p", { class: "note" }, "All that follows, and the features, are of the first."),

@@ -4,6 +4,7 @@ const data = JSON.parse(byId("data").textContent);
 const views = { overview: byId("overview"), features: byId("features") };
 const detail = el("article", { class: "feature", tabindex: "-1" });
 let list = null;
+let at = null; // the address that is shown
 
 function start() {
   const name = data.overview.name;
@@ -26,9 +27,16 @@ function start() {
   route();
 }
 
-const go = (id) => (location.hash = `#feature-${id}`);
+const go = (id) => visit(`#feature-${id}`);
+
+function visit(address) {
+  location.hash = address;
+  route(); // now: what is typed next must find the view there
+}
 
 function route() {
+  if (location.hash === at) return;
+  at = location.hash;
   const wanted = /^#feature-(\d+)$/.exec(location.hash);
   const row = wanted && list ? list.store.row.get(Number(wanted[1])) : undefined;
   const view = wanted || location.hash === "#features" ? "features" : "overview";
@@ -43,7 +51,10 @@ function route() {
     list.choose(row);
     showChosen(row);
   } else if (wanted && list) {
-    detail.replaceChildren(el("a", { class: "back", href: "#features" }, "‹ all features"), el("p", { class: "notice" }, `Feature ${wanted[1]} has no page here.`));
+    detail.replaceChildren(
+      el("a", { class: "back", href: "#features" }, "‹ all features"),
+      el("p", { class: "notice" }, `Feature ${wanted[1]} has no page here.`),
+    );
     views.features.classList.add("opened");
   } else if (list) {
     list.draw();
@@ -60,7 +71,13 @@ function welcome(store) {
     "div",
     { class: "welcome" },
     el("h2", {}, "Choose a feature"),
-    el("p", {}, `Passages and counts are from ${whole(store.tokens)} held-out tokens. Of each feature, the strongest passage of a context is shown, and passages that read the same once; then one passage from each fifth of a random sample of its activations. The stronger the colour, the nearer the activation to the feature's peak.`),
+    el(
+      "p",
+      {},
+      `Passages and counts are from ${whole(store.tokens)} held-out tokens. Of each feature, the strongest passage of a ` +
+        "context is shown, and passages that read the same once; then one passage from each fifth of a random sample of " +
+        "its activations. The stronger the colour, the nearer the activation to the feature's peak.",
+    ),
   );
 }
 
@@ -69,8 +86,7 @@ function key(event) {
   const typing = event.target === list.search;
   const name = event.key;
   if (name === "/" && !typing) {
-    if (list.search.offsetParent === null) location.hash = "#features";
-    route(); // now, so that what is typed next is not lost
+    if (list.search.offsetParent === null) visit("#features");
     list.search.focus();
     list.search.select();
   } else if (views.features.hidden) {
@@ -80,9 +96,12 @@ function key(event) {
       list.search.value = "";
       list.update();
     } else if (typing) list.body.focus();
-    else if (location.hash !== "#features") location.hash = "#features";
+    else if (location.hash !== "#features") visit("#features");
     else return;
-  } else if (!detail.contains(event.target) && (name === "ArrowDown" || name === "ArrowUp") || (!typing && (name === "j" || name === "k"))) {
+  } else if (
+    (!detail.contains(event.target) && (name === "ArrowDown" || name === "ArrowUp")) ||
+    (!typing && (name === "j" || name === "k"))
+  ) {
     const row = list.beside(list.current, name === "ArrowDown" || name === "j" ? 1 : -1);
     if (row === null) return;
     if (!typing) list.body.focus({ preventScroll: true });
