@@ -129,7 +129,8 @@ class Splice:
                 f"the dictionary does not fit: it takes width {self.sae.cfg.d_in}, but '{self.hook}' has activations "
                 f"of shape {list(activation.shape)}"
             )
-        x = flat.reshape(-1, self.sae.cfg.d_in).to(self.sae.W_dec)
+        whole = flat.reshape(-1, self.sae.cfg.d_in).to(self.sae.device)
+        x = whole.to(self.sae.dtype)
         code = self.sae.encode_sparse(x)
         f: SparseCode | Tensor = code if self._edit is None else self._edit(code)
         if _watched(self.features):
@@ -141,7 +142,7 @@ class Splice:
         out: Tensor = self.reconstruction(x_hat.reshape(flat.shape))
         if self.error is not None:
             with torch.no_grad():
-                error = x - (x_hat if f is code else self.sae.decode(code, x))
+                error = whole - (x_hat if f is code else self.sae.decode(code, x))  # in the finer of two precisions
             out = out + self.error(error.reshape(flat.shape))
         kept = self._kept(flat)
         out = out.to(activation) if kept is None else torch.where(kept[..., None], out.to(activation), flat)

@@ -341,6 +341,13 @@ def test_precision_is_that_of_the_model(tokens, x):
     close(found.float(), expected.float(), 0.02)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_with_the_error_a_coarser_dictionary_changes_nothing(model, tokens, x, dtype):
+    sae = dictionary(x.flatten(0, 1)).to(dtype)
+    with saekit.splice(model, sae, positions="all", add_error=True):
+        close(at(model, tokens, HOOK), x, 1e-6)
+
+
 @pytest.mark.parametrize("kind", ["bridge", "plain"])
 def test_the_model_is_restored_after_mistakes_too(model, plain, tokens, sae, kind):
     each, hook = (model, HOOK) if kind == "bridge" else (plain, MODULE)
