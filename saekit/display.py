@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -101,7 +102,7 @@ def coloured(pieces: Sequence[str], values: Iterable[float], *, peak: float | No
     Args:
         pieces: the text of each token.
         values: of each, such as one feature's activations [t].
-        peak: the value of the full colour; the largest magnitude if not given. Give it to compare passages.
+        peak: the value of the full colour; the largest finite magnitude if not given. Give it to compare passages.
 
     Raises:
         SaekitError: there are not as many values as pieces.
@@ -109,4 +110,5 @@ def coloured(pieces: Sequence[str], values: Iterable[float], *, peak: float | No
     numbers = [float(value) for value in values]
     if len(numbers) != len(pieces):
         raise SaekitError(f"{len(pieces)} tokens cannot be coloured by {len(numbers)} values")
-    return Coloured(list(pieces), numbers, max(map(abs, numbers), default=0.0) if peak is None else peak)
+    largest = max((abs(number) for number in numbers if math.isfinite(number)), default=0.0)
+    return Coloured(list(pieces), numbers, largest if peak is None else peak)

@@ -94,6 +94,9 @@ def test_tokens_are_coloured_by_their_values():
     assert "color:" not in shown._repr_html_().replace("background", ""), "the theme decides on the letters"
     assert repr(shown) == "5 tokens, coloured up to 4"
     assert coloured(["a"], [-3.0]).peak == 3
+    odd = coloured(["a", "b", "c"], [float("nan"), 2.0, float("-inf")])
+    assert odd.peak == 2, "NaN and infinite values set no scale"
+    assert Page(odd._repr_html_()).titles == [None, "2", "-inf"]
     assert Page(coloured(["a", "b"], [0, 0])._repr_html_()).text == ["ab"]
     with pytest.raises(SaekitError, match="2 tokens cannot be coloured by 3 values"):
         coloured(["a", "b"], [1, 2, 3])
