@@ -97,7 +97,7 @@ def compare(first: SparseAutoencoder, second: SparseAutoencoder) -> Similarity:
         raise SaekitError(
             f"dictionaries of d_in = {first.cfg.d_in} and d_in = {second.cfg.d_in} have no directions in common"
         )
-    a, b = _directions(first.W_dec), _directions(second.W_dec.to(first.W_dec))
+    a, b = _directions(first.W_dec), _directions(second.W_dec.to(first.device))
     nearest: list[Tensor] = []
     largest: list[Tensor] = []
     cosines, features = b.new_full((len(b),), -torch.inf), torch.zeros(len(b), dtype=torch.long, device=b.device)

@@ -60,6 +60,15 @@ def test_a_dictionary_in_another_order_is_the_same():
     assert '<td style="text-align:left">300</td>' in found._repr_html_()
 
 
+def test_the_order_of_two_precisions_does_not_matter():
+    W = torch.randn(300, 64, generator=torch.Generator().manual_seed(0))
+    coarse, fine = dictionary(W).to(torch.bfloat16), dictionary(W + 0.3 * W.roll(1))
+    found, back = compare(coarse, fine), compare(fine, coarse)
+    for side, other in ((found.first, back.second), (found.second, back.first)):
+        assert torch.equal(side.features, other.features)
+        torch.testing.assert_close(side.cosines, other.cosines, rtol=0, atol=1e-6)
+
+
 def test_null_directions_are_like_nothing_and_widths_must_agree():
     W = torch.randn(5, 4)
     W[2] = 0
