@@ -173,6 +173,7 @@ class FeatureStudy:
     @cached_property
     def _directions(self) -> Float[Tensor, "F d"]:
         W_dec = self.sae.W_dec.detach()
+        W_dec = W_dec.to(torch.promote_types(W_dec.dtype, torch.float32))
         unit: Tensor = W_dec / W_dec.norm(dim=1, keepdim=True).clamp_min(torch.finfo(W_dec.dtype).tiny)
         return unit
 
@@ -225,8 +226,8 @@ def study_features(
         on_batch: called with the number of contexts done, for a progress bar.
 
     Raises:
-        SaekitError: no hook is known, the dictionary does not fit the model, a feature does not exist, or there is no
-            text.
+        SaekitError: no hook is known, the dictionary does not fit the model, its activations or decoder are not finite,
+            a feature does not exist, a number is too small, or there is no text.
     """
     hook = hook or sae.cfg.metadata.get("hook_name")
     if not hook:
@@ -236,6 +237,10 @@ def study_features(
     studied = sorted(set(range(sae.cfg.d_sae) if features is None else map(int, features)))
     if not studied or not 0 <= studied[0] <= studied[-1] < sae.cfg.d_sae:
         raise SaekitError(f"the dictionary has features 0 to {sae.cfg.d_sae - 1}; choose from those")
+    if min(top, window, batch, quantiles + 1) < 1:
+        raise SaekitError("top, window and batch are at least 1, and quantiles at least 0")
+    if not torch.isfinite(sae.W_dec).all():
+        raise SaekitError("the dictionary has decoder rows that are NaN or infinite; there is nothing to show")
     found = Activity(sae.cfg.d_sae, studied, top=top, window=window)
     parts = list(contexts.split(batch))
     for part, code in zip(parts, codes(sae, model, hook, parts), strict=True):

@@ -202,6 +202,17 @@ def test_neighbours(study, sae):
     assert len(study.neighbours(0, 1000)) == F - 1
 
 
+def test_neighbours_of_a_dictionary_in_bfloat16(source, text):
+    """They are those of its own rows, not of products in its own precision."""
+    sae = SparseAutoencoder(SAEConfig(256, 400, "topk", k=6), dtype=torch.bfloat16).requires_grad_(False)
+    sae.W_dec.normal_(generator=torch.Generator().manual_seed(0))
+    found = study_features(sae, source.model, text.rows(0, 1), hook=HOOK).neighbours_of(range(400), 3)
+    unit = sae.W_dec.double() / sae.W_dec.double().norm(dim=1, keepdim=True)
+    best = (unit @ unit.T).fill_diagonal_(-2).topk(3)
+    assert [[i for i, _ in each] for each in found] == best.indices.tolist()
+    torch.testing.assert_close(torch.tensor([[c for _, c in each] for each in found]), best.values.float())
+
+
 def test_logits_against_the_models_last_layers(study, source, sae):
     """By its own modules, and by hand from its weights: a root mean square norm and a matrix, no biases."""
     model, row = source.model, sae.W_dec[5].float()
@@ -241,6 +252,16 @@ def test_some_features(sae, source, text, study):
         few.examples(4)
     with pytest.raises(SaekitError, match="features 0 to 39"):
         study_features(sae, source.model, text, hook=HOOK, features=[F])
+    for nonsense in ({"top": 0}, {"window": 0}, {"batch": 0}, {"quantiles": -1}):
+        with pytest.raises(SaekitError, match="at least 1"):
+            study_features(sae, source.model, text, hook=HOOK, **nonsense)
+
+
+def test_a_decoder_that_is_not_finite(source, text):
+    broken = SparseAutoencoder(SAEConfig(256, 8, "topk", k=2)).requires_grad_(False)
+    broken.W_dec[3, 5] = torch.nan
+    with pytest.raises(SaekitError, match="decoder rows that are NaN or infinite"):
+        study_features(broken, source.model, text, hook=HOOK)
 
 
 def test_features_spread_over_densities(sae, source, text, study):
