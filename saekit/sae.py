@@ -173,7 +173,7 @@ class SparseAutoencoder(nn.Module):
         """
         if isinstance(f, SparseCode):
             x_hat, scale = decode(f, self.W_dec, self.b_dec), f.token_scale
-            x = None if x is None else x.flatten(0, -2)
+            x = None if x is None else x.reshape(-1, x.shape[-1])
         else:
             x_hat, scale = f @ self.W_dec + self.b_dec, None
         if self.cfg.input_normalization == "none":

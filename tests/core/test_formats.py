@@ -401,6 +401,7 @@ def test_layer_norm_of_the_input(architecture, tmp_path, monkeypatch):
     torch.testing.assert_close(sae(x), x_hat)
     torch.testing.assert_close(sae.decode(f, x), x_hat)
     near(sae.decode(SparseCode(*vars_of(sae.encode_sparse(x))), x), x_hat.reshape(-1, 8))
+    near(sae.decode(sae.encode_sparse(x[2, 3]), x[2, 3])[0], x_hat[2, 3])
     monkeypatch.setattr("saekit.sae._CHUNK", 4 * 32)  # codes of parts, put together
     code = sae.encode_sparse(x)
     near(sae.decode(code), x_hat.reshape(-1, 8))
