@@ -62,6 +62,8 @@ def evaluate(
     for path, flag in ((out, "--out"), (html, "--html")):
         if path is not None:
             _check_new_file(path, flag)
+    if out is not None and html is not None and out.resolve() == html.resolve():
+        raise SaekitError(f"--out and --html are the same file, '{out}'; choose two")
     settings: dict[str, Any] = dict(
         model=model,
         hook=hook,
