@@ -39,14 +39,14 @@ class Sparsity:
         """The figures.
 
         Keys:
-            tokens: over how many tokens everything here was counted.
+            tokens, features: over how many everything here was counted.
             l0, l0_std, l0_max: active features a token.
             l0_histogram: on how many tokens so many are active (``histogram``).
-        dead, dead_share: features that fired on none of these tokens.
-        density_quantiles: firing rates (share of the tokens) at quantiles over the features.
-        density_by_rank: rank (1 the densest) and firing rate, at about a hundred ranks in equal steps of log rank.
-        zipf: the Zipf-Mandelbrot law fitted to the densities (``saekit.zipf.fit_zipf``), None where too few fire.
-        underutilised, underutilised_share: features below a tenth of that law at their rank, the dead among them.
+            dead, dead_share: features that fired on none of these tokens.
+            density_mean, density_quantiles: firing rates (share of the tokens), over the features.
+            density_by_rank: rank (1 the densest) and firing rate, at about a hundred ranks in equal steps of log rank.
+            zipf: the Zipf-Mandelbrot law fitted to the densities (``saekit.zipf.fit_zipf``), None where too few fire.
+            underutilised, underutilised_share: features below a tenth of that law at their rank, the dead among them.
         """
         density = self.matches.double() / self.tokens
         mean = self.l0_sum / self.tokens

@@ -38,7 +38,8 @@ def convert(
 ) -> None:
     """Write a dictionary in the format of another package.
 
-    Features and reconstructions stay as they are, up to rounding; otherwise it refuses and says what would be lost.
+    Features and reconstructions stay as they are, up to rounding; otherwise it refuses and says what would be lost. Of
+    an AutoEncoder of dictionary_learning decoder rows have norm 1, and features come in units of that.
     """
     import saekit
     from saekit.commands.nearest import NEAREST, nearest, refusal
