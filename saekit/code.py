@@ -51,6 +51,11 @@ class SparseCode:
     n_features: int
     token_scale: TokenScale | None = None
 
+    def __repr__(self) -> str:
+        return (
+            f"SparseCode({self.tokens.numel():,} matches of {self.n_tokens:,} tokens and {self.n_features:,} features)"
+        )
+
     @property
     def shape(self) -> tuple[int, int]:
         """(n, F), the shape of the dense code."""

@@ -169,8 +169,11 @@ class SparseAutoencoder(nn.Module):
             x: the activations that f is the code of, where the dictionary normalises them and f is dense.
 
         Raises:
-            SaekitError: the dictionary normalises its input, and neither x nor the code tells by how much.
+            SaekitError: the code is not one of d_sae features, or the dictionary normalises its input and neither x nor
+                the code tells by how much.
         """
+        if f.shape[-1] != self.cfg.d_sae:
+            raise SaekitError(f"a code of {f.shape[-1]} features does not fit a dictionary of {self.cfg.d_sae}")
         if isinstance(f, SparseCode):
             x_hat, scale = decode(f, self.W_dec, self.b_dec), f.token_scale
             x = None if x is None else x.reshape(-1, x.shape[-1])

@@ -191,6 +191,14 @@ def test_missing_dictionaries_are_named(tmp_path):
 def test_activations_of_another_width_are_refused():
     with pytest.raises(SaekitError, match="width 9 do not fit a dictionary of d_in = 8"):
         dictionary("topk").encode(torch.zeros(2, 9))
+    for code in (torch.zeros(3, 31), dictionary("topk", d_sae=16).encode_sparse(torch.zeros(3, 8))):
+        with pytest.raises(SaekitError, match=f"a code of {code.shape[-1]} features does not fit a dictionary of 32"):
+            dictionary("topk").decode(code)
+
+
+def test_a_sparse_code_in_one_line():
+    code = dictionary("topk", d_sae=2048).encode_sparse(torch.randn(3, 8))
+    assert repr(code) == "SparseCode(12 matches of 3 tokens and 2,048 features)"
 
 
 def test_loading_needs_torch_and_safetensors_alone(tmp_path):
