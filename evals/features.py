@@ -78,6 +78,9 @@ class FeatureStudy:
     _activity: Activity = field(repr=False)
     _quantiles: int = field(repr=False)
 
+    def __repr__(self) -> str:
+        return f"FeatureStudy({len(self.features):,} of {self.sae.cfg.d_sae:,} features on {self.tokens:,} tokens)"
+
     @property
     def density(self) -> Float[Tensor, "F"]:
         """Share of the text tokens on which each feature fires, in float64."""
@@ -133,7 +136,7 @@ class FeatureStudy:
     def neighbours_of(self, features: Sequence[int], count: int = 8) -> list[list[tuple[int, float]]]:
         """``neighbours`` of several features, in fewer products."""
         found: list[list[tuple[int, float]]] = []
-        for part in torch.split(torch.tensor(list(features)), 256):
+        for part in torch.split(self._existing(features), 256):
             part = part.to(self._directions.device)
             cosines = self._directions[part] @ self._directions.T
             cosines.scatter_(1, part[:, None], -2)  # not itself
@@ -157,7 +160,7 @@ class FeatureStudy:
         if self.no_logits is not None:
             return [([], []) for _ in features]
         found: list[tuple[Logits, Logits]] = []
-        for part in torch.split(torch.tensor(list(features)), 256):
+        for part in torch.split(self._existing(features), 256):
             effect = logit_effects(self.model, self.sae.W_dec[part.to(self.sae.W_dec.device)])
             found += zip(self._largest(effect, count), self._largest(effect, count, -1), strict=True)
         return found
@@ -180,6 +183,15 @@ class FeatureStudy:
     @cached_property
     def _rows(self) -> dict[int, int]:
         return {feature: row for row, feature in enumerate(self.features)}
+
+    def _existing(self, features: Sequence[int]) -> Int[Tensor, "n"]:
+        """The features as a tensor, where the dictionary has them all."""
+        for feature in features:
+            if not 0 <= feature < self.sae.cfg.d_sae:
+                raise SaekitError(
+                    f"there is no feature {feature}: the dictionary has features 0 to {self.sae.cfg.d_sae - 1}"
+                )
+        return torch.tensor(list(features))
 
     def _row(self, feature: int) -> int:
         if feature not in self._rows:

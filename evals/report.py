@@ -102,13 +102,24 @@ class Report:
     def __getitem__(self, group: str) -> dict[str, Any]:
         return self.groups[group]
 
+    def __repr__(self) -> str:
+        rows = self._rows()
+        names, values = (max((len(row[column]) for row in rows), default=0) for column in (0, 1))
+        return "\n".join(
+            [self._title(), *(f"  {name:<{names}}  {value:>{values}}  {text}" for name, value, text in rows)]
+        )
+
     def _repr_html_(self) -> str:
+        return display.table(self._title(), self._rows(), ("figure", "value", "meaning"))
+
+    def _title(self) -> str:
+        return str(self.about.get("dictionary") or self.about.get("hook") or "Report")
+
+    def _rows(self) -> list[tuple[str, str, str]]:
         figures = [figure for figure in _FIGURES if _found(self, *figure[1:3]) is not None]
-        rows = [
-            (title, _shown(_found(self, group, key), shape), meaning) for title, group, key, shape, meaning in figures
+        return [
+            (name, _shown(_found(self, group, key), shape), meaning) for name, group, key, shape, meaning in figures
         ]
-        title = self.about.get("dictionary") or self.about.get("hook") or "Report"
-        return display.table(str(title), rows, ("figure", "value", "meaning"))
 
     def to_dict(self) -> dict[str, Any]:
         """The groups, and ``about``."""

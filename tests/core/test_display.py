@@ -76,6 +76,15 @@ def test_a_report_shows_the_figures_it_has_with_their_meanings():
     assert rows == {"L0": "31.9", "dead": "1,234", "FVU": "nan", "tokens": "5,000"}
     assert "active features a token" in page.text
     assert "script" not in page.tags
+    name, *lines = repr(report).splitlines()
+    assert name == EVIL
+    assert [line.split()[:2] for line in lines] == [
+        ["L0", "31.9"],
+        ["dead", "1,234"],
+        ["FVU", "nan"],
+        ["tokens", "5,000"],
+    ]
+    assert repr(Report({})) == "Report"
 
 
 def test_long_cells_are_cut():

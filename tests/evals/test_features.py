@@ -200,6 +200,14 @@ def test_neighbours(study, sae):
         assert [i for i, _ in found] == [i for _, i in expected[:8]]
         assert [c for _, c in found] == pytest.approx([c for c, _ in expected[:8]])
     assert len(study.neighbours(0, 1000)) == F - 1
+    for absent in (-1, F):
+        for asked in (study.neighbours, study.logits):
+            with pytest.raises(SaekitError, match=f"no feature {absent}: the dictionary has features 0 to {F - 1}"):
+                asked(absent)
+
+
+def test_a_study_in_one_line(study):
+    assert repr(study) == f"FeatureStudy({F} of {F} features on {study.tokens:,} tokens)"
 
 
 def test_neighbours_of_a_dictionary_in_bfloat16(source, text):
