@@ -100,7 +100,7 @@ def model_path(name_or_path: str) -> str:
 def _similar_models(name: str) -> str:
     from transformer_lens import supported_models
 
-    names = [EMBEDDED, *supported_models.OFFICIAL_MODEL_NAMES]
+    names = [known for known in (EMBEDDED, *supported_models.OFFICIAL_MODEL_NAMES) if known != name]
     short = {n.rsplit("/", 1)[-1]: n for n in reversed(names)}
     hint = did_you_mean(name, names) if "/" in name else did_you_mean(name, short)
     offline = " (the hub is switched off by HF_HUB_OFFLINE)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""

@@ -141,7 +141,8 @@ class OpenLoggers:
             except Exception as error:  # of whatever kind the package raises
                 self.close(failed=True)
                 raise SaekitError(
-                    f"{name} cannot be started: {first_line(error)}; the run goes on without it by --resume --log none"
+                    f"{name} cannot be started: {first_line(error).rstrip('.')}; "
+                    "the run goes on without it by --resume --log none"
                 ) from None
 
     def log(self, step: int, line: dict[str, float]) -> None:

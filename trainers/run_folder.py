@@ -89,7 +89,8 @@ def _config_to_resume(config: TrainConfig) -> TrainConfig:
     asked = {key: getattr(config, key) for key in TrainConfig.model_fields if key in config.model_fields_set - {"out"}}
     changed = [key for key, value in asked.items() if value is not None and value != getattr(before, key)]
     if lasting := [key for key in changed if key not in MAY_CHANGE]:
-        raise SaekitError(f"the run in '{config.out}' was started with another {', '.join(lasting)}")
+        told = ", ".join(f"{key} = {getattr(before, key)}, not {asked[key]}" for key in lasting)
+        raise SaekitError(f"the run in '{config.out}' was started with {told}")
     remove_unfinished(config.out, [CONFIG, METRICS, STATISTICS, EVALUATION, REPORT, f"{DICTIONARY}/*"])
     new = before.model_copy(update={key: asked[key] for key in changed})
     if changed:

@@ -134,6 +134,7 @@ def test_a_nan_activation_is_named(source, contexts):
     [
         ("gpt-2", "unknown model 'gpt-2'.*did you mean.*gpt2"),
         ("embeded", "unknown model 'embeded'.*did you mean.*embedded"),
+        ("EleutherAI/pythia-70m", "unknown model 'EleutherAI/pythia-70m'.*did you mean 'EleutherAI/pythia-70m-"),
         ("./no/such/folder", "no model folder"),
         ("/no/such/folder", "no model folder"),
     ],

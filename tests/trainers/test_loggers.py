@@ -152,7 +152,7 @@ def test_one_that_cannot_be_started(cache, tmp_path, monkeypatch):
         package = None
 
         def __init__(self, config, step, logged):
-            raise OSError("no route")
+            raise OSError("no route.")
 
     monkeypatch.setitem(loggers.LOGGERS, "absent", Absent)
     cfg = config(cache, tmp_path, log=["absent"])

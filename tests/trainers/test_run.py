@@ -129,7 +129,7 @@ def test_the_written_config_is_whole_and_starts_the_same_run(cache, tmp_path):
 
 def test_resuming_with_another_config_is_refused(cache, tmp_path):
     train(config(cache, tmp_path), quiet=True)
-    with pytest.raises(SaekitError, match="started with another k, seed"):
+    with pytest.raises(SaekitError, match=r"started with k = \d+, not \d+, seed = \d+, not \d+"):
         train(config(cache, tmp_path, k=5, seed=9), resume=True, quiet=True)
     with pytest.raises(SaekitError, match="no run to resume"):
         train(config(cache, tmp_path, out=tmp_path / "none"), resume=True, quiet=True)
