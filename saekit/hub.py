@@ -318,10 +318,12 @@ def _commit(api: HfApi, folder: Path, place: HubPath, private: bool, message: st
         raise SaekitError(
             f"'{place}' holds {min(ours)} already; choose another path, or pass --overwrite to replace what is there"
         )
-    kept = place.file(CARD) in there and not ours  # a card that stands for something else
+    replaced = any(place.file(name) in there for name in WEIGHTS)  # or configs and card stand for something else
+    kept = place.file(CARD) in there and not replaced
     added = {place.file(name): file for name, file in files.items()}
     operations: list[Any] = [CommitOperationAdd(name, str(file)) for name, file in added.items()]
-    operations += [CommitOperationDelete(name) for name in sorted(ours - added.keys())]
+    stale = ours - added.keys() - (set() if replaced else {place.file(name) for name in CONFIGS})
+    operations += [CommitOperationDelete(name) for name in sorted(stale)]
     if not kept:
         operations.append(CommitOperationAdd(place.file(CARD), text.encode()))
     if place.path and CARD not in there:

@@ -131,6 +131,17 @@ def test_a_card_of_their_own_stays(hub, run):
     assert same(saekit.load("hf://me/mine"), saekit.load(run))
 
 
+def test_what_is_no_dictionary_s_stays_when_overwriting_too(hub, run):
+    """A model's config and card, or those above sparsify's hook points."""
+    theirs = {"config.json": b"{}", "model.safetensors": b"weights", "README.md": b"my words"}
+    hub.add("me/model", theirs)
+    with pytest.raises(SaekitError, match="holds config.json already"):
+        saekit.hub.push(run, "me/model")
+    saekit.hub.push(run, "me/model", overwrite=True)
+    assert theirs.items() <= hub.files("me/model").items()
+    assert same(saekit.load("hf://me/model"), saekit.load(run))
+
+
 def test_branches_and_commits(hub, run):
     saekit.hub.push(DATA / "saelens_standard", "me/x")
     first = hub.repos["me/x"].branches["main"]
