@@ -158,7 +158,7 @@ def groups_in(path: str | Path) -> dict[str, Any]:
         found = read_json(Path(path), 1 << 24)
     except SaekitError:
         found = None
-    if not isinstance(found, dict) or "about" not in found:
+    if not isinstance(found, dict) or not isinstance(found.get("about"), dict):
         raise SaekitError(f"'{path}' is no report of an evaluation; move it away")
     return found
 
