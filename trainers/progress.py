@@ -40,8 +40,12 @@ class TrainingProgress:
         lines = _lines(path)
         self.loggers = OpenLoggers(config, step, max(lines, default=0))
         kept = "".join(line for number, line in lines.items() if number <= step)
-        replace_file(path, lambda part: part.write_text(kept))
-        self.file: TextIO = path.open("a")
+        try:
+            replace_file(path, lambda part: part.write_text(kept))
+            self.file: TextIO = path.open("a")
+        except BaseException:
+            self.loggers.close(failed=True)
+            raise
         self.screen = screen
         self.task = screen.add_task(name, total=config.steps, completed=step, figures="")
         for kind, logger in self.loggers.open.items() if not screen.disable else ():

@@ -12,7 +12,8 @@ import torch
 from test_step import config
 
 from saekit import SaekitError
-from saekit.trainers import TrainConfig, loggers, train
+from saekit.files import WriteError
+from saekit.trainers import TrainConfig, loggers, progress, train
 from saekit.trainers.trainer import Trainer
 
 
@@ -161,6 +162,27 @@ def test_one_that_cannot_be_started(cache, tmp_path, monkeypatch):
     run = train(cfg.model_copy(update={"log": []}), resume=True, quiet=True)
     assert run.config.log == []
     assert TrainConfig.from_yaml(run.path / "config.yaml").log == []
+
+
+def test_where_metrics_cannot_be_written_loggers_are_closed(cache, tmp_path, monkeypatch):
+    closed = []
+
+    class Watched:
+        package, where = None, "nowhere"
+
+        def __init__(self, config, step, logged): ...
+
+        def close(self, failed):
+            closed.append(failed)
+
+    def full(path, write):
+        raise WriteError(f"cannot write '{path}': No space left on device")
+
+    monkeypatch.setitem(loggers.LOGGERS, "watched", Watched)
+    monkeypatch.setattr(progress, "replace_file", full)
+    with pytest.raises(WriteError, match="No space left"):
+        train(config(cache, tmp_path, log=["watched"]), quiet=True)
+    assert closed == [True]
 
 
 def test_names():
