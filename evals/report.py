@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rich.cells import cell_len
 from rich.table import Table
 
 from saekit import display
@@ -83,7 +84,8 @@ _FIGURES = (
     ("tokens", "dark_matter", "tokens", "{:,d}", "held-out tokens, half of them to fit on"),
     ("tokens", "sparsity", "tokens", "{:,d}", "held-out tokens; CE and KL score those with a next one"),
 )
-_COLUMNS = 13  # figures; more do not fit beside each other
+WIDTH = 140  # characters of a table of several dictionaries
+_NAME = 16  # of them for a dictionary's name, which is folded where there are no more
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,7 @@ def figures(groups: Mapping[str, Any]) -> list[Figure]:
 
 
 def table(reports: Mapping[str, Report] | Sequence[tuple[str, Report]]) -> Table:
-    """One dictionary: a row a figure, with its meaning. Several: a row a dictionary, or a column if figures abound."""
+    """One dictionary: a row a figure, with its meaning. Several: a row a dictionary, or a column if too wide."""
     rows = list(reports.items()) if isinstance(reports, Mapping) else list(reports)
     figures = [figure for figure in _FIGURES if any(_found(report, *figure[1:3]) is not None for _, report in rows)]
     if len(rows) == 1:
@@ -201,17 +203,24 @@ def table(reports: Mapping[str, Report] | Sequence[tuple[str, Report]]) -> Table
             result.add_row(title, shape.format(_found(report, group, key)), meaning)
         return result
     result = Table()
-    if len(figures) > _COLUMNS:  # a column a dictionary
+    cells = [
+        [title, *(_shown(_found(r, group, key), shape) for _, r in rows)] for title, group, key, shape, _ in figures
+    ]
+    widths = [
+        min(_NAME, max(map(cell_len, ["dictionary", *(name for name, _ in rows)]))),
+        *(max(map(cell_len, column)) for column in cells),
+    ]
+    if sum(widths) + 3 * len(widths) + 1 > WIDTH:  # a column a dictionary
         for name in ["figure", *(name for name, _ in rows)]:
             result.add_column(name, justify="left" if name == "figure" else "right", overflow="fold")
-        for title, group, key, shape, _ in figures:
-            result.add_row(title, *(_shown(_found(report, group, key), shape) for _, report in rows))
+        for column in cells:
+            result.add_row(*column)
         return result
     result.add_column("dictionary", overflow="fold")
-    for title, *_ in figures:
+    for title, *_ in cells:
         result.add_column(title, justify="right", no_wrap=True)
-    for name, report in rows:
-        result.add_row(name, *(_shown(_found(report, group, key), shape) for _, group, key, shape, _ in figures))
+    for i, (name, _) in enumerate(rows, start=1):
+        result.add_row(name, *(column[i] for column in cells))
     return result
 
 

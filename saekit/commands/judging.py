@@ -48,7 +48,8 @@ def show(reports: dict[str, Report]) -> None:
     from rich.console import Console
 
     from saekit.evals import table
+    from saekit.evals.report import WIDTH
 
     console = Console()
-    console.width = console.width if len(reports) == 1 else max(console.width, 140)  # rather wrapped than cut off
+    console.width = console.width if len(reports) == 1 else max(console.width, WIDTH)  # rather wrapped than cut off
     console.print(table(reports))

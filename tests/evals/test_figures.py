@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 
 import pytest
 import torch
+from rich.console import Console
 
 from saekit import SAEConfig, SaekitError, SparseAutoencoder
 from saekit.activations import ContextBatch
 from saekit.code import SparseCode
-from saekit.evals import Report, evaluate, evaluate_activations
+from saekit.evals import Report, evaluate, evaluate_activations, table
 from saekit.evals.downstream import downstream, edited_logits
 from saekit.evals.reconstruction import Reconstruction
+from saekit.evals.report import WIDTH
 from saekit.evals.sparsity import Sparsity
 
 
@@ -189,3 +192,18 @@ def test_reports_are_written_and_read(tmp_path):
     report.save(tmp_path / "eval.json")
     assert json.loads((tmp_path / "eval.json").read_text())["downstream"]["recovered_share"] is None
     assert json.loads((tmp_path / "eval.json").read_text())["sparsity"] == report["sparsity"]
+
+
+def test_a_table_never_squeezes_the_names():
+    few = Report({"sparsity": {"l0": 31.94, "tokens": 5000}, "reconstruction": {"fvu": 0.1234}})
+    plain = {"fvu_nonlinear": 0.1, "r2": 0.2, "r2_pooled": 0.2}
+    norms = {part: {"from_x_with_intercept": 0.5} for part in ("error", "nonlinear")}
+    document = {"fvu": 0.1, "plain": plain, "shrinkage": {"r2": 0.3}, "norms": norms}
+    cost = {"recovered_linear": 0.1, "recovered_nonlinear": 0.9}
+    parts = {"l0": 32.0, "tokens": 20_088, "document": document, "random": {"plain": plain}, "cost": cost}
+    for report, in_rows in ((few, True), (Report({"dark_matter": parts}), False)):
+        shown = Console(width=WIDTH, file=io.StringIO())
+        shown.print(table({"runs/k32": report, "runs/k64": report}))
+        lines = shown.file.getvalue().splitlines()
+        assert sum("runs/k32" in line for line in lines) == sum("runs/k64" in line for line in lines) == 1
+        assert any("runs/k32" in line and "runs/k64" in line for line in lines) is not in_rows
