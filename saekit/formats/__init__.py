@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -79,8 +80,9 @@ def format_of(folder: Path, called: str | Path | None = None) -> tuple[str, Path
         for name, adapter in FORMATS.items():
             if adapter.recognises(place):
                 return name, place
-    several = sorted(folder.glob("*.pt"))[:1] if folder.is_dir() else []
-    hint = f"; name one of its files, such as '{several[0]}'" if several else ""
+    inside = sorted(folder.glob("*")) if folder.is_dir() else []
+    found = (p for p in inside if any(a.recognises(q) for q in (p, p / "sae") for a in FORMATS.values()))
+    hint = "".join(f"; name what is in it, such as '{path}'" for path in islice(found, 1))
     raise SaekitError(f"'{called or folder}' holds no dictionary in a known format ({', '.join(FORMATS)}){hint}")
 
 

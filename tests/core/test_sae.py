@@ -186,6 +186,9 @@ def test_missing_dictionaries_are_named(tmp_path):
         saekit.load(tmp_path / "dmeo")
     with pytest.raises(SaekitError, match="no dictionary in a known format"):
         saekit.load(tmp_path / "demo")
+    dictionary("topk").save(tmp_path / "demo" / "one" / "sae")
+    with pytest.raises(SaekitError, match=r"no dictionary in a known format .*; name what is in it, such as '.*one'"):
+        saekit.load(tmp_path / "demo")
 
 
 def test_activations_of_another_width_are_refused():
