@@ -59,6 +59,14 @@ def whole(cfg: Mapping[str, Any], key: str) -> int:
     return value
 
 
+def flag(cfg: Mapping[str, Any], key: str, default: bool) -> bool:
+    """A yes or no (or null) in a config, ``default`` where it is missing; otherwise a ValueError, for "false" is true."""
+    value = cfg.get(key, default)
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"{key} = {reprlib.repr(value)}")
+    return bool(value)
+
+
 def refuse(asked: bool, path: Path, what: str) -> None:
     """Raise SaekitError where a file asks for something that would silently change the features."""
     if asked:

@@ -93,6 +93,7 @@ def read(path: Path, device: str | torch.device = "cpu") -> SparseAutoencoder:
     with checks.understanding(folder / CONFIG):
         cfg = modernised(checks.mapping(read_json(folder / CONFIG)), folder / CONFIG)
         config, dtype = _config(cfg), DTYPES[cfg["dtype"]]
+        by_norm = checks.flag(cfg, "rescale_acts_by_decoder_norm", False)  # selection by f·‖W_dec‖
     reshaped = cfg.get("reshape_activations") or "none"
     # "hook_z": heads are put side by side, which is how activations come to dictionaries here
     checks.refuse(
@@ -107,7 +108,7 @@ def read(path: Path, device: str | torch.device = "cpu") -> SparseAutoencoder:
         raise SaekitError(f"'{folder / CONFIG}' says {_rule(cfg)}, but its weights were saved with {rule}")
     if cfg["architecture"] == "gated":
         weights = gated(weights)
-    if cfg.get("rescale_acts_by_decoder_norm"):  # selection by f·‖W_dec‖: the same dictionary with unit rows
+    if by_norm:  # the same dictionary with unit rows
         weights = scaled_rows(weights, weights["W_dec"].norm(dim=1))
     return dictionary(config, weights, dtype, device)
 
@@ -133,7 +134,7 @@ def _config(cfg: dict[str, Any]) -> SAEConfig:
         architecture=_AS.get(architecture, architecture),
         affinity_scale="token_norm" if architecture == _TOKEN_NORM else "none",
         k=checks.whole(cfg, "k") if architecture == "topk" else None,
-        apply_b_dec_to_input=bool(cfg.get("apply_b_dec_to_input", True)),
+        apply_b_dec_to_input=checks.flag(cfg, "apply_b_dec_to_input", True),
         input_normalization="layer_norm" if normalisation == "layer_norm" else "none",
         metadata=dict(cfg.get("metadata") or {}),
     )

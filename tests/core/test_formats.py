@@ -341,6 +341,8 @@ def test_configs_of_saelens_before_6(tmp_path):
         ({"finetuning_scaling_factor": True}, "finetuning_scaling_factor"),
         ({"normalize_activations": True}, "normalize_activations = 'expected_average_only_in' is not read"),
         ({"reshape_activations": "hook_q"}, "reshape_activations = 'hook_q'"),
+        ({"apply_b_dec_to_input": "false"}, "cfg.json' is damaged: apply_b_dec_to_input = 'false'"),
+        ({"rescale_acts_by_decoder_norm": "no"}, "cfg.json' is damaged: rescale_acts_by_decoder_norm = 'no'"),
     ):
         (tmp_path / "cfg.json").write_text(json.dumps(top_k | change))
         with pytest.raises(SaekitError, match=message):
