@@ -60,7 +60,7 @@ def whole(cfg: Mapping[str, Any], key: str) -> int:
 
 
 def flag(cfg: Mapping[str, Any], key: str, default: bool) -> bool:
-    """A yes or no (or null) in a config, ``default`` where it is missing; otherwise a ValueError, for "false" is true."""
+    """A yes or no (or null) in a config, ``default`` where it is missing; otherwise, as for "false", a ValueError."""
     value = cfg.get(key, default)
     if value is not None and not isinstance(value, bool):
         raise ValueError(f"{key} = {reprlib.repr(value)}")
