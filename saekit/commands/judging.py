@@ -36,7 +36,15 @@ def bars(judge: Judge, quiet: bool) -> Iterator[None]:
 
 
 def judged(judge: Judge, paths: Sequence[str | Path], quiet: bool) -> dict[str, Report]:
-    """Evaluate dictionaries and print one table; returns the reports by the dictionary's path."""
+    """Evaluate dictionaries and print one table; returns the reports by the dictionary's path.
+
+    Raises:
+        SaekitError: one of the paths holds no dictionary, before any is evaluated, or one cannot be.
+    """
+    from saekit.formats import find
+
+    for path in paths:
+        find(path)
     with bars(judge, quiet):
         reports = {str(path): judge(path) for path in paths}
     show(reports)

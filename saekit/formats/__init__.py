@@ -59,11 +59,20 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> SparseAutoenco
     Raises:
         SaekitError: nothing is there, the format is not known, or the files do not agree with each other.
     """
+    name, place = find(path)
+    return FORMATS[name].read(place, device).eval()
+
+
+def find(path: str | Path) -> tuple[str, Path]:
+    """What ``load`` would read of a path: the format, and where it lies; from the hub it is fetched.
+
+    Raises:
+        SaekitError: nothing is there, or the format is not known.
+    """
     folder = local_folder(path)
     if not folder.exists():
         raise SaekitError(f"there is no dictionary at '{path}'" + _neighbours(folder))
-    name, place = format_of(folder, path)
-    return FORMATS[name].read(place, device).eval()
+    return format_of(folder, path)
 
 
 def format_of(folder: Path, called: str | Path | None = None) -> tuple[str, Path]:

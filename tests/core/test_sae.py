@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import saekit
 from saekit import SAEConfig, SaekitError, SparseAutoencoder
+from saekit.commands.judging import judged
 
 
 def dictionary(architecture, dtype=torch.float32, d_in=8, d_sae=32, **extra):
@@ -189,6 +190,12 @@ def test_missing_dictionaries_are_named(tmp_path):
     dictionary("topk").save(tmp_path / "demo" / "one" / "sae")
     with pytest.raises(SaekitError, match=r"no dictionary in a known format .*; name what is in it, such as '.*one'"):
         saekit.load(tmp_path / "demo")
+
+
+def test_paths_are_looked_at_before_any_is_judged(tmp_path):
+    dictionary("topk").save(tmp_path / "good")
+    with pytest.raises(SaekitError, match="no dictionary at .*goood"):
+        judged(lambda path: pytest.fail("judged"), [tmp_path / "good", tmp_path / "goood"], quiet=True)
 
 
 def test_activations_of_another_width_are_refused():
