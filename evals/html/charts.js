@@ -69,7 +69,8 @@ function draw(spec, width, readout) {
 }
 
 function scale(axis, values, start, end) {
-  const usable = axis.log ? values.filter((value) => value > 0) : values;
+  const positive = axis.log ? values.filter((value) => value > 0) : values;
+  const usable = positive.length ? positive : [1];
   let low = axis.from0 ? 0 : least(usable);
   let high = -least(usable.map((value) => -value));
   if (axis.from0 && !(high > 0)) high = axis.least || 1;
@@ -90,7 +91,8 @@ const least = (values) => values.reduce((a, b) => Math.min(a, b), Infinity);
 function steps(low, high, count) {
   const rough = (high - low) / count;
   const power = 10 ** Math.floor(Math.log10(rough));
-  const step = power * ([1, 2, 2.5, 5].find((each) => each * power >= rough) || 10);
+  const fine = power * ([1, 2, 2.5, 5].find((each) => each * power >= rough) || 10);
+  const step = Math.max(fine, 1e-12 * Math.max(Math.abs(low), Math.abs(high))); // or adding it would change nothing
   const found = [];
   for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) found.push(i * step);
   return found;

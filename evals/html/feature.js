@@ -26,11 +26,11 @@ class Store {
     return this.piece(number);
   }
 
-  // [place, length, at, band, [offset, level, ...]] as tokens with their levels, hundredths of the peak
-  passage([place, length, at, band, levels]) {
+  // [place, length, at, band, value, [offset, level, ...]] as tokens with their levels, hundredths of the peak
+  passage([place, length, at, band, value, levels]) {
     const tokens = Array.from({ length }, (_, i) => ({ text: this.token(place + i), level: 0 }));
     for (let i = 0; i < levels.length; i += 2) tokens[levels[i]].level = levels[i + 1];
-    return { tokens, at, band };
+    return { tokens, at, band, value };
   }
 
   // All that a search looks through.
@@ -128,7 +128,7 @@ function passages(store, all, peak) {
 }
 
 // A line with the token it was chosen for in the same place as in the lines above; a click shows all of it.
-function passage({ tokens, at }, peak, label) {
+function passage({ tokens, at, value }, peak, label) {
   const part = (name, some) =>
     el("span", { class: name }, el("span", {}, ...some.flatMap((each) => token(each, peak, each === tokens[at]))));
   const line = el(
@@ -145,15 +145,14 @@ function passage({ tokens, at }, peak, label) {
     event.stopPropagation();
     toggle();
   });
-  const value = short((tokens[at].level / 100) * peak);
-  return el("li", {}, el("span", { class: "strength" }, value, label ? el("small", {}, label) : null), line);
+  return el("li", {}, el("span", { class: "strength" }, short(value), label ? el("small", {}, label) : null), line);
 }
 
 // Indentation is cut short, for it would push the words out of sight; signs of line ends and tabs are pale.
 function token({ text, level }, peak, chosen) {
   const shown = text.replace(/ {3,}/g, "  ");
   if (!level) return signs(shown);
-  const node = el("mark", { class: chosen ? "chosen" : null, title: short((level / 100) * peak) });
+  const node = el("mark", { class: chosen ? "chosen" : null, title: `about ${short((level / 100) * peak)}` });
   node.style.setProperty("--level", (0.08 + 0.92 * (level / 100)).toFixed(2));
   const word = shown.replace(/^ +| +$/g, "") || shown; // spaces around it stay uncoloured, as between words
   const start = shown.indexOf(word);

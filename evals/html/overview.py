@@ -157,7 +157,7 @@ def _density(sparsity: Any, width: int) -> dict[str, Any] | None:
     rank, density = lookup(ranks, "rank"), lookup(ranks, "density")
     if not (_are_numbers(rank) and _are_numbers(density) and len(rank) == len(density)):
         return None
-    if not all(1 <= each <= width for each in rank):
+    if not all(1 <= each <= width for each in rank) or not any(each > 0 for each in density):
         return None
     fitted = None
     if isinstance(law, Mapping) and set(law) == set(ZipfLaw._fields) and _are_numbers([*law.values()]):

@@ -18,7 +18,8 @@ def pack(study: FeatureStudy) -> tuple[dict[str, Any], list[str]]:
     """What the list of features needs, and a line for the page of each, in the order of ``study.features``.
 
     Pieces of text are numbered once. Of the text only the passages are kept, each token as the number of its piece in
-    base 64; a passage is a place in it. Activations are whole hundredths of the feature's peak.
+    base 64; a passage is a place in it. Activations are whole hundredths of the feature's peak, which is enough for
+    colours; the one that a passage was chosen for has four digits.
     """
     examples = [study.examples(feature) for feature in study.features]
     text = _Text(study, [example for some in examples for example in some])
@@ -86,12 +87,13 @@ class _Text:
 
 
 def _passage(text: _Text, example: Example, peak: float) -> list[Any]:
-    """Place, length, the token it was chosen for, its band, and (offset, hundredths of the peak) where it fires."""
+    """Place, length, the token it was chosen for, band, that token's value, [offset, hundredths of the peak, ...]."""
     levels: list[int] = []
     for offset, value in enumerate(example.values):
         if value > 0:
             levels += [offset, max(1, round(100 * value / peak))]
-    return [text.place[example.place], len(example.tokens), example.at, example.band, levels]
+    value = _short(example.values[example.at])
+    return [text.place[example.place], len(example.tokens), example.at, example.band, value, levels]
 
 
 def _ranks(study: FeatureStudy) -> list[int]:

@@ -15,7 +15,7 @@ import torch
 import saekit
 from saekit import SAEConfig, SparseAutoencoder
 from saekit.activations import ActivationCache
-from saekit.evals import features, html
+from saekit.evals import evaluate, features, html
 from saekit.evals.html import Subject, overview, write_report
 from saekit.evals.html.page import page
 from saekit.files import WriteError
@@ -295,6 +295,40 @@ class TestThePage:
             0.1,
         ]
         assert overview._density({"density_by_rank": {**ranks, "rank": [1, 10**12]}}, 10) is None
+
+    def test_weak_passages_keep_their_strength(self, source, contexts, shown, tmp_path):
+        """Colours are rounded to hundredths of the peak; the activation that a passage was chosen for is not."""
+        torch.manual_seed(0)
+        sae = SparseAutoencoder(SAEConfig(256, 128, "standard")).requires_grad_(False)
+        sae.W_enc.normal_()
+        sae.b_enc.fill_(-30)
+        found = features.study_features(sae, source.model, contexts.rows(0, 12), hook=source.hook)
+        weakest = [(j, example) for j in range(128) for example in found.examples(j) if example.band == 5]
+        j, example = min(weakest, key=lambda each: each[1].values[each[1].at] / found.peak(each[0]))
+        value = example.values[example.at]
+        assert value < 0.005 * found.peak(j)
+        write_report(tmp_path / "report.html", [Subject("weak", sae)], found)
+        tab = shown(tmp_path / "report.html", f"#feature-{j}")
+        strength = tab.locator(".strength").last.evaluate("node => node.firstChild.textContent")
+        assert float(strength) == pytest.approx(value, rel=6e-3)
+
+    def test_nothing_fires(self, source, contexts, shown, tmp_path):
+        sae = SparseAutoencoder(SAEConfig(256, 16, "topk", k=2)).requires_grad_(False)
+        sae.b_enc.fill_(-1)
+        groups = evaluate(sae, source.model, contexts.rows(0, 2), hook=source.hook).groups
+        write_report(tmp_path / "report.html", [Subject("dead", sae, groups)])
+        tab = shown(tmp_path / "report.html")
+        assert tab.locator("#overview .chart .title").all_inner_texts() == ["L0 of a token"]
+        assert overview._density(groups["sparsity"], 16) is None
+
+    def test_figures_that_hardly_differ(self, study, shown, tmp_path):
+        """Ticks at steps that a number would not notice are none."""
+        line = {"tokens": 10, "loss": 1.0, "fvu": 1.0, "l0": 3.0, "dead_share": 0}
+        lines = [line, {**line, "tokens": 20, "loss": 1.0000000000000002, "fvu": 1.0000000000000002}]
+        (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        write_report(tmp_path / "report.html", [Subject("a", study.sae, metrics=tmp_path / "metrics.jsonl")])
+        tab = shown(tmp_path / "report.html")
+        assert tab.locator("#overview path.line").count() == 3
 
     def test_features_of_another_space_have_no_logits(self, source, contexts, shown, tmp_path):
         sae = SparseAutoencoder(SAEConfig(256, 16, "topk", k=2)).requires_grad_(False)
