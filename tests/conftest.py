@@ -16,6 +16,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import settings
 
 settings.register_profile("saekit", deadline=None, max_examples=60, derandomize=True)
@@ -52,7 +53,7 @@ def saekit_main(capfd: pytest.CaptureFixture[str]) -> RunCommand:
     def warn(*told: Any) -> None:
         print(warnings.formatwarning(*told[:4]), end="", file=sys.stderr)
 
-    def run(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
         for name in ("root", "transformers", "datasets"):  # what a command before has silenced speaks again
             logging.getLogger(name).setLevel(logging.WARNING)
         transformers_logging.enable_progress_bar()
@@ -64,7 +65,8 @@ def saekit_main(capfd: pytest.CaptureFixture[str]) -> RunCommand:
             patch.setattr(warnings, "showwarning", warn)
             patch.setattr(logging.Logger, "callHandlers", log)
             patch.setattr(sys, "argv", command)
-            patch.chdir(cwd)
+            if cwd is not None:
+                patch.chdir(cwd)
             with pytest.raises(SystemExit) as stop:
                 main()
         out, err = capfd.readouterr()
@@ -90,12 +92,18 @@ def contexts(source):
 @pytest.fixture(scope="session")
 def trained_run(saekit_command: RunCommand, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of mutual choice on the embedded model, by the command line: 300k tokens, evaluated on 30k."""
-    out = tmp_path_factory.mktemp("trained") / "run"
-    done = saekit_command(
-        "train", "--variant", "mutual_choice", "--tokens", 300_000, "--width", 1024, "--k", 16, "--batch-size", 2048,
-        "--buffer", 65_536, "--calibration-tokens", 40_000, "--eval-tokens", 30_000, "--out", out, "--quiet",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    home = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # one run for all of them
+        home = home.parent
+    out = home / "trained/run"
+    with FileLock(home / "trained.lock"):
+        if not out.exists():
+            done = saekit_command(
+                "train", "--variant", "mutual_choice", "--tokens", 300_000, "--width", 1024, "--k", 16,
+                "--batch-size", 2048, "--buffer", 65_536, "--calibration-tokens", 40_000, "--eval-tokens", 30_000,
+                "--out", out, "--quiet",
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr
     return out
 
 

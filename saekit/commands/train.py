@@ -73,6 +73,8 @@ def train(
     home = settings.out
     several = len(hooks) > 1 or (resume and not (home / "config.yaml").is_file() and bool(hooks_in(home)))
     finished = {path.parents[1] for place in ("sae", "*/sae") for path in home.glob(f"{place}/cfg.json") if resume}
+    for file in (*home.glob("eval.json"), *home.glob("*/eval.json")) if resume else ():
+        groups_in(file)  # better refused now than when all is done
     manner = {"resume": resume, "overwrite": overwrite, "quiet": quiet, "trust_remote_code": trust_remote_code}
     try:
         runs = [*train_hooks(settings, hooks, **manner).values()] if several else [run_training(settings, **manner)]

@@ -151,16 +151,16 @@ def test_several_dictionaries(run, other, tmp_path):
         DarkMatterJudge(Judge(tokens=6000))([run, other])
 
 
-def test_activations_alone(tmp_path, saekit_command):
+def test_activations_alone(tmp_path, saekit_main):
     """A cache of somebody's tensor needs no model; costs and losses are left out."""
     x = torch.randn(40_000, 16, generator=torch.Generator().manual_seed(0))
     ActivationCache.from_tensor(tmp_path / "cache", x)
-    done = saekit_command(
+    done = saekit_main(
         "train", "--cache", tmp_path / "cache", "--width", 64, "--k", 4, "--tokens", 20_000, "--batch-size", 500,
         "--out", tmp_path / "run", "--quiet",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    done = saekit_command("eval", "--suite", "dark_matter", tmp_path / "run", "--quiet")
+    done = saekit_main("eval", "--suite", "dark_matter", tmp_path / "run", "--quiet")
     assert done.returncode == 0, done.stderr
     group = json.loads((tmp_path / "run/eval.json").read_text())["dark_matter"]
     assert group["tokens"] == 2000

@@ -19,15 +19,15 @@ def report_of(run):
     return json.loads((run / "eval.json").read_text())
 
 
-def test_gradient_topk_live_and_from_a_cache(saekit_command, tmp_path):
+def test_gradient_topk_live_and_from_a_cache(saekit_main, tmp_path):
     live, cached = tmp_path / "live", tmp_path / "cached"
     flags = ["--variant", "gradient_topk", *SMALL, "--buffer", 8192]
-    done = saekit_command("train", *flags, "--tokens", 20_000, "--out", live)
+    done = saekit_main("train", *flags, "--tokens", 20_000, "--out", live)
     assert done.returncode == 0, done.stderr
-    done = saekit_command("cache", "--gradients", "--out", tmp_path / "cache", "--tokens", 40_000, "--quiet")
+    done = saekit_main("cache", "--gradients", "--out", tmp_path / "cache", "--tokens", 40_000, "--quiet")
     assert done.returncode == 0, done.stderr
     assert ActivationCache.open(tmp_path / "cache").gradients
-    done = saekit_command("train", *flags, "--cache", tmp_path / "cache", "--out", cached)
+    done = saekit_main("train", *flags, "--cache", tmp_path / "cache", "--out", cached)
     assert done.returncode == 0, done.stderr
     for run in (live, cached):
         assert saekit.load(run).cfg.architecture == "topk"
@@ -37,15 +37,15 @@ def test_gradient_topk_live_and_from_a_cache(saekit_command, tmp_path):
     assert report_of(cached)["reconstruction"]["fvu"] < 0.6
     assert "leaks" in done.stdout
     # the same data without gradients
-    done = saekit_command("cache", "--out", tmp_path / "plain", "--tokens", 20_000, "--quiet")
-    done = saekit_command("train", *flags, "--cache", tmp_path / "plain", "--out", tmp_path / "none")
+    done = saekit_main("cache", "--out", tmp_path / "plain", "--tokens", 20_000, "--quiet")
+    done = saekit_main("train", *flags, "--cache", tmp_path / "plain", "--out", tmp_path / "none")
     assert done.returncode == 2
     assert "holds no gradients" in done.stderr
 
 
-def test_feature_choice_with_aux_zipf(saekit_command, tmp_path):
+def test_feature_choice_with_aux_zipf(saekit_main, tmp_path):
     run = tmp_path / "run"
-    done = saekit_command(
+    done = saekit_main(
         "train", "--variant", "feature_choice", "--aux", "aux_zipf", *SMALL, "--calibration-tokens", 30_000,
         "--feature-choice-fraction", 0.3, "--out", run,
     )  # fmt: skip
@@ -58,13 +58,13 @@ def test_feature_choice_with_aux_zipf(saekit_command, tmp_path):
     assert {"aux", "aux_pool"} <= set(lines[-1])
 
 
-def test_convert_says_what_saelens_cannot_hold(trained_run, saekit_command, tmp_path):
+def test_convert_says_what_saelens_cannot_hold(trained_run, saekit_main, tmp_path):
     assert saekit.load(trained_run).cfg.affinity_scale == "token_norm"
-    done = saekit_command("convert", trained_run, tmp_path / "plain")
+    done = saekit_main("convert", trained_run, tmp_path / "plain")
     assert done.returncode == 2
     assert "cannot hold; --lossy" in done.stderr
     assert not (tmp_path / "plain").exists()
-    done = saekit_command("convert", trained_run, tmp_path / "plain", "--lossy", "--tokens", 20_000)
+    done = saekit_main("convert", trained_run, tmp_path / "plain", "--lossy", "--tokens", 20_000)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("FVU") == 2
     own, plain = (float(line.split("FVU ")[1].split()[0]) for line in done.stdout.splitlines()[:2])
@@ -75,7 +75,7 @@ def test_convert_says_what_saelens_cannot_hold(trained_run, saekit_command, tmp_
     before, after = saekit.load(trained_run), saekit.load(tmp_path / "plain")
     assert torch.equal(before.W_dec, after.W_dec)
     assert not torch.equal(before.threshold, after.threshold)
-    done = saekit_command("convert", tmp_path / "plain", tmp_path / "same")
+    done = saekit_main("convert", tmp_path / "plain", tmp_path / "same")
     assert done.returncode == 0, done.stderr
     assert torch.equal(saekit.load(tmp_path / "same").threshold, after.threshold)
 

@@ -229,10 +229,10 @@ def test_what_cannot_be_trained_together_is_refused(config, tmp_path, hooks, cha
     assert not (tmp_path / "run").exists(), "a refused run leaves no folder"
 
 
-def test_the_command(saekit_command, text, tmp_path):
+def test_the_command(saekit_main, text, tmp_path):
     flags = ["--tokens", 4096, "--batch-size", 256, "--expansion", 0.5, "--k", 8, "--context-length", 64, "--quiet"]
     flags += ["--buffer", 2048, "--dataset", text, "--eval-tokens", 600, "--out", tmp_path / "x"]
-    done = saekit_command("train", "--hook", HOOKS[0], "--hook", HOOKS[1], *flags)
+    done = saekit_main("train", "--hook", HOOKS[0], "--hook", HOOKS[1], *flags)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in (tmp_path / "x").iterdir()) == HOOKS
     for hook in HOOKS:
@@ -240,7 +240,7 @@ def test_the_command(saekit_command, text, tmp_path):
         assert report["about"]["hook"] == hook
         assert f"run: {tmp_path / 'x' / hook} " in done.stdout
     (tmp_path / "x" / HOOKS[1] / "eval.json").unlink()
-    done = saekit_command("train", "--out", tmp_path / "x", "--resume", "--eval-tokens", 600, "--quiet")
+    done = saekit_main("train", "--out", tmp_path / "x", "--resume", "--eval-tokens", 600, "--quiet")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("was finished already") == 2
     assert (tmp_path / "x" / HOOKS[1] / "eval.json").is_file()

@@ -57,7 +57,7 @@ PICKLES = {  # name of the file, the command that comes upon it, and the exit co
     "stopped/config.yaml": (RESUME, 2),
     "stopped/metrics.jsonl": (RESUME, 0),
     "stopped/statistics.safetensors": (RESUME, 0),
-    "stopped/eval.json": (RESUME, 0),
+    "stopped/eval.json": (RESUME, 2),
     "several/begun.yaml": ("train --resume --out several", 2),
     "new.yaml": ("train --config new.yaml", 2),
 }
