@@ -23,6 +23,7 @@ from saekit.activations.finite import BadTokens
 from saekit.activations.harvest import ActivationBatch, harvest, harvest_hooks
 from saekit.activations.source import ActivationSource, contexts_at_once
 from saekit.activations.tokens import ContextBatch
+from saekit.errors import SaekitWarning
 
 _BLOCK = 2048  # rows read from a cache in one piece
 
@@ -102,7 +103,7 @@ def _endless(source: ActivationSource, gradients: bool = False) -> Iterator[Cont
         for contexts in source.contexts("train", contexts_at_once(gradients)):
             yield contexts
             total += int(contexts.kept.sum())
-        warnings.warn(f"the text ran out after {total:,} tokens and begins again", stacklevel=2)
+        warnings.warn(f"the text ran out after {total:,} tokens and begins again", SaekitWarning, stacklevel=2)
 
 
 class StreamPlace(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -17,7 +18,7 @@ from typing_extensions import TypedDict
 import saekit
 from saekit.activations import ActivationBatch, ActivationCache, ActivationSource, ContextBatch
 from saekit.activations.python_source import Split
-from saekit.errors import SaekitError
+from saekit.errors import SaekitError, SaekitWarning
 from saekit.evals.report import Report
 from saekit.evals.suite import evaluate, evaluate_activations, passes
 from saekit.reading import is_plain
@@ -132,6 +133,9 @@ class Judge:
         model, hook = self.model or facts.get("model_name"), self.hook or facts.get("hook_name")
         if not model:
             raise SaekitError(f"'{path}' does not say which model it belongs to; give --model and --hook, or --cache")
+        own = facts.get("hook_name")
+        if own is not None and hook != own:
+            warnings.warn(f"'{path}' belongs to '{own}'; here it is judged at '{hook}'", SaekitWarning, stacklevel=3)
         if not hook:
             raise SaekitError(f"'{path}' does not say which hook point it belongs to; give --hook")
         dtype = self.dtype or passport.get("model_dtype") or "float32"

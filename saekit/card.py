@@ -10,6 +10,7 @@ from urllib.parse import quote
 
 from saekit.errors import SaekitError
 from saekit.hub import HubPath, files_of
+from saekit.reading import read_json
 
 if TYPE_CHECKING:
     from saekit.sae import SparseAutoencoder
@@ -221,3 +222,21 @@ def _on_the_hub(name: str) -> bool:
 def _string(text: object) -> str:
     """A text as Python writes it."""
     return json.dumps(str(text), ensure_ascii=False)
+
+
+def published(file: Path) -> str | bytes:
+    """A file as others may see it: its path or, where it is JSON that names places of this machine, a text without."""
+    if file.suffix != ".json":
+        return str(file)
+    before = read_json(file, 1 << 24)
+    after = _without_places(before)
+    return str(file) if after == before else json.dumps(after, indent=2).encode() + b"\n"
+
+
+def _without_places(value: Any) -> Any:
+    """The same, with the last part alone of every text that is an absolute path."""
+    if isinstance(value, dict):
+        return {key: _without_places(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_without_places(each) for each in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value

@@ -10,6 +10,10 @@ class SaekitError(ValueError):
     """A mistake in what the user asked for. The command line prints it as one line and exits with code 2."""
 
 
+class SaekitWarning(UserWarning):
+    """What a user should know of something that goes on all the same. The command line prints it as one line."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of another library's message, or the kind of the error where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -269,8 +269,8 @@ def push(
 ) -> HubPath:
     """Push a dictionary to the hub in one commit, with its run's figures and a model card.
 
-    Its files are pushed as they are, or those that ``save`` writes where it is in another package's format. The
-    repository, or the branch, is made where it is missing.
+    Its files are pushed as they are, but for absolute paths in them, of which the last part is left; or those that
+    ``save`` writes where it is in another package's format. The repository, or the branch, is made where it is missing.
 
     Args:
         dictionary: its folder, or its run's; it is loaded first, so nothing broken is pushed.
@@ -309,7 +309,7 @@ def _commit(api: HfApi, folder: Path, place: HubPath, private: bool, message: st
     """Write what belongs to a dictionary in one commit."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    from saekit.card import card
+    from saekit.card import card, published
 
     files, text = files_of(folder), card(folder, place)
     head, there = _prepared(api, place, private)
@@ -321,7 +321,7 @@ def _commit(api: HfApi, folder: Path, place: HubPath, private: bool, message: st
     replaced = any(place.file(name) in there for name in WEIGHTS)  # or configs and card stand for something else
     kept = place.file(CARD) in there and not replaced
     added = {place.file(name): file for name, file in files.items()}
-    operations: list[Any] = [CommitOperationAdd(name, str(file)) for name, file in added.items()]
+    operations: list[Any] = [CommitOperationAdd(name, published(file)) for name, file in added.items()]
     stale = ours - added.keys() - (set() if replaced else {place.file(name) for name in CONFIGS})
     operations += [CommitOperationDelete(name) for name in sorted(stale)]
     if not kept:

@@ -21,6 +21,7 @@ from saekit.trainers.run_folder import (
     BEGUN,
     CHECKPOINTS,
     CONFIG,
+    MAY_CHANGE,
     Run,
     check_manner,
     check_new,
@@ -70,8 +71,10 @@ def train_hooks(
         begun, all_hooks = _read_begun(config.out)
         asked = config.model_dump(mode="json", include=config.model_fields_set - {"out", "hook"})
         changed = [key for key, value in asked.items() if value is not None and value != getattr(begun, key)]
-        if changed or (hooks and list(hooks) != all_hooks):
-            raise SaekitError(f"the runs in '{config.out}' were begun with another {', '.join(changed) or 'hook'}")
+        lasting = [key for key in changed if key not in MAY_CHANGE]
+        if lasting or (hooks and list(hooks) != all_hooks):
+            raise SaekitError(f"the runs in '{config.out}' were begun with another {', '.join(lasting) or 'hook'}")
+        begun = begun.model_copy(update={key: getattr(config, key) for key in changed})
         return train_hooks(begun, all_hooks, overwrite=True, quiet=quiet, trust_remote_code=trust_remote_code)
     hooks = hooks or (hooks_in(config.out) if resume else ())
     if not hooks:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from importlib.metadata import entry_points
 
+from saekit.errors import SaekitWarning
 from saekit.trainers.feature_choice import FeatureChoice
 from saekit.trainers.gradient_topk import GradientTopK
 from saekit.trainers.mutual_choice import MutualChoice
@@ -30,4 +31,6 @@ def add_from_packages() -> None:
         try:
             VARIANTS.setdefault(point.name, point.load())
         except Exception as error:  # whatever a stranger's module raises
-            warnings.warn(f"the variant '{point.name}' ({point.value}) cannot be loaded: {error}", stacklevel=2)
+            warnings.warn(
+                f"the variant '{point.name}' ({point.value}) cannot be loaded: {error}", SaekitWarning, stacklevel=2
+            )

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saekit.errors import SaekitWarning
+
 _SAFE_PIVOT = 1e-10  # of the scaled Gram matrix; below it the eigenvalues are looked at
 _RANK = 1e-12  # eigenvalues below this share of the largest are rounding
 
@@ -148,6 +150,7 @@ def fit_linear(moments: Moments, *, intercept: bool, warn: bool = True) -> Linea
     if warn and rank < len(weight):
         warnings.warn(
             f"x has rank {rank} of {len(weight)} on {moments.n:,} tokens; many maps fit equally well, one is taken",
+            SaekitWarning,
             stacklevel=2,
         )
     bias = (

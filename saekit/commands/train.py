@@ -12,6 +12,7 @@ import typer
 from saekit.commands.help import among
 from saekit.commands.judging import judged, open_judge
 from saekit.commands.report import SHOWN, report_on_run
+from saekit.errors import SaekitError
 
 _AGAIN = {"hook": "; give it again for a dictionary at each", "log": "; give it again for both"}
 
@@ -66,6 +67,8 @@ def train(
 
     hooks = flags.pop("hook") or []
     flags["log"] = flags["log"] or None
+    if None not in (flags["width"], flags["expansion"]):
+        raise SaekitError("--width and --expansion both say how wide the dictionary is; give one of them")
     if resume and config is None and flags["out"] is not None:
         started = Path(flags["out"]) / "config.yaml"
         config = started if started.is_file() else None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from saekit.errors import SaekitError, did_you_mean
+from saekit.errors import SaekitError, SaekitWarning, did_you_mean
 from saekit.files import replace_files
 from saekit.formats import checks
 from saekit.formats.layout import OURS, Stored, arranged, dictionary, scattered
@@ -100,7 +100,7 @@ def read(path: Path, device: str | torch.device = "cpu") -> SparseAutoencoder:
         weights["threshold"] = weights["b_enc"].new_full((d_sae,), limit)
         if limit < 0:
             told = "has no threshold yet: as in its own code, all positive features are active"
-            warnings.warn(f"'{file}' {told}", stacklevel=3)
+            warnings.warn(f"'{file}' {told}", SaekitWarning, stacklevel=3)
     config = SAEConfig(
         d_in,
         d_sae,

@@ -103,6 +103,20 @@ def test_push_and_load_by_the_commands(hub, run, tmp_path, saekit_main):
     assert "'hf://me/saes/layer 1/k3' does not say which model it belongs to" in told.stderr
 
 
+def test_no_path_of_this_machine_is_pushed(hub, run):
+    sae = saekit.load(run).with_metadata(dataset_path="/home/me/secret/book.txt", saekit={"cache": "/home/me/secret/c"})
+    (run / "eval.json").write_text(
+        json.dumps({**FIGURES, "about": {"dictionary": "/home/me/secret/run", "part": "a/b"}})
+    )
+    sae.save(run / "sae", overwrite=True)
+    saekit.hub.push(run, "me/saes")
+    there = hub.files("me/saes")
+    assert not [name for name, content in there.items() if b"secret" in content]
+    assert json.loads(there["cfg.json"])["metadata"]["dataset_path"] == "book.txt"
+    assert json.loads(there["eval.json"])["about"] == {"dictionary": "run", "part": "a/b"}
+    assert torch.equal(saekit.load("hf://me/saes").W_enc, sae.W_enc)
+
+
 def test_what_is_there_is_not_replaced_unasked(hub, run, saekit_main, tmp_path):
     push = ["push", run, "me/saes/a"]
     other = ["push", DATA / "saelens_jumprelu", "me/saes/a"]

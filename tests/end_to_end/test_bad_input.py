@@ -24,6 +24,7 @@ MISTAKES = {
     "no number": ("train --k many", "--k"),
     "unknown variant": ("train --variant mutual", "did you mean 'mutual_choice'"),
     "k above the width": ("train --k 65 --width 64", "k = 65 is larger than the width of 64"),
+    "two widths": ("train --width 64 --expansion 4", "--width and --expansion both say"),
     "zero": ("train --tokens 0", "tokens = 0"),
     "negative": ("train --batch-size -4", "batch_size = -4"),
     "unknown model": ("train --model embeded", "unknown model 'embeded'.*did you mean 'embedded'"),

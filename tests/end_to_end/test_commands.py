@@ -62,11 +62,22 @@ def test_the_dictionary_loads_and_explains_heldout_activations(trained_run, sour
 
 def test_several_dictionaries_give_one_table(trained_run, saekit_command, tmp_path):
     done = saekit_command(
-        "eval", trained_run, trained_run / "sae", "--tokens", 3000, "--out", tmp_path / "both.json", "--quiet"
+        "eval",
+        trained_run,
+        trained_run / "sae",
+        "--hook",
+        "blocks.0.hook_resid_post",
+        "--tokens",
+        3000,
+        "--out",
+        tmp_path / "both.json",
+        "--quiet",
     )
     assert done.returncode == 0, done.stderr
     reports = json.loads((tmp_path / "both.json").read_text())
     assert set(reports) == {str(trained_run), str(trained_run / "sae")}
+    told = f"saekit: '{trained_run}' belongs to 'blocks.1.hook_resid_post'; here it is judged at 'blocks.0."
+    assert told in done.stderr
     first, second = reports.values()
     assert first["reconstruction"] == second["reconstruction"]
     assert done.stdout.count("│ /") >= 2

@@ -178,7 +178,8 @@ def test_a_start_that_was_killed_between_two_folders_is_begun_again(whole, confi
     assert several.hooks_in(tmp_path / "parts") == sorted(HOOKS)
     with pytest.raises(SaekitError, match="begun with another k"):
         train_hooks(config("parts", k=3), resume=True, quiet=True)
-    assert_same(train_hooks(config("parts"), resume=True, quiet=True), whole)
+    resumed = train_hooks(config("parts", log="none"), resume=True, quiet=True)  # where loggers go may change
+    assert_same(resumed, whole)
     assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == sorted(HOOKS)
 
 
