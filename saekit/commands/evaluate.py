@@ -127,7 +127,7 @@ def _take_apart(
         replace_file(out, lambda part: part.write_text(text + "\n"))
     for path, run in runs.items():
         reports[path].join(run / "eval.json")
-        print(f"added to {run / 'eval.json'}")
+        print(f"added to {run / 'eval.json'}; a report with it: saekit eval {path} --html FILE")
     if folder is not None:
         for file in draw({path: report["dark_matter"] for path, report in reports.items()}, compared, folder):
             print(f"figure: {file}")
