@@ -5,16 +5,23 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import yaml
 
+FIGURES = {
+    "about": {"d_in": 6, "d_sae": 20, "dataset": "python", "part": "heldout"},
+    "sparsity": {"tokens": 4321, "l0": 3.0, "dead": 2},
+    "reconstruction": {"fvu": 0.25, "cosine": None},
+}
 TOKENS = {"hf_writer": True, "hf_reader": False}  # whether they may write
 _LARGE = (".safetensors", ".npz", ".pt")
 
@@ -231,3 +238,13 @@ def stand_in() -> Iterator[StandIn]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def make_run(folder: Path) -> Path:
+    """A run's folder, whose dictionary SAELens wrote, with figures and what is nobody's business."""
+    shutil.copytree(Path(__file__).parents[1] / "data/saelens_topk", folder / "sae")
+    (folder / "config.yaml").write_text("out: /home/me/secret\n")
+    (folder / "eval.json").write_text(json.dumps(FIGURES))
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints/step-1.safetensors").write_bytes(b"moments")
+    return folder

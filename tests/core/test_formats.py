@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from made import dictionary
 from safetensors.torch import load_file, save_file
 
 import saekit
@@ -77,18 +78,6 @@ def test_dictionaries_that_others_wrote(path):
     for x_hat in (sae(expected["x"]), sae.decode(code), sae.decode(expected["f"], expected["x"])):
         near(x_hat, expected["x_hat"])
     assert facts is None or sae.cfg.metadata == facts
-
-
-def dictionary(architecture, *, d_in=8, d_sae=32, dtype=torch.float32, **extra):
-    torch.manual_seed(1)
-    k = 4 if architecture == "topk" else None
-    sae = SparseAutoencoder(SAEConfig(d_in, d_sae, architecture, k, **extra), dtype)
-    with torch.no_grad():
-        for p in sae.parameters():
-            p.copy_(torch.randn(p.shape))
-        if sae.threshold is not None:
-            sae.threshold.copy_(torch.rand(d_sae) * 3)
-    return sae
 
 
 @pytest.mark.parametrize("apply_b_dec", [True, False])

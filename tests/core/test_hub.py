@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -13,21 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from hub_stand_in import StandIn, stand_in
+from hub_stand_in import FIGURES, StandIn, make_run, stand_in
 
 import saekit
-from saekit import SAEConfig, SaekitError, SparseAutoencoder
-from saekit.card import card
-from saekit.hub import HubPath
+from saekit import SaekitError, SparseAutoencoder
 
 pytestmark = pytest.mark.filterwarnings("ignore:Cannot enable progress bars")
 DATA = Path(__file__).parents[1] / "data"
-FIGURES = {
-    "about": {"d_in": 6, "d_sae": 20, "dataset": "python", "part": "heldout"},
-    "sparsity": {"tokens": 4321, "l0": 3.0, "dead": 2},
-    "reconstruction": {"fvu": 0.25, "cosine": None},
-}
 
 
 @pytest.fixture
@@ -56,14 +47,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run's folder, whose dictionary SAELens wrote, with figures and what is nobody's business."""
-    folder = tmp_path / "run"
-    shutil.copytree(DATA / "saelens_topk", folder / "sae")
-    (folder / "config.yaml").write_text("out: /home/me/secret\n")
-    (folder / "eval.json").write_text(json.dumps(FIGURES))
-    (folder / "checkpoints").mkdir()
-    (folder / "checkpoints/step-1.safetensors").write_bytes(b"moments")
-    return folder
+    return make_run(tmp_path / "run")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -374,83 +358,3 @@ def test_offline_in_a_process_of_its_own(hub, tmp_path):
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert (done.stdout, done.stderr) == ("20\n", "")
-
-
-def head_of(text: str) -> dict[str, object]:
-    _, head, body = text.split("---\n", 2)
-    assert body.startswith("\n#")
-    return yaml.safe_load(head)
-
-
-def test_a_card(run):
-    text = card(run, HubPath.parse("me/x/y"))
-    assert head_of(text) == {"library_name": "saekit", "tags": ["sparse-autoencoder", "interpretability", "saelens"]}
-    for words in (
-        "| features | 20, of activations of width 6 |",
-        "On 4,321 held-out tokens of the Python source on the machine",
-        "| FVU | 0.2500 | fraction of the activations' variance unexplained |",
-        'sae = saekit.load("hf://me/x/y")',
-        'SAE.from_pretrained("me/x", "y")',
-        "Its files do not say: the model; the hook point;",
-    ):
-        assert words in text
-    assert "cosine" not in text
-    assert 'SAE.load_from_disk(snapshot_download("me/x"))' in card(run, HubPath.parse("me/x"))
-
-
-def saved(folder: Path, **metadata: object) -> Path:
-    sae = SparseAutoencoder(SAEConfig(4, 8, "jumprelu", affinity_scale="token_norm", metadata=metadata))
-    return sae.save(folder)
-
-
-def test_a_card_of_what_saekit_trained(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    own = {"variant": "mutual_choice", "k": 3, "aux": "aux_k", "training_tokens": 1_000_000, "seed": 5}
-    facts = {"model_name": "EleutherAI/pythia-70m", "hook_name": "blocks.3.hook_resid_post", "context_size": 128}
-    folder = saved(tmp_path / "sae", **facts, dataset_path="monology/pile-uncopyrighted", saekit=own)
-    text = card(folder, HubPath.parse("me/x/y"))
-    assert head_of(text)["base_model"] == "EleutherAI/pythia-70m"
-    assert head_of(text)["datasets"] == ["monology/pile-uncopyrighted"]
-    assert "# Sparse autoencoder of `EleutherAI/pythia-70m` at `blocks.3.hook_resid_post`" in text
-    assert "| trained on | 1,000,000 tokens of `monology/pile-uncopyrighted` |" in text
-    assert "| trained by | `mutual_choice` with k = 3 and `aux_k` |" in text
-    assert "SAELens cannot read" in text
-    assert "from sae_lens" not in text
-    assert "do not say: a licence." in text
-    Path("EleutherAI/pythia-70m").mkdir(parents=True)  # then it is a folder, not what the hub calls so
-    assert "base_model" not in head_of(card(folder))
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "a\n---\nlicense: mit\n",
-        "a: b",
-        "`x` | y <script>",
-        "&x *x",
-        "!!python/object:os.system",
-        "\ud800",
-        "x" * 10_000,
-        7,
-        ["a"],
-        {"a": 1},
-        "/home/me/model",
-        "../model",
-        "C:\\model",
-        "\u2028---",
-        "",
-    ],
-)
-def test_metadata_cannot_break_a_card(text, tmp_path):
-    """Nothing of it gets into the head, and in the body it stays within its code."""
-    facts = {"model_name": text, "dataset_path": text, "hook_name": "h" if text == "/home/me/model" else text}
-    folder = saved(tmp_path / "sae", **facts, saekit={"variant": facts["hook_name"]})
-    made = card(folder, HubPath.parse("me/x/y"))
-    assert head_of(made) == {"library_name": "saekit", "tags": ["sparse-autoencoder", "interpretability"]}
-    made.encode()
-    body = made.split("---\n", 2)[2]
-    assert "/home" not in body
-    rows = [line for line in body.splitlines() if line.startswith("|")]
-    assert all(row.count("|") == 3 and row.count("`") % 2 == 0 for row in rows[:8])
-    assert max(map(len, body.splitlines())) < 600
-    assert head_of(card(folder, HubPath.parse("me/x/y"), above=True))["library_name"] == "saekit"

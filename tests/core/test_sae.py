@@ -9,23 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from made import dictionary
 from safetensors.torch import load_file, save_file
 
 import saekit
 from saekit import SAEConfig, SaekitError, SparseAutoencoder
 from saekit.commands.judging import judged
-
-
-def dictionary(architecture, dtype=torch.float32, d_in=8, d_sae=32, **extra):
-    torch.manual_seed(1)
-    k = 4 if architecture == "topk" else None
-    sae = SparseAutoencoder(SAEConfig(d_in, d_sae, architecture, k, **extra), dtype)
-    with torch.no_grad():
-        for p in sae.parameters():
-            p.copy_(torch.randn(p.shape))
-        if sae.threshold is not None:
-            sae.threshold.copy_(torch.rand(d_sae) * 3)
-    return sae
 
 
 def features_by_hand(sae, x):
@@ -82,7 +71,7 @@ def test_long_inputs_are_encoded_in_parts(monkeypatch):
 @pytest.mark.parametrize("architecture", ["topk", "jumprelu", "standard"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_saved_and_loaded_again(tmp_path, architecture, dtype):
-    sae = dictionary(architecture, dtype).with_metadata(model_name="m", hook_name="blocks.0.hook_resid_post")
+    sae = dictionary(architecture, dtype=dtype).with_metadata(model_name="m", hook_name="blocks.0.hook_resid_post")
     sae.save(tmp_path / "sae")
     loaded = saekit.load(tmp_path / "sae")
     assert not loaded.training

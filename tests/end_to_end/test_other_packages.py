@@ -1,28 +1,20 @@
-"""Other packages open what saekit writes, and find the same features and reconstructions.
-
-Each needs an environment of its own, made once beside the repository's (minutes), or linked from elsewhere:
-``.venv-dictionary-learning``, ``.venv-sparsify``, ``.venv-saelens``, in the repository or in $SAEKIT_ENVIRONMENTS.
-"""
+"""Other packages open what saekit writes, and find the same features and reconstructions."""
 
 from __future__ import annotations
 
 import copy
-import os
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from environments import ROOT, python_of
 from safetensors.torch import load_file, save_file
 
 import saekit
 from saekit import SAEConfig, SparseAutoencoder
 from saekit.formats import WRITABLE
 
-ROOT = Path(__file__).parents[2]
 DATA = ROOT / "tests/data"
-HOME = Path(os.environ.get("SAEKIT_ENVIRONMENTS", ROOT))
 PACKAGES = {"saelens": "sae-lens==6.54.12", "dictionary-learning": "dictionary-learning==0.1.0"}
 PACKAGES |= {"sparsify": "eai-sparsify==1.3.3"}
 OPENS = {
@@ -59,18 +51,6 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
     f, x_hat = opened(str(folder), load_file(sys.argv[2])["x"])
     save_file({"f": f.detach().contiguous(), "x_hat": x_hat.detach().contiguous()}, Path(sys.argv[3]) / folder.name)
 """
-
-
-def python_of(package):
-    """The interpreter of an environment that has a package."""
-    environment = HOME / f".venv-{package}"
-    python = environment / "bin/python"
-    if not (environment / "ready").exists():
-        subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
-        install = [str(python), "-m", "pip", "install", "--quiet", "torch==2.13.0"]
-        subprocess.run([*install, PACKAGES[package]], check=True)
-        (environment / "ready").touch()
-    return python
 
 
 def dictionaries():
@@ -110,7 +90,7 @@ def test_opened_by(package, tmp_path):
         WRITABLE[to].write(sae, tmp_path / "written" / name)
     x = torch.randn(300, 8) * torch.logspace(-1, 1, 300)[:, None] + 0.5
     save_file({"x": x}, tmp_path / "x")
-    command = [python_of(package), "-c", OPENS[package] + SCRIPT]
+    command = [python_of(package, PACKAGES[package]), "-c", OPENS[package] + SCRIPT]
     command += [tmp_path / "written", tmp_path / "x", tmp_path / "found"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr

@@ -8,17 +8,15 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from environments import ROOT, python_of
 
 import saekit
 from saekit.evals.saebench import for_saebench
 
-ROOT = Path(__file__).parents[2]
-ENVIRONMENT = ROOT / ".venv-saebench"
 # the whole core evaluation by its own entry point, on a folder of text
 WHOLE = """
 import sys
@@ -41,17 +39,8 @@ multiple_evals(
 @pytest.fixture(scope="module")
 def saebench_python() -> Path:
     """The interpreter of an environment with SAEBench and saekit, made once (minutes)."""
-    python = ENVIRONMENT / "bin/python"
-    ready = ENVIRONMENT / "ready"
-    if not ready.exists():
-        subprocess.run([sys.executable, "-m", "venv", str(ENVIRONMENT)], check=True)
-        pip = [str(python), "-m", "pip"]
-        for packages in (["torch==2.13.0"], ["torch==2.13.0", "sae-bench==0.6.0", "sae-lens==6.54.12", "-e", ROOT]):
-            subprocess.run([*pip, "install", "--quiet", *map(str, packages)], check=True)
-        # SAEBench does not import it, and beside a torch without CUDA it breaks transformers
-        subprocess.run([*pip, "uninstall", "--quiet", "--yes", "torchvision"], check=True)
-        ready.touch()
-    return python
+    # SAEBench does not import torchvision, and beside a torch without CUDA it breaks transformers
+    return python_of("saebench", "sae-bench==0.6.0", "sae-lens==6.54.12", "-e", ROOT, without="torchvision")
 
 
 @pytest.fixture(scope="module")

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from environments import python_of
 from safetensors.torch import load_file, save_file
 
 import saekit
 from saekit.activations import ActivationCache
 from saekit.trainers import TrainConfig, train
 
-ROOT = Path(__file__).parents[2]
-ENVIRONMENT = Path(os.environ.get("SAEKIT_ENVIRONMENTS", ROOT)) / ".venv-saelens"
 SCRIPT = """
 import sys
 from safetensors.torch import load_file, save_file
@@ -31,14 +28,7 @@ save_file({"f": f.detach().contiguous(), "x_hat": sae.decode(f).detach().contigu
 @pytest.fixture(scope="module")
 def saelens_python() -> Path:
     """The interpreter of an environment with sae-lens, made once (minutes)."""
-    python = ENVIRONMENT / "bin/python"
-    ready = ENVIRONMENT / "ready"
-    if not ready.exists():
-        subprocess.run([sys.executable, "-m", "venv", str(ENVIRONMENT)], check=True)
-        install = [str(python), "-m", "pip", "install", "--quiet", "torch==2.13.0", "sae-lens==6.54.12"]
-        subprocess.run(install, check=True)
-        ready.touch()
-    return python
+    return python_of("saelens", "sae-lens==6.54.12")
 
 
 @pytest.mark.slow
