@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,10 @@ _HOMES = {
     "load": "saekit.formats",
     "splice": "saekit.splice",
 }
+
+_checkout = Path(__file__).parents[1]
+if (_checkout / "pyproject.toml").is_file() and not (Path(__file__).parent / "activations").exists():
+    __path__.append(str(_checkout))  # where activations, trainers and evals stand beside this folder
 
 
 class _Package(ModuleType):
