@@ -16,8 +16,10 @@ from torch import Tensor
 
 import saekit
 from saekit.activations.attention import quick_attention, try_quick_attention
+from saekit.activations.boot import keep_own_tokens, text_alone
 from saekit.errors import SaekitError, did_you_mean, first_line
 from saekit.files import expanded
+from saekit.no_installs import no_installs
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -29,7 +31,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def load_model(
     name_or_path: str = EMBEDDED, *, device: str | None = None, dtype: str = "float32", trust_remote_code: bool = False
 ) -> TransformerBridge:
-    """Load a causal language model, hooked by TransformerLens, in evaluation mode and without parameter gradients.
+    """Load a language model, hooked by TransformerLens, in evaluation mode and without parameter gradients.
+
+    A multimodal model is loaded for text, without the processor of its images or sound. Nothing is installed.
 
     Args:
         name_or_path: ``"embedded"`` (the small model that ships with saekit), a local Hugging Face folder, or a name on
@@ -51,9 +55,14 @@ def load_model(
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        model = TransformerBridge.boot_transformers(
-            place, device=device, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code
-        )
+        with no_installs(), text_alone():
+            model = TransformerBridge.boot_transformers(
+                place, device=device, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code
+            )
+            if model.tokenizer is not None:
+                keep_own_tokens(model, trust_remote_code)
+    except SaekitError:
+        raise
     except OSError as error:
         if Path(place).is_dir():
             raise SaekitError(f"the model folder '{name_or_path}' is incomplete: {first_line(error)}") from error

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from saekit.activations.boot import text_tokenizer
 from saekit.activations.finite import BadTokens
 from saekit.activations.gradients import LOSS
 from saekit.activations.harvest import ActivationBatch, harvest
@@ -20,8 +21,9 @@ from saekit.activations.model import (
 )
 from saekit.activations.python_source import Split
 from saekit.activations.text import PYTHON, TextSource, open_text
-from saekit.activations.tokens import ContextBatch, pack, tokenizer_fingerprint
+from saekit.activations.tokens import MASK, ContextBatch, pack, tokenizer_fingerprint
 from saekit.errors import SaekitError
+from saekit.special_tokens import special_tokens
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -90,7 +92,7 @@ class ActivationSource:
         if length > longest:
             raise SaekitError(f"a context of {length} tokens is longer than the {longest} that '{model}' takes")
         # what TransformerLens knows of the model's training decides about BOS
-        bos = bool(getattr(bridge.cfg, "default_prepend_bos", True)) and bridge.tokenizer.bos_token_id is not None
+        bos = bool(getattr(bridge.cfg, "default_prepend_bos", True)) and special_tokens(bridge).bos is not None
         return cls(model, bridge, hook, text, length, bos, column, split)
 
     def at(self, hook: str) -> ActivationSource:
@@ -111,10 +113,11 @@ class ActivationSource:
         empty = True
         for contexts in pack(
             self.text.documents(part),
-            self.model.tokenizer,
+            text_tokenizer(self.model),
             self.context_length,
             prepend_bos=self.prepend_bos,
             contexts=batch,
+            special=special_tokens(self.model),
         ):
             empty = False
             yield contexts
@@ -159,9 +162,9 @@ class ActivationSource:
             "dataset_split": self.split,
             "column": self.column,
             "part": part,
-            "tokenizer": tokenizer_fingerprint(self.model.tokenizer),
+            "tokenizer": tokenizer_fingerprint(text_tokenizer(self.model)),
             "context_length": self.context_length,
             "prepend_bos": self.prepend_bos,
-            "mask": "text positions; BOS and document separators left out",
+            "mask": MASK,
             **({"gradients": LOSS} if gradients else {}),
         }

@@ -19,6 +19,7 @@ from saekit.activations import python_source
 from saekit.activations.python_source import CALIBRATION_SHARE, HELDOUT_SHARE, Split
 from saekit.errors import SaekitError, did_you_mean, first_line
 from saekit.files import expanded
+from saekit.no_installs import no_installs
 from saekit.reading import check_inside, is_plain, read_json
 
 PYTHON = "python"
@@ -161,7 +162,8 @@ def _opened(dataset: str, opener: Callable[[Any], Any]) -> Any:
     datasets.utils.logging.set_verbosity(logging.CRITICAL)  # what fails is told in one line of our own
     datasets.utils.logging.disable_progress_bar()
     try:
-        return opener(datasets)
+        with no_installs():
+            return opener(datasets)
     except SaekitError:
         raise
     except Exception as error:
@@ -175,7 +177,7 @@ def _column(dataset: str, rows: Any, column: str) -> Callable[[], Iterator[str]]
     def texts() -> Iterator[str]:
         number = 0
         try:
-            for number, row in enumerate(rows):
+            for number, row in enumerate(_guarded(rows)):
                 text = row.get(column)
                 if isinstance(text, str):
                     if text:
@@ -193,6 +195,19 @@ def _column(dataset: str, rows: Any, column: str) -> Callable[[], Iterator[str]]
     if next(texts(), None) is None:
         raise SaekitError(f"the dataset '{dataset}' is empty")
     return texts
+
+
+def _guarded(rows: Iterable[Any]) -> Iterator[Any]:
+    """The rows, none of which installs anything while it is read."""
+    with no_installs():
+        reader = iter(rows)
+    end = object()
+    while True:
+        with no_installs():
+            row = next(reader, end)
+        if row is end:
+            return
+        yield row
 
 
 def _digest(files: Iterable[Path]) -> str:

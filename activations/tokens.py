@@ -13,6 +13,10 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from saekit.errors import SaekitError
+from saekit.special_tokens import SpecialTokens, special_tokens
+
+MASK = "text positions; the first of each context, BOS and document separators left out"
+_LEAST = 3  # tokens of a context: the first, which is not kept, one that is, and one that follows it
 
 
 class ContextBatch(NamedTuple):
@@ -21,8 +25,9 @@ class ContextBatch(NamedTuple):
     Attributes:
         tokens: [b, t] token ids.
         documents: [b, t] running number of the document that each token comes from.
-        kept: [b, t] whether a position holds text. BOS and the separators that packing put in are not kept; they are
-            marked by position, not by id, so a document's own tokens always count.
+        kept: [b, t] whether a position is trained on and scored. The first of a context is not, whatever it holds:
+            models use it as an attention sink, with activations like no others. Nor are BOS and the separators that
+            packing put in; they are marked by position, not by id, so a document's own tokens count anywhere else.
     """
 
     tokens: Int[Tensor, "b t"]
@@ -39,12 +44,19 @@ class ContextBatch(NamedTuple):
 
 
 def pack(
-    documents: Iterable[str], tokenizer: Any, context_length: int, *, prepend_bos: bool, contexts: int = 32
+    documents: Iterable[str],
+    tokenizer: Any,
+    context_length: int,
+    *,
+    prepend_bos: bool,
+    contexts: int = 32,
+    special: SpecialTokens | None = None,
 ) -> Iterator[ContextBatch]:
     """Tokenise documents and pack them without padding: BOS (if wanted), then text, documents divided by EOS.
 
-    The last tokens, where they do not fill a context, are left out, unless they are all there is: then they make one
-    shorter context.
+    A tokenizer without special tokens gives text alone; documents are told apart by their numbers then. The last
+    tokens, where they do not fill a context, are left out, unless they are all there is: then they make one shorter
+    context.
 
     Args:
         documents: texts.
@@ -52,14 +64,15 @@ def pack(
         context_length: t, tokens a context, BOS among them.
         prepend_bos: whether each context begins with BOS (ignored by a tokenizer that has none).
         contexts: b, contexts a batch; the last batch may be smaller.
+        special: BOS and separator; the tokenizer's own if not given.
 
     Raises:
         SaekitError: the context length leaves no room for text.
     """
-    bos = tokenizer.bos_token_id if prepend_bos else None
-    separator = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
+    special = special_tokens(tokenizer) if special is None else special
+    bos, separator = special.bos if prepend_bos else None, special.separator
     room = context_length - (bos is not None)
-    if room < 2:
+    if context_length < _LEAST:
         raise SaekitError(f"a context of {context_length} tokens has no room for text")
     need = room * contexts
     ids: list[np.ndarray] = []
@@ -86,7 +99,7 @@ def pack(
             for start in range(0, whole, need):
                 yield _contexts(stream[start : start + need], owner[start : start + need], room, bos)
             ids, owners, waiting = [stream[whole:]], [owner[whole:]], len(stream) - whole
-    if waiting >= room or (waiting >= 2 and not made):
+    if waiting >= room or (waiting + (bos is not None) >= _LEAST and not made):
         stream, owner = np.concatenate(ids), np.concatenate(owners)
         room = min(room, waiting)
         whole = len(stream) // room * room
@@ -101,7 +114,14 @@ def _contexts(stream: np.ndarray, owner: np.ndarray, room: int, bos: int | None)
         # BOS goes with the document that follows it
         first = owners[:, :1]
         owners = torch.cat([torch.where(first < 0, first, -1 - first), owners], dim=1)
-    return ContextBatch(tokens, torch.where(owners < 0, -1 - owners, owners), owners >= 0)
+    return ContextBatch(tokens, torch.where(owners < 0, -1 - owners, owners), without_first(owners >= 0))
+
+
+def without_first(kept: Bool[Tensor, "b t"]) -> Bool[Tensor, "b t"]:
+    """The positions without the first of each context."""
+    kept = kept.clone()
+    kept[:, 0] = False
+    return kept
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

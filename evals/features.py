@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saekit.activations import ContextBatch, harvest
+from saekit.activations.gradients import not_causal
 from saekit.code import SparseCode
 from saekit.errors import SaekitError
 from saekit.evals.activity import Activity, Found
@@ -315,6 +316,8 @@ def _no_logits(sae: SparseAutoencoder, model: TransformerBridge, hook: str) -> s
     """Why decoder rows cannot be put before the model's final norm, if they cannot."""
     if hook.rsplit(".", 1)[-1] not in _RESIDUAL or sae.cfg.d_in != int(model.cfg.d_model):
         return f"'{hook}' is not in the space of the residual stream, which the unembedding reads"
+    if why := not_causal(model):
+        return why
     if not all(hasattr(model, part) for part in ("ln_final", "unembed")):
         return "the model has no final norm and unembedding under the names ln_final and unembed"
     return None

@@ -6,11 +6,13 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.cells import cell_len
 from rich.table import Table
+from rich.text import Text
 
 from saekit import display
 from saekit.errors import SaekitError
@@ -93,9 +95,9 @@ class Report:
     """Figures of one dictionary.
 
     Attributes:
-        groups: ``sparsity``, ``reconstruction`` and, with a model, ``downstream``; each names its number of tokens. For
-            gradient TopK also ``gradient_selection``. The suite ``dark_matter`` has one group of that name.
-        about: what was evaluated on what.
+        groups: ``sparsity``, ``reconstruction`` and, with a causal model, ``downstream``; each names its number of
+            tokens. For gradient TopK also ``gradient_selection``. The suite ``dark_matter`` has one group of that name.
+        about: what was evaluated on what; ``no_downstream``: why a model has no such group.
     """
 
     groups: dict[str, dict[str, Any]]
@@ -107,12 +109,12 @@ class Report:
     def __repr__(self) -> str:
         rows = self._rows()
         names, values = (max((len(row[column]) for row in rows), default=0) for column in (0, 1))
-        return "\n".join(
-            [self._title(), *(f"  {name:<{names}}  {value:>{values}}  {text}" for name, value, text in rows)]
-        )
+        lines = [f"  {name:<{names}}  {value:>{values}}  {text}" for name, value, text in rows]
+        return "\n".join([self._title(), *lines, *(f"  {note}" for note in notes(self.about))])
 
     def _repr_html_(self) -> str:
-        return display.table(self._title(), self._rows(), ("figure", "value", "meaning"))
+        figures = display.table(self._title(), self._rows(), ("figure", "value", "meaning"))
+        return figures + "".join(f"<p>{escape(note)}</p>" for note in notes(self.about))
 
     def _title(self) -> str:
         return str(self.about.get("dictionary") or self.about.get("hook") or "Report")
@@ -190,19 +192,26 @@ def figures(groups: Mapping[str, Any]) -> list[Figure]:
     return found
 
 
+def notes(about: Mapping[str, Any]) -> list[str]:
+    """What a reader of the figures should know besides: why some of them are not there."""
+    return [str(about[key]) for key in ("no_downstream",) if isinstance(about.get(key), str)]
+
+
 def table(reports: Mapping[str, Report] | Sequence[tuple[str, Report]]) -> Table:
     """One dictionary: a row a figure, with its meaning. Several: a row a dictionary, or a column if too wide."""
     rows = list(reports.items()) if isinstance(reports, Mapping) else list(reports)
     figures = [figure for figure in _FIGURES if any(_found(report, *figure[1:3]) is not None for _, report in rows)]
     if len(rows) == 1:
         name, report = rows[0]
-        result = Table(title=name, title_justify="left")
+        result = Table(title=name, title_justify="left", caption_justify="left")
         for title in ("figure", "value", "meaning"):
             result.add_column(title, justify="right" if title == "value" else "left")
         for title, group, key, shape, meaning in figures:
             result.add_row(title, shape.format(_found(report, group, key)), meaning)
+        result.caption = Text("\n".join(notes(report.about))) if notes(report.about) else None
         return result
-    result = Table()
+    told = [f"{name}: {note}" for name, report in rows for note in notes(report.about)]
+    result = Table(caption=Text("\n".join(told)) if told else None, caption_justify="left")
     cells = [
         [title, *(_shown(_found(r, group, key), shape) for _, r in rows)] for title, group, key, shape, _ in figures
     ]

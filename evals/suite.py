@@ -10,6 +10,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saekit.activations import ContextBatch, harvest
+from saekit.activations.gradients import not_causal
+from saekit.activations.tokens import without_first
 from saekit.errors import SaekitError
 from saekit.evals.downstream import downstream
 from saekit.evals.gradient_selection import gradient_selection
@@ -39,14 +41,15 @@ def evaluate(
         model: the hooked model (``saekit.activations.load_model``).
         tokens: [c, t] contexts of token ids, or a ``ContextBatch`` that knows its text positions.
         hook: hook point; what the dictionary's metadata names if not given.
-        kept: [c, t] positions that hold text, where ``tokens`` is a plain tensor. If not given, a first position that
-            holds BOS is left out and everything else is kept.
+        kept: [c, t] positions that hold text, where ``tokens`` is a plain tensor; everything if not given. The first of
+            each context is left out in any case.
         batch: contexts in one forward pass.
-        on_batch: called with the number of contexts done, for a progress bar; each counts ``passes(sae)`` times.
+        on_batch: called with the number of contexts done, for a progress bar; each counts ``passes(sae, model)`` times.
 
     Returns:
         A report with the groups ``sparsity``, ``reconstruction`` and ``downstream``, and ``gradient_selection`` for a
-        dictionary that gradient TopK trained.
+        dictionary that gradient TopK trained. A model that is not causal has the first two alone, and ``about`` says
+        why under ``no_downstream``.
 
     Raises:
         SaekitError: no hook is known, the dictionary does not fit the model, or there is no text.
@@ -54,7 +57,7 @@ def evaluate(
     hook = hook or sae.cfg.metadata.get("hook_name")
     if not hook:
         raise SaekitError("the dictionary does not name its hook point; give one")
-    contexts = tokens if isinstance(tokens, ContextBatch) else _contexts(model, tokens, kept)
+    contexts = tokens if isinstance(tokens, ContextBatch) else _contexts(tokens, kept)
     if not contexts.kept.any():
         raise SaekitError("there is no held-out text to evaluate on")
 
@@ -65,18 +68,20 @@ def evaluate(
                 on_batch(len(part.tokens))
 
     sparsity, reconstruction = _explained(sae, (found.x for found in harvest(model, hook, parts())), hook)
-    cost = downstream(model, hook, parts(), _reconstruct(sae), reconstruction.mean())
-    groups = {"sparsity": sparsity.result(), "reconstruction": reconstruction.result(), "downstream": cost}
+    groups = {"sparsity": sparsity.result(), "reconstruction": reconstruction.result()}
+    about = {"hook": hook, "contexts": len(contexts.tokens), "context_length": contexts.tokens.shape[1]}
+    if why := not_causal(model):
+        return Report(groups, {**about, "no_downstream": f"no next-token figures: {why}"})
+    cost = groups["downstream"] = downstream(model, hook, parts(), _reconstruct(sae), reconstruction.mean())
     if (beta := _beta(sae)) is not None:
         groups["gradient_selection"] = gradient_selection(sae, model, hook, parts, beta, float(cost["ce_clean"]))
-    return Report(
-        groups,
-        {"hook": hook, "contexts": len(contexts.tokens), "context_length": contexts.tokens.shape[1]},
-    )
+    return Report(groups, about)
 
 
-def passes(sae: SparseAutoencoder) -> int:
+def passes(sae: SparseAutoencoder, model: TransformerBridge) -> int:
     """How often ``evaluate`` goes through the contexts."""
+    if not_causal(model):
+        return 1
     return 2 if _beta(sae) is None else 4
 
 
@@ -123,11 +128,9 @@ def _reconstruct(sae: SparseAutoencoder) -> Callable[[Tensor], Tensor]:
     return reconstruct
 
 
-def _contexts(model: TransformerBridge, tokens: Tensor, kept: Tensor | None) -> ContextBatch:
+def _contexts(tokens: Tensor, kept: Tensor | None) -> ContextBatch:
     if tokens.ndim != 2:
         raise SaekitError(f"tokens are contexts [c, t], not of shape {list(tokens.shape)}")
     tokens = tokens.cpu()
-    if kept is None:
-        kept = torch.ones_like(tokens, dtype=torch.bool)
-        kept[:, 0] = tokens[:, 0] != model.tokenizer.bos_token_id
-    return ContextBatch(tokens, torch.arange(len(tokens))[:, None].expand_as(tokens), kept.cpu())
+    kept = torch.ones_like(tokens, dtype=torch.bool) if kept is None else kept.cpu()
+    return ContextBatch(tokens, torch.arange(len(tokens))[:, None].expand_as(tokens), without_first(kept))

@@ -130,7 +130,7 @@ class _Told:
 
 def _figures(sae: SparseAutoencoder, files: dict[str, Path]) -> str:
     """The report's figures as a table, or that there are none."""
-    from saekit.evals.report import Report, groups_in, table
+    from saekit.evals.report import Report, groups_in, notes, table
 
     if "eval.json" not in files:
         return "## Figures\n\nIt comes without an evaluation; `saekit eval` makes one."
@@ -152,7 +152,8 @@ def _figures(sae: SparseAutoencoder, files: dict[str, Path]) -> str:
     origin = _described(_text(about.get("dataset")) or _text(about.get("cache")))
     held_out = "held-out " if about.get("part") == "heldout" else ""
     told = f"On {tokens} {held_out}tokens{f' of {origin}' if origin else ''}, by the rule above:"
-    return "\n".join(["## Figures", "", told, "", *lines])
+    why = [f"\n{_code(_text(note))}" for note in notes(about)]
+    return "\n".join(["## Figures", "", told, "", *lines, *why])
 
 
 def _loading(place: HubPath | str | Path) -> str:

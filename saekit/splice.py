@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from saekit.code import SparseCode
 from saekit.errors import SaekitError, did_you_mean
+from saekit.positions import call_of, text_positions, token_ids
+from saekit.special_tokens import special_tokens
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -66,8 +68,9 @@ def splice(
             normalises it).
         add: what to add to features, active or not.
         ablate: features to set to zero.
-        positions: where to splice. ``text``, as dictionaries are trained: all but BOS, known by its id (all where the
-            model names none or is not called with token ids). ``all``. A mask [b, t], or what broadcasts to it, such
+        positions: where to splice. ``text``, as dictionaries are trained: all but the first position of a context, BOS
+            (known by its id) and padding, as far as what the model is called with tells; later passes of a generation
+            with a cache have no first position. ``all``. A mask [b, t], or what broadcasts to it, such
             as a ``ContextBatch``'s ``kept``, by which evaluations leave out separators too. A function from token ids
             [b, t] to such a mask; it also does for generation, where passes differ in length.
 
@@ -87,10 +90,10 @@ def splice(
     place = _hook_point(model, hook) if bridged else _module(model, hook)
     make = type(place) if bridged else nn.Identity
     error = make() if add_error else None
-    spliced = Splice(sae, hook, make(), make(), error, edit, positions, _bos(model))
+    spliced = Splice(sae, hook, make(), make(), error, edit, positions, special_tokens(model).bos)
     called: Any = model.original_model if bridged else model
     with ExitStack() as undo:
-        undo.callback(called.register_forward_pre_hook(spliced._read_tokens, with_kwargs=True).remove)
+        undo.callback(called.register_forward_pre_hook(spliced._read_call, with_kwargs=True).remove)
         undo.enter_context((_on_bridge if bridged else _on_module)(model, place, spliced))
         yield spliced
 
@@ -115,6 +118,7 @@ class Splice:
     _positions: Positions
     _bos: int | None
     _tokens: Tensor | None = None
+    _text: Tensor | None = None
 
     def points(self) -> dict[str, Any]:
         """The modules by the names that their hook points have on a bridge."""
@@ -148,18 +152,19 @@ class Splice:
         out = out.to(activation) if kept is None else torch.where(kept[..., None], out.to(activation), flat)
         return out.reshape(activation.shape)
 
-    def _read_tokens(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Remember the token ids that the model is called with."""
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        self._tokens = ids if isinstance(ids, Tensor) and not ids.is_floating_point() else None
+    def _read_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Remember what tells the positions of this pass; the cache must be asked before the pass fills it."""
+        call = call_of(module, args, kwargs)
+        self._tokens = token_ids(call)
+        self._text = text_positions(call, self._bos) if isinstance(self._positions, str) else None
 
     def _kept(self, flat: Float[Tensor, "b t d"]) -> Bool[Tensor, "b t"] | None:
         """Where to splice; None: everywhere."""
-        mask = self._positions
+        mask: Any = self._positions
         if isinstance(mask, str):
-            if mask == "all" or self._bos is None or self._tokens is None:
+            if mask == "all" or self._text is None:
                 return None
-            mask = self._tokens != self._bos
+            mask = self._text
         elif not isinstance(mask, Tensor):
             if self._tokens is None:
                 raise SaekitError("positions are a function of token ids, but the model is called without any")
@@ -231,14 +236,6 @@ class _Edit(NamedTuple):
 def _watched(module: nn.Module) -> bool:
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks)
-
-
-def _bos(model: Any) -> int | None:
-    """The id of BOS, by a bridge's tokenizer or a model's configuration."""
-    for owner in (getattr(model, "tokenizer", None), getattr(model, "config", None)):
-        if isinstance(found := getattr(owner, "bos_token_id", None), int):
-            return found
-    return None
 
 
 def _hook_point(bridge: Any, hook: str) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 
 import saekit
 from saekit.activations import ActivationCache, ActivationSource, ContextBatch, Harvest, harvest_hooks
+from saekit.activations.gradients import not_causal
 from saekit.activations.harvest import ActivationBatch
 from saekit.activations.model import check_hook, recorded
 from saekit.errors import SaekitError
@@ -99,14 +100,15 @@ class DarkMatterJudge:
         self, saes: dict[str, SparseAutoencoder], source: ActivationSource
     ) -> tuple[dict[str, Report], dict[str, Any]]:
         study = ErrorStudy(saes, source.hook, self._earlier(source), self.pursuit, self.seed)
+        why = not_causal(source.model)
         contexts = heldout_contexts(source, self.judge.tokens, partial(without_start, share=SKIPPED))
         tell = self._bar(f"errors at {source.hook}", 2 * len(contexts.tokens))
 
         def batches(hooks: list[str]) -> Iterator[Harvest]:
-            return harvest_hooks(source.model, hooks, _parts(contexts, tell), losses=True)
+            return harvest_hooks(source.model, hooks, _parts(contexts, tell), losses=why is None)
 
         figures, compared = study.run(batches)
-        if self.ce_tokens:
+        if self.ce_tokens and why is None:
             few = _first(only_tested(contexts, self.seed), self.ce_tokens)
             tell = self._bar("their costs", len(few.tokens) * len(saes))
             for path, sae in saes.items():
@@ -114,6 +116,8 @@ class DarkMatterJudge:
                 cost = error_downstream(source.model, source.hook, _parts(few, tell), sae, b)
                 figures[path]["cost"] = cost
         about = {**source.passport("heldout"), "mask": f"text positions but the first {SKIPPED:.0%} and the last"}
+        if why:
+            about["no_downstream"] = f"no next-token figures: {why}"
         return {path: _report(path, sae, figures[path], about) for path, sae in saes.items()}, compared
 
     def _by_cache(self, saes: dict[str, SparseAutoencoder], path: Path) -> tuple[dict[str, Report], dict[str, Any]]:

@@ -8,6 +8,7 @@ function showOverview(data, host) {
     host.append(
       el("p", { class: "notice" }, "Not judged on held-out text, so there are no figures but those of training."),
     );
+  for (const note of told.notes) host.append(el("p", { class: "notice" }, note));
   if (data.comparison) host.append(compared(data.comparison));
   const part = (title, name, items) =>
     items.length && host.append(el("h2", {}, title), el("section", { class: name }, ...items));

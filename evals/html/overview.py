@@ -11,7 +11,7 @@ from typing import Any
 
 from saekit.errors import SaekitError
 from saekit.evals.features import FeatureStudy
-from saekit.evals.report import figures, lookup
+from saekit.evals.report import figures, lookup, notes
 from saekit.evals.sparsity import histogram
 from saekit.reading import parse_json, read_bounded
 from saekit.sae import SparseAutoencoder
@@ -62,6 +62,7 @@ def overview(subject: Subject, study: FeatureStudy | None) -> dict[str, Any]:
         "name": _text(subject.name),
         "made": _made(subject.sae),
         "judged": _judged(subject),
+        "notes": [_text(note) for note in notes(subject.about)],
         "headline": [[each.title, each.value, each.meaning] for each in headline],
         "tables": [
             [
