@@ -168,11 +168,8 @@ class Judge:
 
     def _by_text(self, sae: SparseAutoencoder, path: str) -> Report:
         source, contexts = self.text_of(sae, path)
-        tell = (
-            self.on_contexts(path, passes(sae, source.model) * len(contexts.tokens))
-            if self.on_contexts is not None
-            else None
-        )
+        work = passes(sae, source.model) * len(contexts.tokens)
+        tell = self.on_contexts(path, work) if self.on_contexts is not None else None
         report = evaluate(sae, source.model, contexts, hook=source.hook, on_batch=tell)
         return Report(report.groups, {**source.passport("heldout"), **report.about})
 

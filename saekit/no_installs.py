@@ -1,7 +1,7 @@
 """A guard around calls into other libraries: none of them installs, upgrades or downloads code.
 
-TransformerLens, for one, runs ``pip install torchvision`` where a multimodal model's image processor does not load. What
-a user's environment holds is the user's to decide.
+TransformerLens, for one, runs ``pip install torchvision`` where a multimodal model's image processor does not load.
+What a user's environment holds is the user's to decide.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _ALWAYS = re.compile(r"ensurepip(\..*)?|get-pip\.py|easy_install|uvx|npx|curl|wg
 _INSTALLER = re.compile(
     r"pip[\d.]*|pip\._internal.*|pipx|pipenv|uv|conda|mamba|micromamba|pixi|poetry|pdm|apt|apt-get|yum|dnf|apk|brew|npm|git"
 )
-_VERBS = frozenset(
-    "install reinstall upgrade update download sync add create run tool wheel build inject fetch clone pull submodule".split()
+_VERBS = re.compile(
+    r"install|reinstall|upgrade|update|download|sync|add|create|run|tool|wheel|inject|fetch|clone|pull|submodule"
 )
 _PART = re.compile(r"[\s;&|()'\"\[\]{},=]+")  # between the words of a command in a shell, or of a line of Python
 _entered: list[list[str]] = []  # for each guard that is entered, what it has refused
@@ -37,7 +37,7 @@ def installs(command: Any) -> bool:
     """Whether a command (a text, or a list of words) would install, upgrade or download code."""
     names = [os.path.basename(part).lower().removesuffix(".exe") for part in _parts(command)]
     return any(
-        _ALWAYS.fullmatch(name) or (_INSTALLER.fullmatch(name) and not _VERBS.isdisjoint(names[place:]))
+        _ALWAYS.fullmatch(name) or (_INSTALLER.fullmatch(name) and any(map(_VERBS.fullmatch, names[place:])))
         for place, name in enumerate(names, 1)
     )
 

@@ -38,7 +38,7 @@ def test_packing_keeps_every_token_in_order(documents, length, bos, batch):
         owners += [number] * (len(text) + 1)
         kept += [True] * len(text) + [False]
     room = length - bos
-    if 2 <= len(stream) < room:
+    if 3 - bos <= len(stream) < room:
         room = len(stream)  # all there is makes one shorter context
     whole = len(stream) // room * room
     assert sum(len(b.tokens) for b in batches) == whole // room
@@ -48,11 +48,12 @@ def test_packing_keeps_every_token_in_order(documents, length, bos, batch):
     assert tokens.shape[1] == room + bos
     if bos:
         assert (tokens[:, 0] == Letters.bos_token_id).all()
-        assert not found_kept[:, 0].any()
+    assert not found_kept[:, 0].any()
     assert tokens[:, int(bos) :].flatten().tolist() == stream[:whole]
     assert found_owners[:, int(bos) :].flatten().tolist() == owners[:whole]
-    # a letter 'e' inside a document counts, the separator of the same id does not
-    assert found_kept[:, int(bos) :].flatten().tolist() == kept[:whole]
+    # a letter 'e' inside a document counts, the separator of the same id does not, nor the first of a context
+    expected = [each and (bos or place % room > 0) for place, each in enumerate(kept[:whole])]
+    assert found_kept[:, int(bos) :].flatten().tolist() == expected
 
 
 def test_without_eos_bos_divides_documents():
@@ -61,6 +62,22 @@ def test_without_eos_bos_divides_documents():
     assert batch.kept.tolist() == [[False, True, True, True, True], [False, False, True, True, False]]
 
 
-def test_a_context_without_room_is_refused():
-    with pytest.raises(SaekitError, match="no room"):
-        list(pack(["abc"], Letters(), 2, prepend_bos=True))
+class Bare(Letters):
+    bos_token_id = eos_token_id = None
+
+
+@pytest.mark.parametrize("prepend_bos", [False, True])
+def test_without_special_tokens_there_is_text_alone(prepend_bos):
+    (batch,) = pack(["aaa", "bb", "c"], Bare(), 3, prepend_bos=prepend_bos, contexts=2)
+    assert batch.tokens.tolist() == [[97, 97, 97], [98, 98, 99]]
+    assert batch.documents.tolist() == [[0, 0, 0], [1, 1, 2]]
+    assert batch.kept.tolist() == [[False, True, True]] * 2
+
+
+def test_a_context_has_room_for_a_prediction_that_counts():
+    for prepend_bos in (False, True):
+        with pytest.raises(SaekitError, match="a context of 2 tokens has no room for text"):
+            next(pack(["aaaa"], Letters(), 2, prepend_bos=prepend_bos))
+    assert list(pack(["a"], Letters(), 9, prepend_bos=False)) == []
+    (batch,) = pack(["a"], Letters(), 9, prepend_bos=True)
+    assert batch.kept.tolist() == [[False, True, False]]

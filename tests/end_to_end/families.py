@@ -53,7 +53,10 @@ FAMILIES = {
         "OPTForCausalLM", {"bos_token": "</s>", "eos_token": "</s>", "pad_token": "<pad>"}, "</s>",
         {**_USUAL, "ffn_dim": 64, "word_embed_proj_dim": WIDTH, "max_position_embeddings": 128},
     ),
-    "bloom": Family("BloomForCausalLM", {**_TWO, "pad_token": "<pad>"}, None, {"hidden_size": WIDTH, "n_layer": LAYERS, "n_head": 2}),
+    "bloom": Family(
+        "BloomForCausalLM", {**_TWO, "pad_token": "<pad>"}, None,
+        {"hidden_size": WIDTH, "n_layer": LAYERS, "n_head": 2},
+    ),
     "llama": Family("LlamaForCausalLM", _TWO, "<s>", _NEWER),
     "mistral": Family("MistralForCausalLM", _TWO, "<s>", {**_NEWER, "sliding_window": 16}),
     "qwen2": Family("Qwen2ForCausalLM", _NO_BOS, None, _NEWER),
@@ -90,7 +93,7 @@ FAMILIES = {
 def documents(count: int = 240) -> list[str]:
     """Sentences of few words, the same each time."""
     draw = random.Random(0)
-    words = "the a small red old model reads writes forgets text token of and in under sparse code feature".split()
+    words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 7))) for _ in range(60)]
     return [" ".join(draw.choices(words, k=draw.randint(8, 40))) + "." for _ in range(count)]
 
 
@@ -118,13 +121,13 @@ def write_model(folder: Path, family: Family) -> Any:
     tokenizer = write_tokenizer(folder, family.special)
     kind = getattr(transformers, family.model)
     roles = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
-    settings = dict(family.settings)
-    (settings["text_config"] if "text_config" in settings else settings).update(roles)
+    inside = family.settings.get("text_config")
+    settings = family.settings | ({"text_config": inside | roles} if inside else roles)
     torch.manual_seed(0)
     model = kind(kind.config_class(vocab_size=ROWS, **settings)).eval()
     with torch.no_grad():
-        for weight in model.parameters():
-            if weight.ndim >= 2:
+        for name, weight in model.named_parameters():
+            if weight.ndim >= 2 and not name.endswith("A_log"):
                 weight.mul_(4)
     model.save_pretrained(folder)
     return model
