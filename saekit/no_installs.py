@@ -36,9 +36,8 @@ _hooked = False
 def installs(command: Any) -> bool:
     """Whether a command (a text, or a list of words) would install, upgrade or download code."""
     names = [os.path.basename(part).lower().removesuffix(".exe") for part in _parts(command)]
-    return any(
-        _ALWAYS.fullmatch(name) or (_INSTALLER.fullmatch(name) and any(map(_VERBS.fullmatch, names[place:])))
-        for place, name in enumerate(names, 1)
+    return any(map(_ALWAYS.fullmatch, names)) or (
+        any(map(_INSTALLER.fullmatch, names)) and any(map(_VERBS.fullmatch, names))
     )
 
 
@@ -95,4 +94,4 @@ def _watch(event: str, args: tuple[Any, ...]) -> None:
 
 
 def _told(line: str) -> str:
-    return f"saekit lets no library install or download code; refused: '{line}'; run it yourself where you want it"
+    return f"saekit lets no library install or download code (run it yourself where you want it); refused: {line}"
