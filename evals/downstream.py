@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 Edit = Callable[[Float[Tensor, "m d"]], Float[Tensor, "m d"]]
-MASK = "spliced at text positions, scored on the next tokens predicted there; BOS and separators left out"
+MASK = "spliced at text positions, scored on the next tokens predicted there; the first, BOS and separators left out"
 
 
 def edited_logits(

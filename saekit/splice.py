@@ -160,15 +160,16 @@ class Splice:
 
     def _kept(self, flat: Float[Tensor, "b t d"]) -> Bool[Tensor, "b t"] | None:
         """Where to splice; None: everywhere."""
-        mask: Any = self._positions
-        if isinstance(mask, str):
-            if mask == "all" or self._text is None:
+        positions, mask = self._positions, self._text
+        if isinstance(positions, str):
+            if positions == "all" or mask is None:
                 return None
-            mask = self._text
-        elif not isinstance(mask, Tensor):
+        elif isinstance(positions, Tensor):
+            mask = positions
+        else:
             if self._tokens is None:
                 raise SaekitError("positions are a function of token ids, but the model is called without any")
-            mask = mask(self._tokens)
+            mask = positions(self._tokens)
         if flat.ndim == 2:  # tokens are flattened here
             mask = mask.flatten()
         try:

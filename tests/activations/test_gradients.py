@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 import saekit
 from saekit import SaekitError
 from saekit.activations import ActivationCache, ContextBatch, harvest, load_model
-from saekit.activations.gradients import check_causal, with_gradients
+from saekit.activations.gradients import check_causal, not_causal, with_gradients
 from saekit.activations.stream import cache_rows, live_rows
 
 EMBEDDED = Path(saekit.__file__).parent / "embedded"
@@ -125,3 +125,20 @@ def test_float16_caches_keep_small_gradients(tmp_path):
     gradients = torch.full((50, 4), 1e-9)
     cache = ActivationCache.from_tensor(tmp_path / "c", torch.randn(50, 4), gradients=gradients, dtype="float16")
     torch.testing.assert_close(cache.read(0, 50, gradients=True).gradients.float(), gradients, rtol=1e-2, atol=0)
+
+
+def test_a_model_is_asked_once_whether_it_is_causal(source, monkeypatch):
+    from saekit.activations import gradients
+
+    model = load_model(device="cpu")
+    asked = []
+    ask = gradients._ask
+    monkeypatch.setattr(gradients, "_ask", lambda model: asked.append(model) or ask(model))
+    assert gradients.not_causal(model) is None
+    assert gradients.not_causal(model) is None
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_rounding_makes_no_model_look_ahead(dtype):
+    assert not_causal(load_model(device="cpu", dtype=dtype)) is None

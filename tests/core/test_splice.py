@@ -313,9 +313,10 @@ def test_heads_are_flattened(model, tokens):
         close(logits(model, tokens), logits(model, tokens))
 
 
-def test_generation_with_a_cache_of_keys_and_values(model, plain, tokens, sae, x):
-    """Steered at each step, as whole passes are; BOS is left alone at the first step only, where it is."""
-    prompt = tokens[:2, :16]
+@pytest.mark.parametrize("start", [0, 1], ids=["BOS", "no BOS"])
+def test_generation_with_a_cache_of_keys_and_values(model, plain, tokens, sae, x, start):
+    """Steered at each step, as whole passes are; the first position is left alone in the first pass only."""
+    prompt = tokens[:2, start : start + 16]
     steer = {strongest(sae, x): 40.0}
     greedy = {"do_sample": False, "max_new_tokens": 6}
     with saekit.splice(plain, sae, MODULE, steer=steer, add_error=True):
@@ -411,3 +412,17 @@ def test_mistakes_are_named(model, plain, tokens, sae):
     ):
         plain(inputs_embeds=plain.get_input_embeddings()(tokens))
     assert "blocks.1.hook_resid_post.hook_features" not in model.hook_dict
+
+
+def test_the_first_position_is_left_alone_without_bos_too(model, tokens, sae):
+    """Whatever token stands there; padding on the left is left alone as well, and moves it."""
+    tokens = tokens[:, 1:]
+    mask = torch.ones_like(tokens)
+    for options in ({}, {"attention_mask": mask}):
+        before = at(model, tokens, HOOK, **options)
+        with saekit.splice(model, sae):
+            found = at(model, tokens, HOOK, **options)
+        kept = mask.cumsum(1) > 1
+        assert torch.equal(found[~kept], before[~kept])
+        close(found[kept], sae(before[kept]).detach())
+        mask[1, :5] = 0

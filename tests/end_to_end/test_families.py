@@ -166,11 +166,10 @@ def test_splice_changes_text_and_leaves_the_first_position(made, bridge, called)
     assert not called.exists()
 
 
+@pytest.mark.parametrize("made", [name for name, family in FAMILIES.items() if family.causal], indirect=True)
 @pytest.mark.parametrize("padded", [False, True])
 def test_splice_while_text_is_generated(made, padded, called):
     """With a cache, later passes of one token are no first positions; padding on the left moves the first one."""
-    if not made.family.causal:
-        pytest.skip("it generates nothing")
     tokens = some_tokens(2, 9)
     mask = torch.ones_like(tokens)
     mask[1, :3] = 0 if padded else 1
@@ -211,3 +210,18 @@ def outputs_of(module):
         yield found
     finally:
         handle.remove()
+
+
+@pytest.mark.parametrize("made", ["bert"], indirect=True)
+def test_the_errors_of_an_encoder_are_taken_apart_without_their_cost(made, saekit_main, tmp_path):
+    sae = dictionary()
+    sae.cfg.metadata.update(model_name=str(made.folder), hook_name=made.family.hook.format(0), context_size=16)
+    sae.cfg.metadata["dataset_path"] = str(made.text)
+    sae.save(tmp_path / "sae")
+    done = saekit_main(
+        "eval", tmp_path / "sae", "--suite", "dark_matter", "--tokens", 400, "--out", tmp_path / "r.json", "--quiet"
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert "cost" not in report["dark_matter"]
+    assert "not causal" in report["about"]["no_downstream"]

@@ -167,13 +167,35 @@ def test_only_kept_positions_are_replaced(source, contexts):
     assert not torch.allclose(edited[:, 100], clean[:, 100])
 
 
-def test_plain_tokens_leave_out_bos(source, contexts):
-    report = evaluate(identity(256), source.model, contexts.tokens[:2], hook=source.hook)
-    assert report["sparsity"]["tokens"] == 2 * 255
-    kept = torch.zeros(2, 256, dtype=torch.bool)
-    kept[:, 10:20] = True
-    report = evaluate(identity(256), source.model, contexts.tokens[:2], hook=source.hook, kept=kept)
-    assert report["sparsity"]["tokens"] == report["downstream"]["tokens"] == 20
+@pytest.mark.parametrize("start", [0, 1], ids=["BOS", "no BOS"])
+def test_plain_tokens_leave_out_the_first_position(source, contexts, start):
+    tokens = contexts.tokens[:2, start:]
+    assert bool((tokens[:, 0] == source.model.tokenizer.bos_token_id).all()) == (start == 0)
+    report = evaluate(identity(256), source.model, tokens, hook=source.hook)
+    assert report["sparsity"]["tokens"] == 2 * (tokens.shape[1] - 1)
+    assert report["downstream"]["tokens"] == 2 * (tokens.shape[1] - 2)
+    kept = torch.zeros_like(tokens, dtype=torch.bool)
+    kept[:, [0, 5]] = True  # the first is left out even where it is asked for
+    report = evaluate(identity(256), source.model, tokens, hook=source.hook, kept=kept)
+    assert report["sparsity"]["tokens"] == 2
+    assert bool(kept[:, 0].all())
+
+
+def test_a_first_position_like_no_other_is_not_scored(source, contexts):
+    """An attention sink a thousand times as long as the rest: it moves no figure, nor what it is compared with."""
+    tokens = contexts.tokens[:2, 1:]
+
+    def sink(x, hook):
+        x = x.clone()
+        x[:, 0] *= 1000
+        return x
+
+    def reconstruction():
+        return evaluate(identity(256), source.model, tokens, hook=source.hook)["reconstruction"]
+
+    plain = reconstruction()
+    with source.model.hooks(fwd_hooks=[(source.hook, sink)]):
+        assert reconstruction() == plain
 
 
 def test_what_does_not_fit_is_refused(source, contexts):
