@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saekit.activations.finite import check_finite
+from saekit.activations.finite import SAMPLE, check_finite, norm_limit
 from saekit.activations.harvest import ActivationBatch
 from saekit.activations.manifest import MANIFEST, Manifest, Shard, check_passport, checked
 from saekit.activations.model import DTYPES
@@ -38,7 +38,8 @@ class ActivationCache:
     Attributes:
         path: the folder.
         passport: where the data comes from: ``model``, ``revision``, ``hook``, ``dataset``, ``dataset_fingerprint``,
-            ``split``, ``tokenizer``, ``context_length``, ``prepend_bos``, ``mask``; empty for a user's own tensor.
+            ``split``, ``tokenizer``, ``context_length``, ``prepend_bos``, ``skip_first``, ``mask``; where tokens with
+            large norms were left out, ``max_norm`` and ``norm_limit``; empty for a user's own tensor.
         d_in: width of the activations.
         dtype: in which they are stored.
         shards: name, rows and checksum of each shard.
@@ -156,6 +157,28 @@ class ActivationCache:
         """Raise SaekitError where the cache holds no gradients."""
         if not self.gradients:
             raise SaekitError(f"the cache '{self.path}' holds no gradients; write one by `saekit cache --gradients`")
+
+    def norm_limit(self, max_norm: float) -> float | None:
+        """The largest ‖x‖: ``max_norm`` times the median of up to 16,384 rows from all over the cache.
+
+        None where the cache was harvested with this very ``max_norm`` and holds no tokens beyond it.
+
+        Raises:
+            SaekitError: it was harvested with another.
+        """
+        own = self.passport.get("max_norm")
+        if own == max_norm:
+            return None
+        if own is not None:
+            raise SaekitError(f"the cache '{self.path}' has max_norm '{own}', not '{max_norm}' as asked")
+        piece = SAMPLE // 8
+        starts = range(0, len(self), max(piece, -(-len(self) // 8)))
+        return norm_limit((self.read(start, min(start + piece, len(self))) for start in starts), max_norm)
+
+    @property
+    def hook(self) -> str:
+        """The hook point, or the folder of a user's own tensor."""
+        return str(self.passport.get("hook", self.path))
 
     def rows_of(self, part: Split) -> range:
         """The rows of one part: the last 5% (at most 65,536) to evaluate, 5% before (at most 262,144) to calibrate on.

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from saekit.activations.attention import quick_attention
-from saekit.activations.finite import BadTokens
+from saekit.activations.finite import BadTokens, norms
 from saekit.activations.gradients import with_gradients
 from saekit.activations.model import activations_of, recorded, truncated
 from saekit.activations.tokens import ContextBatch
@@ -77,7 +77,7 @@ def harvest(
         hook: the hook point.
         contexts: batches of contexts.
         gradients: whether those of the loss are taken too.
-        bad: what becomes of tokens that are NaN or infinite; an error if not given.
+        bad: what becomes of tokens that are not to be learned from; NaN or inf is an error if not given.
         first: number of the first batch, for messages.
 
     Raises:
@@ -94,6 +94,20 @@ def harvest(
             positions = torch.arange(kept.shape[1]).expand(kept.shape)[kept]
             found = ActivationBatch(x, batch.tokens[kept], batch.documents[kept], positions, gradient)
             yield from bad.sift([found], [hook], f"batch {number} of contexts")
+
+
+def without_large(
+    model: TransformerBridge, hook: str, limit: float, contexts: ContextBatch, *, batch: int = 32
+) -> ContextBatch:
+    """The contexts with fewer positions kept: none whose ‖x‖ at the hook is beyond the limit.
+
+    Raises:
+        SaekitError: as ``harvest``.
+    """
+    large = torch.cat([norms(found).cpu() > limit for found in harvest(model, hook, contexts.split(batch))])
+    kept = contexts.kept.clone()
+    kept[contexts.kept] = ~large
+    return contexts._replace(kept=kept)
 
 
 @contextmanager

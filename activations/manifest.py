@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from typing_extensions import NotRequired, TypedDict
 
+from saekit.activations.tokens import MASK
 from saekit.errors import SaekitError
 from saekit.files import replace_file
 from saekit.reading import parse_json, read_bounded
@@ -49,11 +51,15 @@ class Passport(TypedDict, total=False):
     dataset: str
     dataset_fingerprint: str
     dataset_split: str
+    dataset_config: str | None
     column: str
     part: str
     tokenizer: str
     context_length: Annotated[int, Field(gt=0, lt=2**31)]
     prepend_bos: bool
+    skip_first: Count
+    max_norm: Annotated[float, Field(gt=0)]
+    norm_limit: Annotated[float, Field(gt=0)]
     mask: str
     gradients: str
 
@@ -106,6 +112,18 @@ class Manifest(BaseModel):
         if found.format > 1 and whole is None:
             raise SaekitError(f"'{path}' is damaged: it has no seal; harvest the cache again (--overwrite)")
         return found
+
+
+def as_known(passport: Mapping[str, Any]) -> dict[str, Any]:
+    """A passport with the facts that older ones do not tell, or told otherwise: BOS is a first position."""
+    same = {"mask": MASK} if passport.get("prepend_bos") and "skip_first" not in passport else {}
+    return {"dataset_config": None, "skip_first": 1, **passport, **same}
+
+
+def first_change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """The first fact of a passport that was another before."""
+    before = as_known(before)
+    return next((fact for fact, value in now.items() if before.get(fact) != value), None)
 
 
 def check_passport(passport: dict[str, Any]) -> None:

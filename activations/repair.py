@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from saekit.activations.cache import ActivationCache
-from saekit.activations.finite import BadTokens
-from saekit.activations.manifest import Manifest, Shard
+from saekit.activations.finite import BadTokens, limits_in
+from saekit.activations.manifest import Manifest, Shard, first_change
 from saekit.activations.model import DTYPES
 from saekit.activations.shards import unchanged, write_shard
 from saekit.activations.source import ActivationSource, contexts_at_once
@@ -97,7 +97,7 @@ def repair(
 def _harvest_again(cache: ActivationCache, files: set[str], device: str | None, trust_remote_code: bool) -> None:
     source = _source(cache, device, trust_remote_code)
     manifest = Manifest.read(cache.path)
-    bad = BadTokens(skip=manifest.skipped > 0)
+    bad = BadTokens(skip=manifest.skipped > 0, limits=limits_in(cache.passport))
     for start, shard in _places(cache, source):
         if shard["file"] not in files:
             continue
@@ -130,14 +130,15 @@ def _source(cache: ActivationCache, device: str | None, trust_remote_code: bool)
         facts["dataset"],
         column=facts["column"],
         split=facts["dataset_split"],
+        dataset_config=facts.get("dataset_config"),
         context_length=facts["context_length"],
+        skip_first=facts.get("skip_first", 1),
         device=device,
         dtype=facts["model_dtype"],
         trust_remote_code=trust_remote_code,
     )
-    for field, value in source.passport("train", gradients=cache.gradients).items():
-        if facts.get(field) != value:
-            raise SaekitError(f"the {field} has changed since the cache '{cache.path}' was harvested; harvest it anew")
+    if field := first_change(facts, source.passport("train", gradients=cache.gradients)):
+        raise SaekitError(f"the {field} has changed since the cache '{cache.path}' was harvested; harvest it anew")
     return source
 
 

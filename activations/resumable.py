@@ -14,10 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from saekit.activations import cache as caches
 from saekit.activations.cache import ActivationCache
-from saekit.activations.finite import BadTokens
+from saekit.activations.finite import BadTokens, limits_in
 from saekit.activations.gradients import check_causal
 from saekit.activations.harvest import ActivationBatch
-from saekit.activations.manifest import MANIFEST, Count, Manifest, Passport, Shard, checked
+from saekit.activations.manifest import MANIFEST, Count, Manifest, Passport, Shard, checked, first_change
 from saekit.activations.model import DTYPES
 from saekit.activations.shards import ShardWriter, unchanged
 from saekit.activations.source import ActivationSource
@@ -57,8 +57,11 @@ class HarvestPlan(BaseModel):
     dataset: str = "python"
     column: str = "text"
     split: str = "train"
+    dataset_config: str | None = None
     streaming: bool = True
     context_length: int | None = Field(None, gt=2, lt=2**31)
+    skip_first: int = Field(1, ge=1, lt=2**31)
+    max_norm: float | None = Field(None, gt=1, allow_inf_nan=False)
     dtype: str = "bfloat16"
     model_dtype: str = "float32"
     gradients: bool = False
@@ -83,8 +86,10 @@ class HarvestPlan(BaseModel):
             self.dataset,
             column=self.column,
             split=self.split,
+            dataset_config=self.dataset_config,
             streaming=self.streaming,
             context_length=self.context_length,
+            skip_first=self.skip_first,
             device=device,
             dtype=self.model_dtype,
             trust_remote_code=trust_remote_code,
@@ -146,6 +151,8 @@ def harvest_cache(
     check_begin(path, plan.dtype, overwrite=overwrite)
     source = plan.open(device, trust_remote_code)
     passport = source.passport("train", gradients=plan.gradients)
+    if plan.max_norm is not None:
+        passport |= {"max_norm": plan.max_norm, "norm_limit": source.norm_limit(plan.max_norm)}
     d_in = next(source.batches("train", gradients=plan.gradients, bad=BadTokens(skip=True))).x.shape[1]
     beginning = _Beginning(plan=plan.model_dump(), passport=passport, d_in=d_in)  # type: ignore[arg-type]
     _check_space(expanded(path).resolve(), beginning, plan, 0, tell)
@@ -198,11 +205,10 @@ def resume_cache(
         if changed:
             raise SaekitError(f"the harvest at '{path}' was begun with another {', '.join(changed)}")
         source = plan.open(device, trust_remote_code)
-        for field, value in source.passport("train", gradients=plan.gradients).items():
-            if beginning.passport.get(field) != value:
-                raise SaekitError(
-                    f"the {field} is not what it was when the harvest at '{path}' was begun; --overwrite begins anew"
-                )
+        if field := first_change(beginning.passport, source.passport("train", gradients=plan.gradients)):
+            raise SaekitError(
+                f"the {field} is not what it was when the harvest at '{path}' was begun; --overwrite begins anew"
+            )
         rows = sum(line.shard["rows"] for line in lines)
         tell(f"going on after {rows:,} of {plan.tokens:,} tokens")
         _check_space(target, beginning, plan, rows, tell)
@@ -221,7 +227,7 @@ def _harvest(
     """Whatever is missing, and the end."""
     done = sum(line.shard["rows"] for line in lines)
     start, skipped = (Place(lines[-1].batch, lines[-1].row), lines[-1].skipped) if lines else (Place(0, 0), 0)
-    bad = BadTokens(plan.skip_bad_tokens, skipped)
+    bad = BadTokens(plan.skip_bad_tokens, skipped, limits_in(beginning.passport))
     counts: dict[int, int] = {}  # of skipped tokens, before the newest batch of contexts and after it
     following: deque[tuple[Place, int]] = deque()
 

@@ -8,7 +8,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from saekit.activations.boot import text_tokenizer
-from saekit.activations.finite import BadTokens
+from saekit.activations.finite import SAMPLE, BadTokens, norm_limit
 from saekit.activations.gradients import LOSS
 from saekit.activations.harvest import ActivationBatch, harvest
 from saekit.activations.model import (
@@ -48,6 +48,8 @@ class ActivationSource:
     prepend_bos: bool
     column: str = "text"
     split: str = "train"
+    dataset_config: str | None = None
+    skip_first: int = 1
 
     @classmethod
     def open(
@@ -58,8 +60,10 @@ class ActivationSource:
         *,
         column: str = "text",
         split: str = "train",
+        dataset_config: str | None = None,
         streaming: bool = True,
         context_length: int | None = None,
+        skip_first: int = 1,
         device: str | None = None,
         dtype: str = "float32",
         loaded: TransformerBridge | None = None,
@@ -71,8 +75,9 @@ class ActivationSource:
             model: ``"embedded"``, a local Hugging Face folder, or a name on the hub.
             hook: TransformerLens hook point; the residual stream after half of the blocks if not given.
             dataset: what ``open_text`` takes.
-            column, split, streaming: as in ``open_text``.
+            column, split, dataset_config, streaming: as in ``open_text``.
             context_length: tokens a context; 256, or the model's most where that is less, if not given.
+            skip_first: positions at the start of each context that are not used.
             device: where the model runs.
             dtype: of the model.
             loaded: the model itself, where it is loaded already.
@@ -81,7 +86,7 @@ class ActivationSource:
         Raises:
             SaekitError: one of them does not exist, or the context is longer than the model's.
         """
-        text = open_text(dataset, column=column, split=split, streaming=streaming)
+        text = open_text(dataset, column=column, split=split, dataset_config=dataset_config, streaming=streaming)
         if loaded is None:
             loaded = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         bridge = loaded
@@ -93,7 +98,7 @@ class ActivationSource:
             raise SaekitError(f"a context of {length} tokens is longer than the {longest} that '{model}' takes")
         # what TransformerLens knows of the model's training decides about BOS
         bos = bool(getattr(bridge.cfg, "default_prepend_bos", True)) and special_tokens(bridge).bos is not None
-        return cls(model, bridge, hook, text, length, bos, column, split)
+        return cls(model, bridge, hook, text, length, bos, column, split, dataset_config, skip_first)
 
     def at(self, hook: str) -> ActivationSource:
         """The same model and text at another hook point.
@@ -118,6 +123,7 @@ class ActivationSource:
             prepend_bos=self.prepend_bos,
             contexts=batch,
             special=special_tokens(self.model),
+            skip_first=self.skip_first,
         ):
             empty = False
             yield contexts
@@ -150,6 +156,10 @@ class ActivationSource:
             left = left if left is None else left - len(batch.x)
             yield batch
 
+    def norm_limit(self, max_norm: float) -> float:
+        """The largest ‖x‖: ``max_norm`` times the median of the first 16,384 finite tokens of the training text."""
+        return norm_limit(self.batches("train", SAMPLE, bad=BadTokens(skip=True)), max_norm)
+
     def passport(self, part: Split, *, gradients: bool = False) -> dict[str, Any]:
         """The facts by which data of this source is known again."""
         return {
@@ -160,11 +170,13 @@ class ActivationSource:
             "dataset": self.text.name,
             "dataset_fingerprint": self.text.fingerprint,
             "dataset_split": self.split,
+            "dataset_config": self.dataset_config,
             "column": self.column,
             "part": part,
             "tokenizer": tokenizer_fingerprint(text_tokenizer(self.model)),
             "context_length": self.context_length,
             "prepend_bos": self.prepend_bos,
+            "skip_first": self.skip_first,
             "mask": MASK,
             **({"gradients": LOSS} if gradients else {}),
         }

@@ -50,12 +50,12 @@ def cache_rows(
         seed: of the orders.
         gradients: whether they stand beside the activations.
         first: blocks to pass over, which are not read.
-        bad: what becomes of tokens that are NaN or infinite; an error if not given.
+        bad: what becomes of tokens that are not to be learned from; NaN or inf is an error if not given.
 
     Raises:
         SaekitError: a shard is damaged, or an activation is not finite.
     """
-    bad, name = bad or BadTokens(), str(cache.passport.get("hook", cache.path))
+    bad = bad or BadTokens()
     rows = cache.rows_of("train").stop
     starts = torch.arange(0, rows, _BLOCK)
     epoch, passed = divmod(first, len(starts))
@@ -63,7 +63,7 @@ def cache_rows(
         order = starts[torch.randperm(len(starts), generator=_generator(seed, -1 - epoch))]
         for start in order[passed:].tolist():
             batch = cache.read(start, min(start + _BLOCK, rows), gradients=gradients)
-            yield _row(*bad.sift([batch], [name], f"cache rows from {start}"))
+            yield _row(*bad.sift([batch], [cache.hook], f"cache rows from {start}"))
         epoch, passed = epoch + 1, 0
 
 
@@ -114,7 +114,7 @@ class StreamPlace(NamedTuple):
         rows: in these pieces.
         fill: number of that fill.
         taken: batches of it that lie before the place.
-        skipped: tokens in these pieces that were left out, being NaN or infinite.
+        skipped: tokens in these pieces that were left out (``BadTokens``).
         rest: [m, w] rows of the fill before that joined this one; None for none.
     """
 

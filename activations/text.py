@@ -52,7 +52,12 @@ def part_of(text: str) -> Split:
 
 
 def open_text(
-    dataset: str = PYTHON, *, column: str = "text", split: str = "train", streaming: bool = True
+    dataset: str = PYTHON,
+    *,
+    column: str = "text",
+    split: str = "train",
+    dataset_config: str | None = None,
+    streaming: bool = True,
 ) -> TextSource:
     """Open a text source.
 
@@ -61,23 +66,31 @@ def open_text(
             ``datasets`` saved or reads, or a name on the hub.
         column: the column that holds the text (not for plain text).
         split: the split of a dataset of the hub or of a folder.
+        dataset_config: which configuration of a dataset of the hub or of a folder, where it has several.
         streaming: whether a dataset of the hub is read as it downloads, rather than downloaded first.
 
     Raises:
-        SaekitError: nothing of that name is found, it is empty, or it has no such column.
+        SaekitError: nothing of that name is found, it is empty, it has no such column, or it has no such configuration
+            or several of which none is named (those that it has are named).
     """
-    if dataset == PYTHON:
-        return _python()
     place = expanded(dataset)
+    files = [] if dataset == PYTHON or place.is_dir() else _files(place)
+    if dataset == PYTHON or files or _is_saved(place):
+        if dataset_config is not None:
+            raise SaekitError(f"'{dataset}' has no configurations; leave --dataset-config {dataset_config} away")
+        if dataset == PYTHON:
+            return _python()
+        return _local(dataset, files, column) if files else _saved(dataset, place, column, split)
     if place.is_dir():
-        return _saved(dataset, place, column, split) if _is_saved(place) else _hub(dataset, column, split, streaming)
-    matches = [str(place)] if place.is_file() else sorted(glob.glob(str(place), recursive=True))
-    files = [f for f in matches if Path(f).is_file()]
-    if files:
-        return _local(dataset, files, column)
+        return _hub(dataset, column, split, dataset_config, streaming)
     if place.suffix.lower() in _LOADERS or place.is_absolute() or dataset.startswith("."):
         raise SaekitError(f"no text file matches '{dataset}'")
-    return _hub(dataset, column, split, streaming)
+    return _hub(dataset, column, split, dataset_config, streaming)
+
+
+def _files(place: Path) -> list[str]:
+    matches = [str(place)] if place.is_file() else sorted(glob.glob(str(place), recursive=True))
+    return [f for f in matches if Path(f).is_file()]
 
 
 def _python() -> TextSource:
@@ -139,19 +152,32 @@ def _saved(dataset: str, folder: Path, column: str, split: str) -> TextSource:
     return _divided(dataset, _digest(sorted(tables)), _column(dataset, rows, column))
 
 
-def _hub(dataset: str, column: str, split: str, streaming: bool) -> TextSource:
+def _hub(dataset: str, column: str, split: str, config: str | None, streaming: bool) -> TextSource:
     def rows_of(datasets: Any) -> tuple[Any, str]:
-        builder = datasets.load_dataset_builder(dataset)
+        try:
+            builder = datasets.load_dataset_builder(dataset, config)
+        except ValueError:
+            _check_config(dataset, config, datasets.get_dataset_config_names(dataset))
+            raise
         kind = type(builder).__module__.rpartition(".")[2]
         if "packaged_modules" not in type(builder).__module__ or kind not in _BUILDERS:
             raise SaekitError(f"'{dataset}' is of the kind '{kind}'; saekit reads {', '.join(sorted(_BUILDERS))}")
         # the builder's hash names the dataset's commit (or the files of a local folder)
         version = f"{builder.name}@{builder.config.name}@{builder.hash}@{split}"
-        return datasets.load_dataset(dataset, split=split, streaming=streaming), version
+        return datasets.load_dataset(dataset, config, split=split, streaming=streaming), version
 
     rows, version = _opened(dataset, rows_of)
     fingerprint = hashlib.blake2b(version.encode(), digest_size=16).hexdigest()
     return _divided(dataset, fingerprint, _column(dataset, rows, column))
+
+
+def _check_config(dataset: str, config: str | None, known: list[str]) -> None:
+    """Raise SaekitError where a dataset has no such configuration, or several of which none is named."""
+    if config is None and len(known) > 1:
+        names = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
+        raise SaekitError(f"'{dataset}' has several configurations: --dataset-config NAME; it has {names}")
+    if config is not None and config not in known:
+        raise SaekitError(f"the dataset '{dataset}' has no configuration '{config}'{did_you_mean(config, known)}")
 
 
 def _opened(dataset: str, opener: Callable[[Any], Any]) -> Any:

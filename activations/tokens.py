@@ -16,7 +16,6 @@ from saekit.errors import SaekitError
 from saekit.special_tokens import SpecialTokens, special_tokens
 
 MASK = "text positions; the first of each context, BOS and document separators left out"
-_LEAST = 3  # tokens of a context: the first, which is not kept, one that is, and one that follows it
 
 
 class ContextBatch(NamedTuple):
@@ -51,6 +50,7 @@ def pack(
     prepend_bos: bool,
     contexts: int = 32,
     special: SpecialTokens | None = None,
+    skip_first: int = 1,
 ) -> Iterator[ContextBatch]:
     """Tokenise documents and pack them without padding: BOS (if wanted), then text, documents divided by EOS.
 
@@ -65,6 +65,7 @@ def pack(
         prepend_bos: whether each context begins with BOS (ignored by a tokenizer that has none).
         contexts: b, contexts a batch; the last batch may be smaller.
         special: BOS and separator; the tokenizer's own if not given.
+        skip_first: positions at the start of each context, BOS or not, that are not kept.
 
     Raises:
         SaekitError: the context length leaves no room for text.
@@ -72,8 +73,10 @@ def pack(
     special = special_tokens(tokenizer) if special is None else special
     bos, separator = special.bos if prepend_bos else None, special.separator
     room = context_length - (bos is not None)
-    if context_length < _LEAST:
-        raise SaekitError(f"a context of {context_length} tokens has no room for text")
+    least = skip_first + 2  # tokens of a context: those that are skipped, one that is kept, and one that follows it
+    if context_length < least:
+        first = f" after the first {skip_first}" if skip_first > 1 else ""
+        raise SaekitError(f"a context of {context_length} tokens has no room for text{first}")
     need = room * contexts
     ids: list[np.ndarray] = []
     owners: list[np.ndarray] = []
@@ -97,16 +100,16 @@ def pack(
             whole = len(stream) // need * need
             made = True
             for start in range(0, whole, need):
-                yield _contexts(stream[start : start + need], owner[start : start + need], room, bos)
+                yield _contexts(stream[start : start + need], owner[start : start + need], room, bos, skip_first)
             ids, owners, waiting = [stream[whole:]], [owner[whole:]], len(stream) - whole
-    if waiting >= room or (waiting + (bos is not None) >= _LEAST and not made):
+    if waiting >= room or (waiting + (bos is not None) >= least and not made):
         stream, owner = np.concatenate(ids), np.concatenate(owners)
         room = min(room, waiting)
         whole = len(stream) // room * room
-        yield _contexts(stream[:whole], owner[:whole], room, bos)
+        yield _contexts(stream[:whole], owner[:whole], room, bos, skip_first)
 
 
-def _contexts(stream: np.ndarray, owner: np.ndarray, room: int, bos: int | None) -> ContextBatch:
+def _contexts(stream: np.ndarray, owner: np.ndarray, room: int, bos: int | None, skip_first: int) -> ContextBatch:
     tokens = torch.from_numpy(stream.reshape(-1, room))
     owners = torch.from_numpy(owner.reshape(-1, room))
     if bos is not None:
@@ -114,13 +117,19 @@ def _contexts(stream: np.ndarray, owner: np.ndarray, room: int, bos: int | None)
         # BOS goes with the document that follows it
         first = owners[:, :1]
         owners = torch.cat([torch.where(first < 0, first, -1 - first), owners], dim=1)
-    return ContextBatch(tokens, torch.where(owners < 0, -1 - owners, owners), without_first(owners >= 0))
+    return ContextBatch(tokens, torch.where(owners < 0, -1 - owners, owners), without_first(owners >= 0, skip_first))
 
 
-def without_first(kept: Bool[Tensor, "b t"]) -> Bool[Tensor, "b t"]:
-    """The positions without the first of each context."""
+def without_first(kept: Bool[Tensor, "b t"], positions: int) -> Bool[Tensor, "b t"]:
+    """The positions that are kept, without the first of each context.
+
+    Raises:
+        SaekitError: not even one is to be left out.
+    """
+    if positions < 1:
+        raise SaekitError(f"skip_first is at least 1, not {positions}: the first position is no text to learn from")
     kept = kept.clone()
-    kept[:, 0] = False
+    kept[:, :positions] = False
     return kept
 
 

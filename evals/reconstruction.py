@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from saekit.evals.outliers import Outliers
+
 
 class Reconstruction:
     """Reconstruction figures over a stream of (x, x̂), summed in float64 with one ratio at the end.
@@ -21,6 +23,7 @@ class Reconstruction:
         self.shifted = torch.zeros(d_in, dtype=torch.float64)
         self.shifted_squares = self.squares = self.error = 0.0
         self.cosine = self.norm_ratio = 0.0
+        self.outliers = Outliers(d_in)
 
     def update(self, x: Float[Tensor, "n d"], x_hat: Float[Tensor, "n d"]) -> None:
         """Count one batch."""
@@ -33,6 +36,7 @@ class Reconstruction:
         self.squares += float(x.square().sum())
         self.error += float((x - x_hat).square().sum())
         norm, norm_hat = x.norm(dim=1), x_hat.norm(dim=1)
+        self.outliers.update(x - self.origin, norm, (x - x_hat).square().sum(1))
         tiny = torch.finfo(torch.float64).tiny
         self.cosine += float(((x * x_hat).sum(1) / (norm * norm_hat).clamp_min(tiny)).sum())
         self.norm_ratio += float((norm_hat / norm.clamp_min(tiny)).sum())
@@ -48,6 +52,7 @@ class Reconstruction:
         Keys:
             tokens: over how many tokens.
             fvu: fraction of variance unexplained; explained_variance: 1 − fvu.
+            fvu_without_outliers, outliers, outlier_variance_share: as in ``Outliers``.
             mse: squared error a token, summed over dimensions, in squared units of the activations.
             normalized_mse: Σ‖x − x̂‖² / Σ‖x‖².
             cosine: mean cosine of x and x̂ (0 where x̂ = 0).
@@ -59,6 +64,7 @@ class Reconstruction:
             "tokens": self.tokens,
             "fvu": fvu,
             "explained_variance": 1 - fvu,
+            **self.outliers.result(fvu),
             "mse": self.error / self.tokens,
             "normalized_mse": self.error / self.squares if self.squares > 0 else math.nan,
             "cosine": self.cosine / self.tokens,

@@ -32,6 +32,9 @@ _FIGURES = (
     ),
     ("features", "sparsity", "features", "{:,d}", "width of the dictionary"),
     ("FVU", "reconstruction", "fvu", "{:.4f}", "fraction of the activations' variance unexplained"),
+    ("FVU rest", "reconstruction", "fvu_without_outliers", "{:.4f}", "without tokens beyond 10 times the median norm"),
+    ("outliers", "reconstruction", "outliers", "{:,d}", "how many those are"),
+    ("held", "reconstruction", "outlier_variance_share", "{:.1%}", "share of the variance that those hold"),
     ("cosine", "reconstruction", "cosine", "{:.4f}", "mean cosine of x and x̂"),
     ("CE", "downstream", "ce_clean", "{:.3f}", "nats a token of the model as it is"),
     ("CE with x̂", "downstream", "ce_reconstructed", "{:.3f}", "with the reconstruction spliced in"),
@@ -186,7 +189,7 @@ def figures(groups: Mapping[str, Any]) -> list[Figure]:
     """The figures that these groups have, in the order of the table; what is no number is left out."""
     found = []
     for title, group, key, shape, meaning in _FIGURES:
-        value = lookup(groups, f"{group}.{key}")
+        value = _told(groups, group, key)
         if isinstance(value, int | float) and math.isfinite(value) and (isinstance(value, int) or "d" not in shape):
             found.append(Figure(title, group, key, shape.format(value), meaning))
     return found
@@ -238,7 +241,14 @@ def _shown(value: Any, shape: str) -> str:
 
 
 def _found(report: Report, group: str, key: str) -> Any:
-    return lookup(report.groups, f"{group}.{key}")
+    return _told(report.groups, group, key)
+
+
+def _told(groups: Mapping[str, Any], group: str, key: str) -> Any:
+    """The figure to show; None where it is not there, or is of outliers where there are none."""
+    if "outlier" in key and not lookup(groups, f"{group}.outliers"):
+        return None
+    return lookup(groups, f"{group}.{key}")
 
 
 def lookup(figures: Any, key: str) -> Any:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -17,6 +18,8 @@ from typing_extensions import TypedDict
 
 import saekit
 from saekit.activations import ActivationBatch, ActivationCache, ActivationSource, ContextBatch
+from saekit.activations.finite import BadTokens
+from saekit.activations.harvest import without_large
 from saekit.activations.python_source import Split
 from saekit.errors import SaekitError, SaekitWarning
 from saekit.evals.report import Report
@@ -36,7 +39,10 @@ class Judge:
     dictionary's metadata says.
 
     Attributes:
-        model, hook, dataset, column, split, context_length, dtype: as in ``ActivationSource.open``.
+        model, hook, dataset, column, split, dataset_config, context_length, skip_first, dtype: as in
+            ``ActivationSource.open``.
+        max_norm: leave out tokens of more than so many times the median norm. All are scored if not given, also by
+            dictionaries that were trained without those: figures stay comparable.
         cache: judge by the held-out rows of this activation cache instead of a model and text.
         tokens: text tokens to evaluate on.
         device: where model and dictionary run.
@@ -49,7 +55,10 @@ class Judge:
     dataset: str | None = None
     column: str | None = None
     split: str | None = None
+    dataset_config: str | None = None
     context_length: int | None = None
+    skip_first: int | None = None
+    max_norm: float | None = None
     dtype: str | None = None
     cache: Path | None = None
     tokens: int = 131_072
@@ -58,12 +67,15 @@ class Judge:
     on_contexts: Callable[[str, int], Callable[[int], object]] | None = None
     _models: dict[tuple[str, str], TransformerBridge] = field(default_factory=dict, init=False)
     _contexts: dict[Any, ContextBatch] = field(default_factory=dict, init=False)
+    _limits: dict[Any, float | None] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        text = ("model", "hook", "dataset", "column", "split", "context_length", "dtype")
-        given = [name for name in text if getattr(self, name) is not None]
+        text = ("model", "hook", "dataset", "column", "split", "dataset_config", "context_length", "skip_first")
+        given = [name.replace("_", "-") for name in (*text, "dtype") if getattr(self, name) is not None]
         if self.cache and given:
             raise SaekitError(f"judge either by --cache or by a model and text, not by --cache and --{given[0]}")
+        if self.max_norm is not None and not 1 < self.max_norm < math.inf:
+            raise SaekitError(f"--max-norm is a multiple of the median norm, more than 1, not {self.max_norm}")
 
     def __call__(self, path: str | Path) -> Report:
         """Load one dictionary and evaluate it.
@@ -84,14 +96,40 @@ class Judge:
         Raises:
             SaekitError: as for a call.
         """
-        cache = self.cache_of(sae)
-        if cache:
-            batches: Iterator[ActivationBatch] = islice(
-                self.checked(sae, cache).batches(part, 1024), -(-self.tokens // 1024)
-            )
+        place = self.cache_of(sae)
+        if place:
+            cache = self.checked(sae, place)
+            batches: Iterator[ActivationBatch] = self.without_large(sae, cache, cache.batches(part, 1024))
+            batches = islice(batches, -(-self.tokens // 1024))
         else:
-            batches = self.source_of(sae, path).batches(part, self.tokens)
+            source = self.source_of(sae, path)
+            batches = source.batches(part, self.tokens, bad=self._sieve(sae, source))
         return (batch.x.float().to(self.device) for batch in batches)
+
+    def without_large(
+        self, sae: SparseAutoencoder, cache: ActivationCache, batches: Iterable[ActivationBatch]
+    ) -> Iterator[ActivationBatch]:
+        """Rows of a cache without those that ``max_norm`` leaves out."""
+        bad = self._sieve(sae, cache)
+        return (bad.sift([batch], [cache.hook], f"batch {i} of '{cache.path}'")[0] for i, batch in enumerate(batches))
+
+    def _sieve(self, sae: SparseAutoencoder, origin: ActivationSource | ActivationCache) -> BadTokens:
+        limit = self.norm_limit(sae, origin)
+        return BadTokens(limits={} if limit is None else {origin.hook: limit})
+
+    def norm_limit(self, sae: SparseAutoencoder, origin: ActivationSource | ActivationCache) -> float | None:
+        """The largest ‖x‖ that ``max_norm`` lets in: where it is that of the training, by the number used there."""
+        if self.max_norm is None:
+            return None
+        own = _own(sae).get("passport") or {}
+        if isinstance(origin, ActivationSource):
+            here = {"model": origin.name, "hook": origin.hook, "max_norm": self.max_norm}
+            if "norm_limit" in own and here.items() <= own.items():
+                return float(own["norm_limit"])
+        place = (origin.name, origin.text.fingerprint) if isinstance(origin, ActivationSource) else origin.path
+        if (key := (place, origin.hook)) not in self._limits:
+            self._limits[key] = origin.norm_limit(self.max_norm)
+        return self._limits[key]
 
     def cache_of(self, sae: SparseAutoencoder) -> Path | None:
         """The cache to judge by: the one that is asked for, or the only thing that the dictionary names."""
@@ -121,7 +159,7 @@ class Judge:
 
     def _by_cache(self, sae: SparseAutoencoder, path: Path) -> Report:
         report = evaluate_activations(sae, self.activations(sae, str(path), "heldout"))
-        return Report(report.groups, {"cache": str(path), "part": "heldout"})
+        return Report(report.groups, {"cache": str(path), "part": "heldout", **self._told(None)})
 
     def source_of(self, sae: SparseAutoencoder, path: str) -> ActivationSource:
         """Model, hook and text, as asked for or as the dictionary names them.
@@ -145,7 +183,9 @@ class Judge:
             self.dataset or facts.get("dataset_path") or "python",
             column=self.column or passport.get("column") or "text",
             split=self.split or passport.get("dataset_split") or "train",
+            dataset_config=self.dataset_config or (None if self.dataset else passport.get("dataset_config")),
             context_length=self.context_length or facts.get("context_size"),
+            skip_first=self.skip_first or passport.get("skip_first") or 1,
             device=self.device,
             dtype=dtype,
             loaded=self._models.get((model, dtype)),
@@ -161,17 +201,25 @@ class Judge:
             SaekitError: as ``source_of``, or there is no held-out text.
         """
         source = self.source_of(sae, path)
+        limit = self.norm_limit(sae, source)
         key = (source.name, source.text.fingerprint, source.split, source.column, source.context_length)
+        key += (source.skip_first, *(() if limit is None else (source.hook, limit)))
         if key not in self._contexts:
-            self._contexts[key] = heldout_contexts(source, self.tokens)
+            self._contexts[key] = heldout_contexts(source, self.tokens, limit=limit)
         return source, self._contexts[key]
 
     def _by_text(self, sae: SparseAutoencoder, path: str) -> Report:
         source, contexts = self.text_of(sae, path)
         work = passes(sae, source.model) * len(contexts.tokens)
         tell = self.on_contexts(path, work) if self.on_contexts is not None else None
-        report = evaluate(sae, source.model, contexts, hook=source.hook, on_batch=tell)
-        return Report(report.groups, {**source.passport("heldout"), **report.about})
+        report = evaluate(sae, source.model, contexts, hook=source.hook, skip_first=source.skip_first, on_batch=tell)
+        return Report(
+            report.groups, {**source.passport("heldout"), **self._told(self.norm_limit(sae, source)), **report.about}
+        )
+
+    def _told(self, limit: float | None) -> dict[str, float]:
+        asked = {} if self.max_norm is None else {"max_norm": self.max_norm}
+        return asked if limit is None else {**asked, "norm_limit": limit}
 
 
 def _plain(text: str) -> str:
@@ -185,8 +233,13 @@ _Text = Annotated[str, AfterValidator(_plain)] | None
 
 class _Passport(TypedDict, total=False):
     __pydantic_config__ = ConfigDict(extra="allow", strict=True)  # type: ignore[misc]
+    hook: _Text
     column: _Text
     dataset_split: _Text
+    dataset_config: _Text
+    skip_first: Annotated[int, Field(gt=0, lt=2**31)] | None
+    max_norm: Annotated[float, Field(gt=0)] | None
+    norm_limit: Annotated[float, Field(gt=0)] | None
     model_dtype: _Text
     cache_fingerprint: _Text
 
@@ -227,7 +280,11 @@ def _own(sae: SparseAutoencoder) -> dict[str, Any]:
 
 
 def heldout_contexts(
-    source: ActivationSource, tokens: int, narrow: Callable[[ContextBatch], ContextBatch] | None = None
+    source: ActivationSource,
+    tokens: int,
+    narrow: Callable[[ContextBatch], ContextBatch] | None = None,
+    *,
+    limit: float | None = None,
 ) -> ContextBatch:
     """The first held-out contexts that hold at least this many kept tokens (all where there are fewer).
 
@@ -235,13 +292,16 @@ def heldout_contexts(
         source: the text.
         tokens: to keep.
         narrow: keeps fewer positions of a context, where not all text counts.
+        limit: the largest ‖x‖ of a kept token, if there is one.
 
     Raises:
         SaekitError: there is no held-out text.
     """
     parts: list[ContextBatch] = []
     count = 0
-    for batch in source.contexts("heldout") if narrow is None else map(narrow, source.contexts("heldout")):
+    for batch in source.contexts("heldout"):
+        batch = batch if limit is None else without_large(source.model, source.hook, limit, batch)
+        batch = batch if narrow is None else narrow(batch)
         reached = batch.kept.sum(1).cumsum(0) + count
         needed = int((reached < tokens).sum()) + 1
         parts.append(batch.rows(0, needed))

@@ -15,6 +15,7 @@ from saekit.activations.tokens import without_first
 from saekit.errors import SaekitError
 from saekit.evals.downstream import downstream
 from saekit.evals.gradient_selection import gradient_selection
+from saekit.evals.outliers import warn_of_outliers
 from saekit.evals.reconstruction import Reconstruction
 from saekit.evals.report import Report
 from saekit.evals.sparsity import Sparsity
@@ -31,6 +32,7 @@ def evaluate(
     *,
     hook: str | None = None,
     kept: Bool[Tensor, "c t"] | None = None,
+    skip_first: int | None = None,
     batch: int = 16,
     on_batch: Callable[[int], object] | None = None,
 ) -> Report:
@@ -43,6 +45,8 @@ def evaluate(
         hook: hook point; what the dictionary's metadata names if not given.
         kept: [c, t] positions that hold text, where ``tokens`` is a plain tensor; everything if not given. The first of
             each context is left out in any case.
+        skip_first: positions at the start of each context that are never scored, at least 1; if not given, what the
+            dictionary was trained with, or 1.
         batch: contexts in one forward pass.
         on_batch: called with the number of contexts done, for a progress bar; each counts ``passes(sae, model)`` times.
 
@@ -58,6 +62,8 @@ def evaluate(
     if not hook:
         raise SaekitError("the dictionary does not name its hook point; give one")
     contexts = tokens if isinstance(tokens, ContextBatch) else _contexts(tokens, kept)
+    skip_first = skipped_first(sae) if skip_first is None else skip_first
+    contexts = contexts._replace(kept=without_first(contexts.kept, skip_first))
     if not contexts.kept.any():
         raise SaekitError("there is no held-out text to evaluate on")
 
@@ -76,6 +82,12 @@ def evaluate(
     if (beta := _beta(sae)) is not None:
         groups["gradient_selection"] = gradient_selection(sae, model, hook, parts, beta, float(cost["ce_clean"]))
     return Report(groups, about)
+
+
+def skipped_first(sae: SparseAutoencoder) -> int:
+    """The positions at the start of each context that this dictionary was not trained on, at least 1."""
+    passport = (sae.cfg.metadata.get("saekit") or {}).get("passport") or {}
+    return max(1, passport.get("skip_first") or 1)
 
 
 def passes(sae: SparseAutoencoder, model: TransformerBridge) -> int:
@@ -106,7 +118,7 @@ def _explained(
     sae: SparseAutoencoder, batches: Iterable[Float[Tensor, "m d_in"]], origin: str
 ) -> tuple[Sparsity, Reconstruction]:
     sparsity, reconstruction = Sparsity(sae.cfg.d_sae), Reconstruction(sae.cfg.d_in)
-    for x in batches:
+    for x in filter(len, batches):
         if x.shape[1] != sae.cfg.d_in:
             raise SaekitError(
                 f"the dictionary does not fit: it takes width {sae.cfg.d_in}, but '{origin}' has width {x.shape[1]}"
@@ -116,6 +128,7 @@ def _explained(
         reconstruction.update(x, sae.decode(code))
     if not sparsity.tokens:
         raise SaekitError("there are no activations to evaluate on")
+    warn_of_outliers(reconstruction.result())
     return sparsity, reconstruction
 
 
@@ -133,4 +146,4 @@ def _contexts(tokens: Tensor, kept: Tensor | None) -> ContextBatch:
         raise SaekitError(f"tokens are contexts [c, t], not of shape {list(tokens.shape)}")
     tokens = tokens.cpu()
     kept = torch.ones_like(tokens, dtype=torch.bool) if kept is None else kept.cpu()
-    return ContextBatch(tokens, torch.arange(len(tokens))[:, None].expand_as(tokens), without_first(kept))
+    return ContextBatch(tokens, torch.arange(len(tokens))[:, None].expand_as(tokens), kept)

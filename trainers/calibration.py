@@ -33,7 +33,7 @@ def _affinities(
 
 
 def _pieces(sae: SparseAutoencoder, batches: Heldout) -> Iterator[Float[Tensor, "n d"]]:
-    for batch in batches():
+    for batch in filter(len, batches()):
         yield from torch.split(batch, max(1, _CHUNK // sae.cfg.d_sae))
 
 

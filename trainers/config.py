@@ -42,8 +42,17 @@ class TrainConfig(BaseModel):
     dataset: str = Field("python", description="'python', a local text/JSONL/Parquet file, or a name on the hub")
     column: str = Field("text", description="column of the dataset that holds the text")
     split: str = Field("train", description="split of a dataset of the hub")
+    dataset_config: str | None = Field(None, description="configuration of a dataset that has several")
     streaming: bool = Field(True, description="read a dataset of the hub as it downloads")
     context_length: int | None = Field(None, gt=2, lt=_MANY, description="tokens a context; 256 or the model's most")
+    skip_first: int = Field(
+        1, ge=1, lt=_MANY, description="positions at the start of each context that are not used: attention sinks"
+    )
+    max_norm: float | None = Field(
+        None,
+        gt=1,
+        description="leave out tokens of more than so many times the median norm (attention sinks), and count them",
+    )
     cache: Path | None = Field(None, description="train on this activation cache instead of a live harvest")
     buffer: int = Field(131_072, gt=0, lt=_MANY, description="tokens that are shuffled together")
     # the dictionary

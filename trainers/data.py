@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, islice
 from typing import Any
@@ -12,8 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saekit.activations import ActivationCache, ActivationSource, ShuffledStream
-from saekit.activations.finite import BadTokens
+from saekit.activations.finite import BadTokens, limits_in
 from saekit.activations.harvest import harvest_hooks
+from saekit.activations.manifest import as_known
 from saekit.activations.stream import StreamPlace, cache_rows, live_rows, live_rows_of_hooks
 from saekit.errors import SaekitError
 from saekit.trainers.config import TrainConfig
@@ -26,8 +27,11 @@ _FACTS = {
     "hook": "hook",
     "dataset": "dataset",
     "split": "dataset_split",
+    "dataset_config": "dataset_config",
     "column": "column",
     "context_length": "context_length",
+    "skip_first": "skip_first",
+    "max_norm": "max_norm",
 }
 
 
@@ -43,7 +47,7 @@ class TrainingData:
         gradients: whether gradients stand beside the activations, in the second half of each row.
         calibration: makes batches of held-out activations.
         columns: the part of each row that is this run's, where several runs share the rows.
-        bad: what becomes of tokens that are NaN or infinite.
+        bad: what becomes of tokens that are NaN, infinite or too large.
     """
 
     passport: dict[str, Any]
@@ -69,21 +73,32 @@ class TrainingData:
         )
 
 
-def training_data(config: TrainConfig, device: torch.device, trust_remote_code: bool = False) -> TrainingData:
+def training_data(
+    config: TrainConfig,
+    device: torch.device,
+    trust_remote_code: bool = False,
+    before: Mapping[str, Any] | None = None,
+) -> TrainingData:
     """Open the cache that the config names, or load the model and the text.
+
+    A run that goes on keeps the limit of the norm in ``before``, its passport.
 
     Raises:
         SaekitError: a part is missing or does not fit another, or the text is too short for its three parts.
     """
     gradients = VARIANTS[config.variant].needs_gradients
     if config.cache is not None:
-        return _from_cache(config, ActivationCache.open(config.cache), gradients)
+        return _from_cache(config, ActivationCache.open(config.cache), gradients, before)
     source = _source(config, device, trust_remote_code)
-    return _live(config, source, source.passport("train", gradients=gradients), gradients)
+    return _live(config, source, source.passport("train", gradients=gradients), gradients, before)
 
 
 def data_of_hooks(
-    config: TrainConfig, hooks: Sequence[str], device: torch.device, trust_remote_code: bool = False
+    config: TrainConfig,
+    hooks: Sequence[str],
+    device: torch.device,
+    trust_remote_code: bool = False,
+    before: Sequence[Mapping[str, Any] | None] = (),
 ) -> list[TrainingData]:
     """Load the model and the text once for runs at several hook points, whose activations share the rows.
 
@@ -94,20 +109,19 @@ def data_of_hooks(
     sources = [source.at(hook) for hook in hooks]
     (one,) = harvest_hooks(source.model, hooks, [next(source.contexts("calibration", 1))], bad=BadTokens(skip=True))
     widths = [batch.x.shape[1] for batch in one.batches.values()]
-    bad = BadTokens(config.skip_bad_tokens)
+    passport = source.passport("train")  # fingerprints of large models take a while
+    data = [
+        _live(config, each, {**passport, "hook": each.hook}, before=was)
+        for each, was in zip(sources, before or [None] * len(hooks), strict=True)
+    ]
+    bad = BadTokens(config.skip_bad_tokens, limits={hook: r for each in data for hook, r in each.bad.limits.items()})
 
     def rows(first: int) -> Iterator[Tensor]:
         return live_rows_of_hooks(source, hooks, first=first, bad=bad)
 
-    passport = source.passport("train")  # fingerprints of large models take a while
     return [
-        replace(
-            _live(config, each, {**passport, "hook": each.hook}),
-            rows=rows,
-            columns=slice(stop - width, stop),
-            bad=bad,
-        )
-        for each, width, stop in zip(sources, widths, accumulate(widths), strict=True)
+        replace(each, rows=rows, columns=slice(stop - width, stop), bad=bad)
+        for each, width, stop in zip(data, widths, accumulate(widths), strict=True)
     ]
 
 
@@ -118,8 +132,10 @@ def _source(config: TrainConfig, device: torch.device, trust_remote_code: bool) 
         config.dataset,
         column=config.column,
         split=config.split,
+        dataset_config=config.dataset_config,
         streaming=config.streaming,
         context_length=config.context_length,
+        skip_first=config.skip_first,
         device=str(device),
         dtype=config.dtype,
         trust_remote_code=trust_remote_code,
@@ -130,12 +146,20 @@ def _source(config: TrainConfig, device: torch.device, trust_remote_code: bool) 
 
 
 def _live(
-    config: TrainConfig, source: ActivationSource, passport: dict[str, Any], gradients: bool = False
+    config: TrainConfig,
+    source: ActivationSource,
+    passport: dict[str, Any],
+    gradients: bool = False,
+    before: Mapping[str, Any] | None = None,
 ) -> TrainingData:
-    bad = BadTokens(config.skip_bad_tokens)
+    if config.max_norm is not None:
+        limit = (before or {}).get("norm_limit") or source.norm_limit(config.max_norm)
+        passport = {**passport, "max_norm": config.max_norm, "norm_limit": limit}
+    limits = limits_in(passport)
+    bad = BadTokens(config.skip_bad_tokens, limits=limits)
 
     def calibration() -> Iterator[Tensor]:
-        apart = BadTokens(config.skip_bad_tokens)
+        apart = BadTokens(config.skip_bad_tokens, limits=limits)
         return (batch.x.float() for batch in source.batches("calibration", config.calibration_tokens, bad=apart))
 
     return TrainingData(
@@ -148,10 +172,13 @@ def _live(
     )
 
 
-def _from_cache(config: TrainConfig, cache: ActivationCache, gradients: bool) -> TrainingData:
+def _from_cache(
+    config: TrainConfig, cache: ActivationCache, gradients: bool, before: Mapping[str, Any] | None
+) -> TrainingData:
     """Part of the end of a cache serves the calibration and is never trained on."""
+    facts = as_known(cache.passport)
     for setting, fact in _FACTS.items():
-        asked, found = getattr(config, setting), cache.passport.get(fact)
+        asked, found = getattr(config, setting), facts.get(fact)
         if setting in config.model_fields_set and None not in (asked, found) and asked != found:
             raise SaekitError(f"the cache '{config.cache}' has {setting} '{found}', not '{asked}' as asked")
     if gradients:
@@ -162,14 +189,18 @@ def _from_cache(config: TrainConfig, cache: ActivationCache, gradients: bool) ->
             f"the cache '{config.cache}' of {len(cache):,} tokens is too small for a batch_size of {config.batch_size}"
         )
 
-    bad = BadTokens(config.skip_bad_tokens)
+    passport, limits = {**cache.passport, "cache_fingerprint": cache.fingerprint}, {}
+    if config.max_norm is not None and (limit := cache.norm_limit(config.max_norm)) is not None:
+        limit = (before or {}).get("norm_limit", limit)
+        passport |= {"max_norm": config.max_norm, "norm_limit": limit}
+        limits = {cache.hook: limit}
+    bad = BadTokens(config.skip_bad_tokens, limits=limits)
 
     def calibrate() -> Iterator[Tensor]:
-        apart = BadTokens(config.skip_bad_tokens)
+        apart = BadTokens(config.skip_bad_tokens, limits=limits)
         for batch in islice(cache.batches("calibration", 1024), -(-config.calibration_tokens // 1024)):
-            yield apart.sift([batch], [str(config.cache)], "calibration rows")[0].x.float()
+            yield apart.sift([batch], [cache.hook], "calibration rows")[0].x.float()
 
-    passport = {**cache.passport, "cache_fingerprint": cache.fingerprint}
     return TrainingData(
         passport,
         lambda first: cache_rows(cache, config.seed, gradients, first=first, bad=bad),

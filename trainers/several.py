@@ -115,7 +115,9 @@ def _train(
     with ExitStack() as stack:
         found = load_checkpoints([config.out / CHECKPOINTS for config in configs], device) if resume else None
         states = found[1] if found else [None] * len(configs)
-        data = data_of_hooks(configs[0], [each.hook or "" for each in configs], device, trust_remote_code)
+        hooks = [each.hook or "" for each in configs]
+        before = [state and state["passport"] for state in states]
+        data = data_of_hooks(configs[0], hooks, device, trust_remote_code, before)
         stream = stack.enter_context(closing(data[0].stream(configs[0], place_in(*states))))
         sample, workspace = stream.peek(SAMPLE) if found is None else None, Workspace()
         trainers = [

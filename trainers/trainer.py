@@ -13,6 +13,7 @@ from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor
 
+from saekit.activations.manifest import first_change
 from saekit.activations.stream import StreamPlace
 from saekit.errors import SaekitError, first_line
 from saekit.files import check_space, replace_file
@@ -88,7 +89,7 @@ def train(
         device = pick_device(config.device)
         found = load_checkpoints([config.out / CHECKPOINTS], device) if resume else None
         state = found[1][0] if found else None
-        data = training_data(config, device, trust_remote_code)
+        data = training_data(config, device, trust_remote_code, state and state["passport"])
         stream = stack.enter_context(closing(data.stream(config, place_in(state))))
         sample = stream.peek(SAMPLE) if state is None else None
         trainer = Trainer(config, data, sample, device, state=state)  # all that can be refused has been by now
@@ -170,9 +171,8 @@ class Trainer:
 
     def _check_same(self, state: dict[str, Any]) -> None:
         """Raise SaekitError where data or config are not those that a checkpoint was made with."""
-        for field, value in self.data.passport.items():
-            if state["passport"].get(field) != value:
-                raise SaekitError(f"the data has another {field} than when the run in '{self.config.out}' was started")
+        if field := first_change(state["passport"], self.data.passport):
+            raise SaekitError(f"the data has another {field} than when the run in '{self.config.out}' was started")
         settings = _settings(self.config)
         changed = [name for name, value in state["config"].items() if settings.get(name) != value]
         if changed:
@@ -204,7 +204,7 @@ class Trainer:
         """What a line of metrics tells: the latest step's figures and those of the run so far."""
         return {
             **latest,
-            **({"skipped_tokens": float(self.data.bad.count)} if self.data.bad.skip else {}),
+            **({"skipped_tokens": float(self.data.bad.count)} if self.data.bad.leaves_out else {}),
             "tokens": float(self.statistics.tokens),
             "dead_share": float(self.statistics.dead(self.config.dead_after or 0).float().mean()),
             "waited_seconds": waited,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -101,7 +101,8 @@ class DarkMatterJudge:
     ) -> tuple[dict[str, Report], dict[str, Any]]:
         study = ErrorStudy(saes, source.hook, self._earlier(source), self.pursuit, self.seed)
         why = not_causal(source.model)
-        contexts = heldout_contexts(source, self.judge.tokens, partial(without_start, share=SKIPPED))
+        limit = self.judge.norm_limit(next(iter(saes.values())), source)
+        contexts = heldout_contexts(source, self.judge.tokens, partial(without_start, share=SKIPPED), limit=limit)
         tell = self._bar(f"errors at {source.hook}", 2 * len(contexts.tokens))
 
         def batches(hooks: list[str]) -> Iterator[Harvest]:
@@ -128,7 +129,13 @@ class DarkMatterJudge:
             raise SaekitError("these dictionaries are of different caches; judge each alone, or give --cache")
         hook = str(caches[0].passport.get("hook", path))
         study = ErrorStudy(saes, hook, {}, self.pursuit, self.seed)
-        figures, compared = study.run(lambda _: _cached(caches[0], hook, self.judge.tokens))
+        sae = next(iter(saes.values()))
+
+        def batches(_: list[str]) -> Iterator[Harvest]:
+            rows = self.judge.without_large(sae, caches[0], caches[0].batches("heldout", 1024))
+            return _cached(caches[0], rows, hook, self.judge.tokens)
+
+        figures, compared = study.run(batches)
         about = {"cache": str(path), "part": "heldout"}
         return {name: _report(name, sae, figures[name], about) for name, sae in saes.items()}, compared
 
@@ -147,7 +154,7 @@ def _after(source: ActivationSource, hooks: set[str]) -> set[str]:
 
 def _check_same(first: str, one: ActivationSource, path: str, other: ActivationSource) -> None:
     """Raise SaekitError unless both dictionaries are of one hook point, model and text."""
-    for what in ("name", "hook", "context_length", "column", "split"):
+    for what in ("name", "hook", "context_length", "skip_first", "column", "split", "dataset_config"):
         a, b = getattr(one, what), getattr(other, what)
         if a != b:
             kind = {"name": "model"}.get(what, what)
@@ -170,10 +177,10 @@ def _parts(contexts: ContextBatch, tell: Callable[[int], object]) -> Iterator[Co
         tell(len(part.tokens))
 
 
-def _cached(cache: ActivationCache, hook: str, left: int) -> Iterator[Harvest]:
+def _cached(cache: ActivationCache, rows: Iterable[ActivationBatch], hook: str, left: int) -> Iterator[Harvest]:
     """The held-out rows of a cache, without the start of each context (rows of a plain tensor have no places)."""
     first = SKIPPED * (cache.passport.get("context_length") or 0) if cache.passport.get("model") else 0
-    for batch in cache.batches("heldout", 1024):
+    for batch in rows:
         kept = (batch.positions >= first).nonzero()[:left, 0]
         left -= len(kept)
         if len(kept):

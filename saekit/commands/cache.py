@@ -25,8 +25,13 @@ def cache(
     dataset: str = typer.Option("python", help="'python', a local text/JSONL/Parquet file, or a name on the hub"),
     column: str = typer.Option("text", help="column of the dataset that holds the text"),
     split: str = typer.Option("train", help="split of a dataset of the hub"),
+    dataset_config: str | None = typer.Option(None, help="configuration of a dataset that has several"),
     streaming: bool = typer.Option(True, help="read a dataset of the hub as it downloads"),
     context_length: int | None = typer.Option(None, min=3, help="tokens a context"),
+    skip_first: int = typer.Option(1, min=1, help="positions at the start of each context that are not stored"),
+    max_norm: float | None = typer.Option(
+        None, help="leave out tokens of more than so many times the median norm (attention sinks), and count them"
+    ),
     dtype: str = typer.Option(
         "bfloat16", help="how activations are stored: float32, bfloat16, float16", autocompletion=among(*DTYPES)
     ),

@@ -30,6 +30,7 @@ def convert(
         None,
         help="--lossy: text to set thresholds or k on, and to compare both on; by default what the dictionary names",
     ),
+    dataset_config: str | None = typer.Option(None, help="--lossy: configuration of a dataset that has several"),
     cache: Path | None = typer.Option(None, help="--lossy: activation cache to use instead of a model and text"),
     tokens: int = typer.Option(131_072, min=1024, help="--lossy: tokens to set them on, and to compare both on"),
     overwrite: bool = typer.Option(False, help="replace a dictionary of the same format in the target folder"),
@@ -59,6 +60,7 @@ def convert(
         from saekit.trainers.trainer import pick_device
 
         facts: dict[str, Any] = {"model": model, "hook": hook, "dataset": dataset, "cache": cache, "tokens": tokens}
+        facts["dataset_config"] = dataset_config
         judge = Judge(device=str(pick_device(device)), trust_remote_code=trust_remote_code, **facts)
         sae = nearest(sae, lack, source, judge)
     writer.write(sae, target, overwrite=overwrite)

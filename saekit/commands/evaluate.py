@@ -22,7 +22,14 @@ def evaluate(
     dataset: str | None = typer.Option(None, help="text to judge by [the dictionary's own, held-out part]"),
     column: str | None = typer.Option(None, help="column of the dataset that holds the text"),
     split: str | None = typer.Option(None, help="split of a dataset of the hub"),
+    dataset_config: str | None = typer.Option(None, help="configuration of a dataset that has several"),
     context_length: int | None = typer.Option(None, min=3, help="tokens a context"),
+    skip_first: int | None = typer.Option(
+        None, min=1, help="positions at the start of each context that are not scored [what the dictionary names]"
+    ),
+    max_norm: float | None = typer.Option(
+        None, help="leave out tokens of more than so many times the median norm (attention sinks)"
+    ),
     model_dtype: str | None = typer.Option(
         None, help="in which the model runs: float32, bfloat16, float16", autocompletion=among(*DTYPES)
     ),
@@ -70,7 +77,10 @@ def evaluate(
         dataset=dataset,
         column=column,
         split=split,
+        dataset_config=dataset_config,
         context_length=context_length,
+        skip_first=skip_first,
+        max_norm=max_norm,
         dtype=model_dtype,
         cache=cache,
         tokens=tokens,

@@ -7,14 +7,15 @@ from typing import Any
 
 from rich.markup import escape
 
-_TEXT = ("model", "hook", "dataset", "column", "split", "streaming", "context_length")
+_TEXT = ("model", "hook", "dataset", "column", "split", "dataset_config", "streaming", "context_length")
+_WHICH = ("skip_first", "max_norm", "skip_bad_tokens")
 DTYPES = ("float32", "bfloat16", "float16")
 _RUN = ("out", "config", "resume", "overwrite", "device", "trust_remote_code", "quiet")
 
 # by command and title, the parameters that stand in a panel of their own; others stay among the options
 _PANELS: dict[str, dict[str, tuple[str, ...]]] = {
     "train": {
-        "Data": (*_TEXT, "dtype", "cache", "buffer"),
+        "Data": (*_TEXT, *_WHICH, "dtype", "cache", "buffer"),
         "Dictionary": (
             *("variant", "width", "expansion", "k", "affinity_scale", "feature_choice_fraction", "budgets"),
             *("zipf_exponent", "zipf_shift", "beta", "aux", "aux_alpha", "k_aux", "tau"),
@@ -23,15 +24,17 @@ _PANELS: dict[str, dict[str, tuple[str, ...]]] = {
             *("tokens", "batch_size", "lr", "warmup", "decay", "clip", "dead_after", "seed", "precision"),
             "calibration_tokens",
         ),
-        "Run": (*_RUN, "skip_bad_tokens", "log", "log_every", "checkpoint_every", "eval_tokens", "features_shown"),
+        "Run": (*_RUN, "log", "log_every", "checkpoint_every", "eval_tokens", "features_shown"),
     },
-    "cache": {"Data": (*_TEXT, "tokens", "dtype", "model_dtype", "gradients", "skip_bad_tokens"), "Run": _RUN},
+    "cache": {"Data": (*_TEXT, *_WHICH, "tokens", "dtype", "model_dtype", "gradients"), "Run": _RUN},
     "eval": {
-        "Data": (*_TEXT, "model_dtype", "cache", "tokens"),
+        "Data": (*_TEXT, *_WHICH[:2], "model_dtype", "cache", "tokens"),
         "Suite dark_matter": ("earlier", "pursuit", "ce_tokens", "figures"),
         "Run": (*_RUN, "html", "features_shown"),
     },
-    "convert": {"With --lossy": ("model", "hook", "dataset", "cache", "tokens", "trust_remote_code", "device")},
+    "convert": {
+        "With --lossy": ("model", "hook", "dataset", "dataset_config", "cache", "tokens", "trust_remote_code", "device")
+    },
 }
 
 _EXAMPLES: dict[str, tuple[str, ...]] = {

@@ -74,6 +74,45 @@ def test_folders_that_datasets_saved_or_reads(tmp_path):
     assert len(rejoined(open_text(str(tmp_path / "dict"), split="test"))[1]) == 5
 
 
+@pytest.fixture
+def of_languages(tmp_path):
+    """A folder with two configurations, which its card names."""
+    folder = tmp_path / "languages"
+    folder.mkdir()
+    head = "configs:\n"
+    for name in ("english", "french"):
+        rows = [{"text": f"{name} {text}"} for text in texts(100)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        head += f"- config_name: {name}\n  data_files: {name}.jsonl\n"
+    (folder / "README.md").write_text(f"---\n{head}---\n")
+    return folder
+
+
+def test_a_dataset_with_several_configurations(of_languages):
+    named = {}
+    for name in ("english", "french"):
+        for streaming in (True, False):
+            source = open_text(str(of_languages), dataset_config=name, streaming=streaming)
+            _, everything = rejoined(source)
+            assert sorted(everything) == sorted(f"{name} {text}" for text in texts(100))
+        named[name] = source.fingerprint
+    assert len(set(named.values())) == 2
+    with pytest.raises(SaekitError, match="several configurations: --dataset-config NAME; it has english, french$"):
+        open_text(str(of_languages))
+    with pytest.raises(SaekitError, match="has no configuration 'frensh'; did you mean 'french'?"):
+        open_text(str(of_languages), dataset_config="frensh")
+
+
+def test_only_datasets_have_configurations(tmp_path):
+    from datasets import Dataset
+
+    (tmp_path / "a.txt").write_text("".join(texts(50)))
+    Dataset.from_dict({"text": texts(9)}).save_to_disk(str(tmp_path / "saved"))
+    for dataset in ("python", str(tmp_path / "a.txt"), str(tmp_path / "saved")):
+        with pytest.raises(SaekitError, match=f"'{dataset}' has no configurations; leave --dataset-config x away"):
+            open_text(dataset, dataset_config="x")
+
+
 def test_lines_longer_than_a_block_are_cut(tmp_path):
     (tmp_path / "a.txt").write_text(" ".join(f"word{i:05d}" for i in range(10_000)))
     found, everything = rejoined(open_text(str(tmp_path / "a.txt")))

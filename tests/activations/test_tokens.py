@@ -29,16 +29,22 @@ class NoEnd(Letters):
     st.integers(4, 12),
     st.booleans(),
     st.integers(1, 5),
+    st.integers(1, 10),
 )
-def test_packing_keeps_every_token_in_order(documents, length, bos, batch):
-    batches = list(pack(documents, Letters(), length, prepend_bos=bos, contexts=batch))
+def test_packing_keeps_every_token_in_order(documents, length, bos, batch, skip_first):
+    options = {"prepend_bos": bos, "contexts": batch, "skip_first": skip_first}
+    if length < skip_first + 2:
+        with pytest.raises(SaekitError, match="no room for text"):
+            list(pack(documents, Letters(), length, **options))
+        return
+    batches = list(pack(documents, Letters(), length, **options))
     stream, owners, kept = [], [], []
     for number, text in enumerate(documents):
         stream += [ord(c) for c in text] + [Letters.eos_token_id]
         owners += [number] * (len(text) + 1)
         kept += [True] * len(text) + [False]
     room = length - bos
-    if 3 - bos <= len(stream) < room:
+    if skip_first + 2 <= len(stream) + bos < length:
         room = len(stream)  # all there is makes one shorter context
     whole = len(stream) // room * room
     assert sum(len(b.tokens) for b in batches) == whole // room
@@ -51,9 +57,10 @@ def test_packing_keeps_every_token_in_order(documents, length, bos, batch):
     assert not found_kept[:, 0].any()
     assert tokens[:, int(bos) :].flatten().tolist() == stream[:whole]
     assert found_owners[:, int(bos) :].flatten().tolist() == owners[:whole]
-    # a letter 'e' inside a document counts, the separator of the same id does not, nor the first of a context
-    expected = [each and (bos or place % room > 0) for place, each in enumerate(kept[:whole])]
-    assert found_kept[:, int(bos) :].flatten().tolist() == expected
+    # a letter 'e' inside a document counts, the separator of the same id does not, nor does the start of a context
+    assert not found_kept[:, :skip_first].any()
+    expected = torch.tensor(kept[:whole]).reshape(-1, room)[:, skip_first - bos :]
+    assert torch.equal(found_kept[:, skip_first:], expected)
 
 
 def test_without_eos_bos_divides_documents():
@@ -81,3 +88,7 @@ def test_a_context_has_room_for_a_prediction_that_counts():
     assert list(pack(["a"], Letters(), 9, prepend_bos=False)) == []
     (batch,) = pack(["a"], Letters(), 9, prepend_bos=True)
     assert batch.kept.tolist() == [[False, True, False]]
+    with pytest.raises(SaekitError, match="a context of 9 tokens has no room for text after the first 8"):
+        list(pack(["abc"], Letters(), 9, prepend_bos=True, skip_first=8))
+    with pytest.raises(SaekitError, match="skip_first is at least 1, not 0"):
+        list(pack(["abcdef"], Letters(), 4, prepend_bos=True, skip_first=0))
