@@ -144,7 +144,7 @@ def gradient_choice(pre: Float[Tensor, "n F"], influence: Float[Tensor, "n F"], 
     """Each token matches the k features of largest score A ∘ (1 + β·influence), A = relu(pre); the values are plain A.
 
     The score is that of gradient TopK (arXiv 2411.10397: z + β·z∘|W_decᵀ∇L|); the scale of ``influence`` and taking A
-    for z are our reading. β = 0 is ``token_choice``.
+    for z are our reading. β = 0 is ``token_choice``, bit for bit.
 
     Args:
         pre: [n, F] pre-activations.
@@ -159,6 +159,8 @@ def gradient_choice(pre: Float[Tensor, "n F"], influence: Float[Tensor, "n F"], 
     check_k(k, width, beta)
     if influence.shape != pre.shape:
         raise SaekitError(f"influence of shape {list(influence.shape)} does not fit {list(pre.shape)} pre-activations")
+    if beta == 0:
+        return token_choice(pre, k)
     score = torch.relu(pre.detach())
     score.addcmul_(score, influence.detach(), value=beta)
     features = largest_in_rows(score, k)

@@ -74,6 +74,8 @@ class DenseSelection:
 
     def gradient_choice(self, k: int, beta: float) -> SparseCode:
         """Each token's k best features, weighed by their effect on the loss."""
+        if beta == 0:
+            return self.token_choice(k)
         if self.influence is None:
             raise SaekitError("gradient choice needs gradients beside the activations")
         return gradient_choice(self.pre, self.influence, k, beta)
@@ -129,9 +131,12 @@ class Selection:
     def gradient_choice(self, k: int, beta: float) -> SparseCode:
         """Each token's k best features, weighed by their effect on the loss, as ``saekit.allocation.gradient_choice``.
 
-        Its scores are exact always: the bound on rough ones would have to hold for a product of two.
+        Its scores are exact always, since the bound on rough ones would have to hold for a product of two; unless β is
+        0, where it is token choice, which looks at no gradients.
         """
         check_k(k, len(self.W), beta)
+        if beta == 0:
+            return self.token_choice(k)
         if self.gradients is None or self.W_dec is None:
             raise SaekitError("gradient choice needs gradients beside the activations")
         scores = InfluencedScores(

@@ -86,7 +86,7 @@ def training_data(
     Raises:
         SaekitError: a part is missing or does not fit another, or the text is too short for its three parts.
     """
-    gradients = VARIANTS[config.variant].needs_gradients
+    gradients = VARIANTS[config.variant].needs_gradients(config)
     if config.cache is not None:
         return _from_cache(config, ActivationCache.open(config.cache), gradients, before)
     source = _source(config, device, trust_remote_code)

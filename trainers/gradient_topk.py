@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from saekit.code import SparseCode
 from saekit.trainers.variant import Batch, Variant
+
+if TYPE_CHECKING:
+    from saekit.trainers.config import TrainConfig
 
 
 class GradientTopK(Variant):
     """Gradient choice in training; saved as plain ``topk``, since gradients know the next token (our reading)."""
 
     architecture = "topk"
-    needs_gradients = True
+
+    @classmethod
+    def needs_gradients(cls, config: TrainConfig) -> bool:
+        """With a weight of 0 it is TopK, and nothing is asked of the model that TopK does not ask."""
+        return config.beta > 0
 
     def facts(self) -> dict[str, Any]:
         """The weight of the gradient; evaluations of the gradient selection use it."""

@@ -161,7 +161,7 @@ def _read_begun(home: Path) -> tuple[TrainConfig, list[str]]:
 def _check_shareable(config: TrainConfig) -> None:
     if config.cache is not None:
         raise SaekitError(f"the cache '{config.cache}' has one hook; several are trained on a live harvest, without it")
-    if VARIANTS[config.variant].needs_gradients:
+    if VARIANTS[config.variant].needs_gradients(config):
         raise SaekitError(f"'{config.variant}' needs gradients, so it is trained one hook at a time, not several")
 
 

@@ -52,12 +52,10 @@ class Variant:
         architecture: the inference rule of the saved dictionary: ``topk``, ``jumprelu`` (thresholds, which
             ``calibrate`` sets) or ``standard``.
         compares_tokens: whether the rule compares pairs of different tokens, so that ``affinity_scale`` matters.
-        needs_gradients: whether batches must come with gradients.
     """
 
     architecture: Architecture = "topk"
     compares_tokens = False
-    needs_gradients = False
 
     def __init__(self, config: TrainConfig, d_sae: int) -> None:
         """Take from the config what the rule needs.
@@ -66,6 +64,11 @@ class Variant:
             SaekitError: the rule cannot be followed with these settings.
         """
         self.config, self.k, self.d_sae = config, config.k, d_sae
+
+    @classmethod
+    def needs_gradients(cls, config: TrainConfig) -> bool:
+        """Whether batches must come with gradients of the model's loss, with these settings."""
+        return False
 
     def allocate(self, batch: Batch) -> SparseCode:
         """The training code of a batch."""

@@ -169,6 +169,24 @@ def test_impossible_requests_are_refused_alike(rule):
             select.gradient_choice(2, 1.0)
 
 
+@pytest.mark.parametrize("rough", [False, True], ids=["fp32", "bf16_select"])
+def test_gradient_choice_without_weight_is_token_choice_bit_for_bit(rough, generator):
+    """Whatever the processor adds in whichever order: it is the same computation, and no gradients are looked at."""
+    x, W, b = (torch.randn(shape, generator=generator) for shape in ((90, 300), (300, 512), (512,)))
+    gradients, W_dec = torch.full_like(x, torch.nan), torch.full((512, 300), torch.nan)
+    chosen = [
+        Selection(x, W, b, rough=rough).token_choice(5),
+        Selection(x, W, b, gradients=gradients, W_dec=W_dec, rough=rough).gradient_choice(5, 0.0),
+        Selection(x, W, b, rough=rough).gradient_choice(5, 0.0),
+    ]
+    pre = torch.addmm(b, x, W)
+    dense = [DenseSelection(pre).token_choice(5), DenseSelection(pre).gradient_choice(5, 0.0)]
+    for expected, *others in (chosen, dense):
+        for found in others:
+            for name in ("tokens", "features", "values"):
+                assert torch.equal(getattr(found, name), getattr(expected, name)), name
+
+
 def test_buffers_are_made_once():
     workspace = Workspace()
     parts = problem(0, 200, 8, 512)
