@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -15,9 +16,10 @@ from torch import Tensor
 
 from saekit.activations.manifest import first_change
 from saekit.activations.stream import StreamPlace
-from saekit.errors import SaekitError, first_line
+from saekit.errors import SaekitError, SaekitWarning, first_line
 from saekit.files import check_space, replace_file
 from saekit.kernels.workspace import Workspace
+from saekit.machine import Machine, differences, this_machine
 from saekit.selection import Selection
 from saekit.trainers.auxiliary import POOLS, auxiliary_step
 from saekit.trainers.backward import reconstruction_step
@@ -162,6 +164,7 @@ class Trainer:
         self.workspace = workspace or Workspace()
         self.statistics = Statistics(config.width, config.dead_after, device)
         self.divergence = Divergence()
+        self.machines = [this_machine(device)]
         self.step = 0
         if state is not None:
             self._check_same(state)
@@ -293,6 +296,7 @@ class Trainer:
                 "passport": passport,
                 "skipped_tokens": self.data.bad.count,
                 "aux": self.config.aux,
+                "ran_on": self.machines,
                 **self.variant.facts(),
             },
         )
@@ -328,6 +332,7 @@ class Trainer:
             "step": self.step,
             "passport": self.data.passport,
             "config": _settings(self.config),
+            "ran_on": self.machines,
         }
 
     def load_state_dict(self, state: dict[str, object]) -> None:
@@ -338,6 +343,11 @@ class Trainer:
         self.divergence.load_state_dict(state["divergence"])  # type: ignore[arg-type]
         self.variant.load_state_dict(state["variant"])  # type: ignore[arg-type]
         self.scale, self.step = float(state["scale"]), int(state["step"])  # type: ignore[arg-type, call-overload]
+        before: list[Machine] = state.get("ran_on", [{}])  # type: ignore[assignment]
+        if other := differences(before[-1], self.machines[-1]):
+            told = f"the run goes on on another machine ({other}), so it will not be that of one machine bit for bit"
+            warnings.warn(told, SaekitWarning, stacklevel=2)
+        self.machines = before if before[-1] == self.machines[-1] else before + self.machines
 
 
 def place_in(*states: dict[str, Any] | None) -> StreamPlace | None:

@@ -1,0 +1,45 @@
+"""On what a run computes: sums that another machine adds in another order round otherwise."""
+
+from __future__ import annotations
+
+import platform
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+Machine = dict[str, str | int]
+
+
+def this_machine(device: torch.device) -> Machine:
+    """What decides how sums are rounded; where all of it is alike, a run is the same bit for bit.
+
+    Returns:
+        The version of ``torch``; the ``processor``, its ``capability`` (the instructions that torch takes of it) and
+        ``threads``; the ``device``, on CUDA by its name.
+    """
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    capability = torch.backends.cpu.get_cpu_capability()
+    return {
+        "torch": torch.__version__,
+        "processor": _processor(),
+        "capability": capability,
+        "threads": torch.get_num_threads(),
+        "device": name,
+    }
+
+
+def differences(before: Machine, now: Machine) -> str:
+    """What of a machine is another now, in a few words; empty where nothing is, or where ``before`` is not known."""
+    changed = [key for key, value in now.items() if before.get(key, value) != value]
+    return ", ".join(f"{key} {before[key]}, now {now[key]}" for key in changed)
+
+
+@lru_cache(maxsize=1)
+def _processor() -> str:
+    with suppress(OSError):  # Linux; elsewhere Python knows, or says the kind alone
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
