@@ -22,7 +22,7 @@ from saekit.errors import SaekitError, first_line
 from saekit.files import remove_unfinished, replace_file
 from saekit.seal import BLANK, file_unbroken, stamp_file
 
-_FORMAT = 3  # of what a checkpoint holds; 1 and 2 were .pt files
+_FORMAT = 4  # of what a checkpoint holds; 3 had no centre, 1 and 2 were .pt files
 _NAME = re.compile(r"step-(\d{1,18})\.safetensors")
 _FACTS = "saekit"  # key of the metadata
 _KEPT = 2

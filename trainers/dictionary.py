@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -13,6 +14,26 @@ from saekit.sae import AffinityScale, SAEConfig, SparseAutoencoder
 from saekit.trainers.config import TrainConfig
 from saekit.trainers.geometric_median import geometric_median
 from saekit.trainers.variant import Variant
+
+
+@dataclass(frozen=True, eq=False)
+class Units:
+    """What training takes in place of raw activations x: (x − centre) · scale.
+
+    So a run is the same, up to rounding, whatever vector is added to all activations: b_dec starts at 0, and Adam's
+    steps, which know nothing of units, need not carry it to a large mean.
+
+    Attributes:
+        centre: [d], in raw units.
+        scale: one over raw units; the mean norm becomes √d.
+    """
+
+    centre: Float[Tensor, "d"]
+    scale: float
+
+    def __call__(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+        """Raw activations in these units."""
+        return (x - self.centre).mul_(self.scale)
 
 
 def affinity_scale(config: TrainConfig, variant: Variant) -> AffinityScale:
@@ -34,37 +55,38 @@ def empty_dictionary(config: TrainConfig, variant: Variant, d_in: int, device: t
 
 
 @torch.no_grad()
-def initialise(sae: SparseAutoencoder, sample: Float[Tensor, "n d"], seed: int) -> float:
-    """Give a dictionary its first weights; returns the scale at which activations have mean norm √d.
+def initialise(sae: SparseAutoencoder, sample: Float[Tensor, "n d"], seed: int) -> Units:
+    """Give a dictionary its first weights; returns the units in which it is trained.
 
-    Decoder rows are random unit vectors, the encoder starts as the decoder's transpose, b_dec as the geometric median
-    of the scaled sample.
+    Their centre is the geometric median of the sample, and there b_dec starts. Decoder rows are random unit vectors,
+    the encoder starts as the decoder's transpose.
 
     Raises:
-        SaekitError: the activations are all zero, or too large for float32.
+        SaekitError: the activations are all the same, or too large for float32.
     """
-    norm = float(sample.norm(dim=1).cpu().double().mean())
-    if norm == 0:
-        raise SaekitError("the activations are all zero")
+    centre = geometric_median(sample)
+    norm = float((sample - centre).norm(dim=1).cpu().double().mean())
     if not math.isfinite(norm):
         raise SaekitError("the activations are so large that their norms exceed float32")
-    scale = float(sae.cfg.d_in**0.5 / norm)
+    if norm <= 4 * torch.finfo(sample.dtype).eps * float(centre.norm()):  # what rounding leaves of equal rows
+        raise SaekitError(f"the activations are all {'the same' if centre.any() else 'zero'}")
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(sae.cfg.d_sae, sae.cfg.d_in, generator=generator).to(sample.device)
     sae.W_dec.copy_(rows / rows.norm(dim=1, keepdim=True))
     sae.W_enc.copy_(sae.W_dec.T)
-    sae.b_dec.copy_(geometric_median(sample * scale))
-    return scale
+    sae.b_dec.zero_()
+    return Units(centre, float(sae.cfg.d_in**0.5 / norm))
 
 
 @torch.no_grad()
-def unscale(sae: SparseAutoencoder, scale: float) -> None:
-    """Fold the activation scale into the dictionary, in place: afterwards it takes and gives raw activations.
+def unscale(sae: SparseAutoencoder, units: Units) -> None:
+    """Fold the units of training into the dictionary, in place: afterwards it takes and gives raw activations.
 
-    With x' = s·x: relu((s·x − b)W + c)/s = relu((x − b/s)W + c/s), so biases and thresholds are divided by s, while
-    both matrices stay and decoder rows keep unit norm. A threshold in units of the token's norm stays too.
+    With x' = s·(x − m): relu((x' − b)W + c)/s = relu((x − m − b/s)W + c/s), so biases and thresholds are divided by s
+    and m joins b_dec, while both matrices stay and decoder rows keep unit norm. A threshold in units of the token's
+    norm stays too.
     """
-    sae.b_enc.div_(scale)
-    sae.b_dec.div_(scale)
+    sae.b_enc.div_(units.scale)
+    sae.b_dec.div_(units.scale).add_(units.centre)
     if sae.threshold is not None and sae.cfg.affinity_scale == "none":
-        sae.threshold.div_(scale)
+        sae.threshold.div_(units.scale)

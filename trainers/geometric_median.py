@@ -16,7 +16,9 @@ def geometric_median(x: Float[Tensor, "n d"], iterations: int = 100, tolerance: 
         iterations: at most so many.
         tolerance: stop where a step is shorter than this share of the mean distance.
     """
-    median = x.mean(0)
+    origin = x.mean(0)
+    x = x - origin  # a large mean would cost digits in every sum
+    median = torch.zeros_like(origin)
     for _ in range(iterations):
         distance = (x - median).norm(dim=1).clamp_min(1e-12)
         weights = 1 / distance
@@ -25,4 +27,4 @@ def geometric_median(x: Float[Tensor, "n d"], iterations: int = 100, tolerance: 
         median = moved
         if done:
             break
-    return median
+    return origin + median

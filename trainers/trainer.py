@@ -26,7 +26,7 @@ from saekit.trainers.backward import reconstruction_step
 from saekit.trainers.checkpoint import checkpoints, load_checkpoints, save_checkpoint
 from saekit.trainers.config import TrainConfig
 from saekit.trainers.data import TrainingData, resolved, training_data
-from saekit.trainers.dictionary import affinity_scale, empty_dictionary, initialise, unscale
+from saekit.trainers.dictionary import Units, affinity_scale, empty_dictionary, initialise, unscale
 from saekit.trainers.divergence import Divergence
 from saekit.trainers.lock_step import take_steps
 from saekit.trainers.loggers import check_installed
@@ -49,7 +49,7 @@ from saekit.trainers.variant import Batch
 from saekit.trainers.variants import VARIANTS
 from saekit.zipf import ranks_of
 
-SAMPLE = 16_384  # rows of the stream that the scale and b_dec start from
+SAMPLE = 16_384  # rows of the stream that decide about the units of training
 
 
 def train(
@@ -140,7 +140,7 @@ class Trainer:
         Args:
             config: what to train.
             data: where the activations come from.
-            sample: the first rows of the stream, from which the scale and b_dec start; not needed with ``state``.
+            sample: the first rows of the stream, which decide about the units; not needed with ``state``.
             device: where to train.
             workspace: buffers that trainers may share which take turns.
             state: a checkpoint to go on from.
@@ -170,7 +170,7 @@ class Trainer:
             self._check_same(state)
             self.load_state_dict(state)
         elif sample is not None:
-            self.scale = initialise(self.sae, sample[:, : self.d_in].to(device), config.seed)
+            self.units = initialise(self.sae, sample[:, : self.d_in].to(device), config.seed)
 
     def _check_same(self, state: dict[str, Any]) -> None:
         """Raise SaekitError where data or config are not those that a checkpoint was made with."""
@@ -199,7 +199,7 @@ class Trainer:
         """
         rows = rows[:, self.data.columns].to(self.device)
         gradients = rows[:, self.d_in :] if self.data.gradients else None
-        metrics = self.train_step(rows[:, : self.d_in] * self.scale, gradients)
+        metrics = self.train_step(self.units(rows[:, : self.d_in]), gradients)
         self.step += 1
         return metrics
 
@@ -224,7 +224,7 @@ class Trainer:
             save_checkpoint(self.config.out / CHECKPOINTS, self.step, state)
 
     def train_step(self, x: Float[Tensor, "n d"], gradients: Float[Tensor, "n d"] | None = None) -> dict[str, float]:
-        """One optimiser step on one batch of scaled activations; gradients of the model's loss may have any scale."""
+        """One optimiser step on one batch of activations in the run's units; gradients of the model's loss may have any scale."""
         sae, config = self.sae, self.config
         centred = x - sae.b_dec.detach()
         norms = centred.norm(dim=1) if affinity_scale(config, self.variant) == "token_norm" else None
@@ -274,11 +274,11 @@ class Trainer:
 
     @torch.no_grad()
     def finish(self) -> Run:
-        """Calibrate, fold the scale in and save the dictionary."""
+        """Calibrate, fold the units in and save the dictionary."""
         sae = self.sae.eval()
         sae.zero_grad(set_to_none=True)
-        self.variant.calibrate(sae, lambda: (x.to(self.device) * self.scale for x in self.data.calibration()))
-        unscale(sae, self.scale)
+        self.variant.calibrate(sae, lambda: (self.units(x.to(self.device)) for x in self.data.calibration()))
+        unscale(sae, self.units)
         passport = self.data.passport
         sae.with_metadata(
             model_name=passport.get("model"),
@@ -291,7 +291,7 @@ class Trainer:
                 "k": self.config.k,
                 "training_tokens": self.statistics.tokens,
                 "seed": self.config.seed,
-                "activation_scale": self.scale,
+                "activation_scale": self.units.scale,
                 "cache": str(self.config.cache) if self.config.cache else None,
                 "passport": passport,
                 "skipped_tokens": self.data.bad.count,
@@ -308,7 +308,7 @@ class Trainer:
     def _figures(self) -> dict[str, Tensor]:
         """What is known of each feature [F] at the end, in units of raw activations, and what the variant learned."""
         statistics = self.statistics
-        unit = 1.0 if affinity_scale(self.config, self.variant) == "token_norm" else self.scale
+        unit = 1.0 if affinity_scale(self.config, self.variant) == "token_norm" else self.units.scale
         return {
             "density": statistics.density,
             "rank": ranks_of(statistics.density) + 1,
@@ -328,7 +328,8 @@ class Trainer:
             "statistics": self.statistics.state_dict(),
             "divergence": self.divergence.state_dict(),
             "variant": self.variant.state_dict(),
-            "scale": self.scale,
+            "scale": self.units.scale,
+            "centre": self.units.centre,
             "step": self.step,
             "passport": self.data.passport,
             "config": _settings(self.config),
@@ -342,7 +343,8 @@ class Trainer:
         self.statistics.load_state_dict(state["statistics"])  # type: ignore[arg-type]
         self.divergence.load_state_dict(state["divergence"])  # type: ignore[arg-type]
         self.variant.load_state_dict(state["variant"])  # type: ignore[arg-type]
-        self.scale, self.step = float(state["scale"]), int(state["step"])  # type: ignore[arg-type, call-overload]
+        self.units = Units(state["centre"], float(state["scale"]))  # type: ignore[arg-type]
+        self.step = int(state["step"])  # type: ignore[call-overload]
         before: list[Machine] = state.get("ran_on", [{}])  # type: ignore[assignment]
         if other := differences(before[-1], self.machines[-1]):
             told = f"the run goes on on another machine ({other}), so it will not be that of one machine bit for bit"

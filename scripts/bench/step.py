@@ -79,7 +79,7 @@ class Bench:
             trained.statistics.since_fired[:: round(1 / DEAD_SHARE)] = 2 * 10**9
         rows = self.rows[trained.step % len(self.rows)]
         gradients = rows[:, self.d :] if trained.data.gradients else None
-        metrics = trained.train_step(rows[:, : self.d] * trained.scale, gradients)
+        metrics = trained.train_step(trained.units(rows[:, : self.d]), gradients)
         trained.step += 1
         return metrics
 

@@ -32,7 +32,7 @@ def start(cfg):
     width = trainer.d_in
     rows = list(itertools.islice(stream, cfg.steps))
     stream.close()
-    return trainer, [(r[:, :width] * trainer.scale, r[:, width:] if data.gradients else None) for r in rows]
+    return trainer, [(trainer.units(r[:, :width]), r[:, width:] if data.gradients else None) for r in rows]
 
 
 def chosen_densely(pre, x, b_dec, W_dec, gradients, cfg, budgets):
