@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Int
 from torch import Tensor
 
+from saekit.activations.arrays import batches_of
+from saekit.activations.division import Division, Grouping
 from saekit.activations.finite import SAMPLE, check_finite, norm_limit
 from saekit.activations.harvest import ActivationBatch
-from saekit.activations.manifest import MANIFEST, Manifest, Shard, check_passport, checked
+from saekit.activations.manifest import MANIFEST, Manifest, Shard, check_passport
 from saekit.activations.model import DTYPES
 from saekit.activations.python_source import Split
 from saekit.activations.shards import ShardWriter, damaged, read_shard
@@ -25,6 +27,7 @@ from saekit.files import expanded
 from saekit.reading import check_inside
 
 SHARD_ROWS = 1 << 16
+_BLOCK = 2048  # rows read in one piece where their order is random; as many have a checksum of their own
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class ActivationCache:
         d_in: width of the activations.
         dtype: in which they are stored.
         shards: name, rows and checksum of each shard.
+        division: how the rows are divided into those to train on, to calibrate on and to evaluate on.
         gradients: whether gradients of the model's loss stand beside the activations.
     """
 
@@ -51,6 +55,7 @@ class ActivationCache:
     d_in: int
     dtype: str
     shards: tuple[Shard, ...]
+    division: Division
     gradients: bool = False
 
     def __len__(self) -> int:
@@ -58,8 +63,11 @@ class ActivationCache:
 
     @property
     def fingerprint(self) -> str:
-        """What tells this cache from another in the same folder: a digest of its shards' sizes and checksums."""
-        facts = [{key: value for key, value in shard.items() if key not in ("batch", "row")} for shard in self.shards]
+        """What tells this cache from another in the same folder: a digest of its shards and of their division."""
+        facts: list[Any] = [
+            {key: value for key, value in shard.items() if key not in ("batch", "row")} for shard in self.shards
+        ]
+        facts += [] if self.division.by == "end" else [self.division.model_dump()]
         return hashlib.blake2b(json.dumps([self.d_in, facts]).encode(), digest_size=16).hexdigest()
 
     @classmethod
@@ -80,7 +88,8 @@ class ActivationCache:
             hint = f", only an unfinished harvest; `saekit cache --out {path} --resume` goes on with it"
             raise SaekitError(f"there is no activation cache at '{path}': no {MANIFEST}{hint if begun else ''}")
         found = Manifest.read(folder)
-        cache = cls(folder, dict(found.passport), found.d_in, found.dtype, tuple(found.shards), found.gradients)
+        facts = (dict(found.passport), found.d_in, found.dtype, tuple(found.shards), found.parts, found.gradients)
+        cache = cls(folder, *facts)
         for shard in cache.shards if complete else ():
             file = folder / shard["file"]
             if not file.is_file() or file.stat().st_size != shard["bytes"]:
@@ -92,35 +101,38 @@ class ActivationCache:
     def from_tensor(
         cls,
         path: str | Path,
-        x: Float[Tensor, "N d_in"],
+        x: Any,
         *,
-        gradients: Float[Tensor, "N d_in"] | None = None,
+        gradients: Any = None,
+        groups: Any = None,
         dtype: str = "float32",
         passport: dict[str, Any] | None = None,
         overwrite: bool = False,
     ) -> ActivationCache:
-        """Write a user's own activations, from any source.
+        """Write a user's own activations, from any source, piece by piece.
+
+        About 5% of the rows are held out (at most 65,536) and 5% serve the calibration (at most 262,144), spread over
+        all of them by a hash: whole groups or, without groups, whole blocks of at most 256 neighbouring rows. Rows of
+        one origin (document, image, patient) that lie further apart need ``groups``.
 
         Args:
             path: the folder to write.
-            x: [N, d_in] activations; the row number stands for the document (rows are taken to be independent).
-            gradients: [N, d_in] of a model's loss at them, for gradient TopK.
-            dtype: how they are stored: ``float32``, ``bfloat16`` or ``float16``.
+            x: [N, d_in] activations of floating point numbers: a torch tensor, a numpy array (memory-mapped ones and
+                others that can be sliced too), the path of a ``.npy`` file, or an iterator of pieces [m, d_in].
+            gradients: [N, d_in] of a model's loss at them, for gradient TopK; of any of these kinds.
+            groups: [N] whole numbers, at least three different ones; of any of these kinds. No group is on two sides of
+                the division, and it is kept in ``documents``, which holds the number of the row's block without it.
+            dtype: how they are stored: ``float32``, ``bfloat16`` or ``float16``; wider numbers are rounded, and told.
             passport: facts about the data to keep with it.
             overwrite: whether the folder may hold something already.
 
         Raises:
-            SaekitError: x is not a matrix of finite numbers, is empty, the gradients have another shape, or the folder
+            SaekitError: x is not a matrix of finite numbers, is empty, gradients or groups do not fit it, or the folder
                 holds something.
         """
-        if x.ndim != 2 or not x.is_floating_point():
-            raise SaekitError(f"activations are a matrix [N, d_in] of floating point numbers, not {list(x.shape)}")
-        if gradients is not None and gradients.shape != x.shape:
-            raise SaekitError(f"gradients of shape {list(gradients.shape)} do not fit activations {list(x.shape)}")
-        rows = torch.arange(len(x))
-        whole = ActivationBatch(x.detach(), torch.full_like(rows, -1), rows, torch.zeros_like(rows), gradients)
-        parts = (whole.rows(start, start + SHARD_ROWS) for start in range(0, len(x), SHARD_ROWS))
-        return cls.write(path, parts, passport or {}, dtype=dtype, overwrite=overwrite)
+        pieces = batches_of(x, gradients, groups, dtype)
+        by: Grouping = "blocks" if groups is None else "documents"
+        return cls.write(path, pieces, passport or {}, dtype=dtype, overwrite=overwrite, by=by)
 
     @classmethod
     def write(
@@ -131,8 +143,20 @@ class ActivationCache:
         *,
         dtype: str = "float32",
         overwrite: bool = False,
+        by: Grouping | None = None,
+        division: Division | None = None,
     ) -> ActivationCache:
         """Write batches to shards of equal length; the manifest comes last and makes the cache valid.
+
+        Args:
+            path: the folder to write.
+            batches: of any size.
+            passport: where they come from.
+            dtype: how they are stored.
+            overwrite: whether the folder may hold something already.
+            by: what the division never takes apart: ``documents``, even where these are few or large, or ``blocks`` of
+                neighbouring rows; if not given, documents where they give parts of half to twice the wanted rows.
+            division: that of another cache, whose rows these follow one by one.
 
         Raises:
             SaekitError: unknown dtype, no or non-finite activations, impossible facts in the passport, a folder that
@@ -150,7 +174,8 @@ class ActivationCache:
             if not writer.shards:
                 raise SaekitError(f"no activations to write to '{path}': the text is empty or shorter than one context")
             facts: Any = {"passport": passport, "d_in": d_in, "dtype": dtype, "gradients": gradients}
-            finish(target, folder, checked(Manifest, {**facts, "shards": writer.shards}, target / MANIFEST))
+            facts["shards"] = writer.shards
+            finish(target, folder, facts, by=by, division=division)
         return cls.open(target)
 
     def check_gradients(self) -> None:
@@ -180,21 +205,29 @@ class ActivationCache:
         """The hook point, or the folder of a user's own tensor."""
         return str(self.passport.get("hook", self.path))
 
-    def rows_of(self, part: Split) -> range:
-        """The rows of one part: the last 5% (at most 65,536) to evaluate, 5% before (at most 262,144) to calibrate on.
-
-        Neighbouring rows come from the same few documents, so thresholds need many of them.
-        """
-        heldout = len(self) - min(len(self) // 20, 65_536)
-        calibration = heldout - min(len(self) // 20, 262_144)
-        bounds = {"train": (0, calibration), "calibration": (calibration, heldout)}
-        return range(*bounds.get(part, (heldout, len(self))))
+    def count(self, part: Split) -> int:
+        """Rows of one part."""
+        return int(getattr(self.division.rows, part))
 
     def batches(self, part: Split, batch: int = 4096, *, gradients: bool = False) -> Iterator[ActivationBatch]:
-        """The rows of one part in their order."""
-        rows = self.rows_of(part)
-        for start in range(rows.start, rows.stop, batch):
-            yield self.read(start, min(start + batch, rows.stop), gradients=gradients)
+        """The rows of one part, each time in the same order.
+
+        Blocks of 2,048 rows come in a random order, so that the first few batches are like all of them.
+        """
+
+        def pieces() -> Iterator[ActivationBatch]:
+            order = torch.randperm(-(-len(self) // _BLOCK), generator=torch.Generator().manual_seed(0))
+            for start in (order * _BLOCK).tolist():
+                stop = min(start + _BLOCK, len(self))
+                mine = self.division.holds(part, start, self.documents(start, stop))
+                if bool(mine.any()):  # else the activations are not read
+                    yield self.read(start, stop, gradients=gradients).where(mine)
+
+        return (each for each, _ in regrouped(pieces(), batch))
+
+    def documents(self, start: int, stop: int) -> Int[Tensor, "m"]:
+        """Numbers of the documents of rows ``start`` to ``stop``."""
+        return self._columns(start, stop, ["documents"])[0]
 
     def read(self, start: int, stop: int, *, gradients: bool = False) -> ActivationBatch:
         """Rows ``start`` to ``stop`` with their tokens, documents, positions and, if asked, gradients.
@@ -204,13 +237,17 @@ class ActivationCache:
         """
         if gradients:
             self.check_gradients()
+        names = ["activations", "tokens", "documents", "positions", *["gradients"] * gradients]
+        return ActivationBatch(*self._columns(start, stop, names))
+
+    def _columns(self, start: int, stop: int, names: Sequence[str]) -> list[Tensor]:
         parts = []
         first = 0
         for shard in self.shards:
             low, high = max(start - first, 0), min(stop - first, shard["rows"])
             if low < high:
-                parts.append(read_shard(self.path, shard, self.d_in, DTYPES[self.dtype], low, high, gradients))
+                parts.append(read_shard(self.path, shard, self.d_in, DTYPES[self.dtype], low, high, names))
             first += shard["rows"]
         if not parts:
             raise SaekitError(f"the cache '{self.path}' has no rows {start} to {stop}: it holds {len(self)}")
-        return parts[0] if len(parts) == 1 else ActivationBatch.concatenate(parts)
+        return parts[0] if len(parts) == 1 else [torch.cat(column) for column in zip(*parts, strict=True)]

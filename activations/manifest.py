@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from typing_extensions import NotRequired, TypedDict
 
+from saekit.activations.division import Count, Division, at_end
 from saekit.activations.tokens import MASK
 from saekit.errors import SaekitError
 from saekit.files import replace_file
@@ -17,11 +18,10 @@ from saekit.reading import parse_json, read_bounded
 from saekit.seal import BLANK, stamp, unbroken
 
 MANIFEST = "manifest.json"
-FORMAT = 2  # 1 had neither seals nor the shards' places in the text
+FORMAT = 3  # 2 had no division; 1 had neither seals nor the shards' places in the text
 _LONGEST = 1 << 26  # bytes
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
-Count = Annotated[int, Field(ge=0, lt=2**62)]
 
 
 class Shard(TypedDict):
@@ -76,6 +76,7 @@ class Manifest(BaseModel):
     dtype: Literal["float32", "bfloat16", "float16"]
     gradients: bool = False
     skipped: Count = 0
+    division: Division | None = None  # None in formats 1 and 2
     shards: Annotated[list[Shard], Field(min_length=1)]
 
     @model_validator(mode="after")
@@ -85,7 +86,16 @@ class Manifest(BaseModel):
         row = self.d_in * (4 if self.dtype == "float32" else 2) * (1 + self.gradients) + 16
         if any(shard["bytes"] < shard["rows"] * row for shard in self.shards):
             raise ValueError("a shard has more rows than its bytes can hold")
+        if (self.division is None) != (self.format < 3):
+            raise ValueError(f"a manifest of format {self.format} {'has no' if self.format > 2 else 'has a'} division")
+        if self.parts.rows.total != sum(shard["rows"] for shard in self.shards):
+            raise ValueError("its division is of another number of rows")
         return self
+
+    @property
+    def parts(self) -> Division:
+        """How the rows are divided."""
+        return self.division or at_end(sum(shard["rows"] for shard in self.shards))
 
     def write(self, folder: Path) -> None:
         """Write it, with its seal.

@@ -14,10 +14,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from saekit.activations import cache as caches
 from saekit.activations.cache import ActivationCache
+from saekit.activations.division import Count
 from saekit.activations.finite import BadTokens, limits_in
 from saekit.activations.gradients import check_causal
 from saekit.activations.harvest import ActivationBatch
-from saekit.activations.manifest import MANIFEST, Count, Manifest, Passport, Shard, checked, first_change
+from saekit.activations.manifest import MANIFEST, Manifest, Passport, Shard, checked, first_change
 from saekit.activations.model import DTYPES
 from saekit.activations.shards import ShardWriter, unchanged
 from saekit.activations.source import ActivationSource
@@ -256,8 +257,7 @@ def _harvest(
             following.append((after, counts[after.batch]))
             writer.add(whole, {"batch": first.batch, "row": first.row})
     facts = {"passport": beginning.passport, "d_in": beginning.d_in, "dtype": plan.dtype, "gradients": plan.gradients}
-    facts |= {"skipped": bad.count, "shards": writer.shards}
-    finish(target, folder, checked(Manifest, facts, target / MANIFEST))
+    finish(target, folder, {**facts, "skipped": bad.count, "shards": writer.shards})
     return ActivationCache.open(target)
 
 

@@ -122,19 +122,24 @@ def write_shard(
     Raises:
         SaekitError: the activations exceed the dtype, the checksum is another, or the disk does not take the file.
     """
-    stored = batch.x.detach().to("cpu", dtype)
-    if dtype == torch.float16 and bool(stored.isinf().any()):
-        raise SaekitError("activations exceed float16's range (65,504); store them as bfloat16 or float32")
-    tensors = {
-        "activations": stored,
+    given = {
+        "activations": batch.x,
         "tokens": batch.tokens,
         "documents": batch.documents,
         "positions": batch.positions,
     }
     if batch.gradients is not None:
-        tensors["gradients"] = batch.gradients
+        given["gradients"] = batch.gradients
     kinds = _dtypes(dtype)
-    tensors = {name: tensor.detach().to("cpu", kinds[name]).contiguous() for name, tensor in tensors.items()}
+    tensors = {name: tensor.detach().to("cpu", kinds[name]).contiguous() for name, tensor in given.items()}
+    for name, tensor in tensors.items():
+        kind = tensor.dtype
+        if kind.is_floating_point and kind != given[name].dtype and bool(tensor.isinf().any()):
+            wider = " or bfloat16" if dtype == torch.float16 else ""
+            raise SaekitError(
+                f"{name} exceed {str(kind).removeprefix('torch.')}'s range ({torch.finfo(kind).max:,.6g}); "
+                f"store them as float32{wider}, or scale them"
+            )
     blocks = {name: [_sum(block) for block in torch.split(tensor, _ROWS)] for name, tensor in tensors.items()}
     metadata = {_SUMS: json.dumps({"rows": _ROWS, **blocks})} if sums else None
     found = ""
@@ -188,9 +193,9 @@ def checksum(path: Path, kind: str = "xxh3_128") -> str:
 
 
 def read_shard(
-    folder: Path, shard: Shard, d_in: int, dtype: torch.dtype, low: int, high: int, gradients: bool
-) -> ActivationBatch:
-    """Some rows of a shard, read straight into fresh tensors; mapping the file would cost twice the time.
+    folder: Path, shard: Shard, d_in: int, dtype: torch.dtype, low: int, high: int, names: Sequence[str]
+) -> list[Tensor]:
+    """Rows of some tensors of a shard, read straight into fresh tensors; mapping the file would cost twice the time.
 
     What is read is compared with its checksums; a shard of an old cache, which has none of single rows, is compared as
     a whole when it is first touched.
@@ -205,7 +210,6 @@ def read_shard(
         digest = "xxh3_128" if "xxh3_128" in shard else "blake2b"
         if sums is None and _checksum_of(path, digest, found.st_size, found.st_mtime_ns) != shard.get(digest):
             raise ValueError("its checksum is another")
-        names = ["activations", "tokens", "documents", "positions", *["gradients"] * gradients]
         with path.open("rb", buffering=0) as file:
             read = []
             for name in names:
@@ -216,7 +220,7 @@ def read_shard(
                 read.append(
                     _read_rows(file, header[name], start, low, high, (sums["rows"], sums[name]) if sums else None)
                 )
-            return ActivationBatch(*read)
+            return read
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         if isinstance(error, SaekitError):
             raise

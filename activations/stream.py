@@ -43,6 +43,8 @@ def cache_rows(
 ) -> Iterator[Float[Tensor, "m w"]]:
     """The training rows of a cache in blocks, without end; each epoch has a random order of blocks of its own.
 
+    Of each block of 2,048 rows, those of the other parts are left out.
+
     Rows are activations [m, d] or, with ``gradients``, activations and gradients side by side [m, 2·d].
 
     Args:
@@ -56,14 +58,14 @@ def cache_rows(
         SaekitError: a shard is damaged, or an activation is not finite.
     """
     bad = bad or BadTokens()
-    rows = cache.rows_of("train").stop
-    starts = torch.arange(0, rows, _BLOCK)
+    starts = torch.arange(0, len(cache), _BLOCK)
     epoch, passed = divmod(first, len(starts))
     while True:
         order = starts[torch.randperm(len(starts), generator=_generator(seed, -1 - epoch))]
         for start in order[passed:].tolist():
-            batch = cache.read(start, min(start + _BLOCK, rows), gradients=gradients)
-            yield _row(*bad.sift([batch], [cache.hook], f"cache rows from {start}"))
+            batch = cache.read(start, min(start + _BLOCK, len(cache)), gradients=gradients)
+            batch = batch.where(cache.division.holds("train", start, batch.documents))
+            yield _row(*bad.sift([batch], [cache.hook], f"training rows from {start}"))
         epoch, passed = epoch + 1, 0
 
 

@@ -6,11 +6,13 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from saekit.activations.division import Division, Grouping, divided
 from saekit.activations.harvest import ActivationBatch
-from saekit.activations.manifest import MANIFEST, Manifest
+from saekit.activations.manifest import MANIFEST, Manifest, checked
 from saekit.activations.model import DTYPES
+from saekit.activations.shards import read_shard
 from saekit.errors import SaekitError, did_you_mean
 from saekit.files import (
     PART,
@@ -102,8 +104,30 @@ def held(target: Path) -> Iterator[Path]:
         yield folder
 
 
-def finish(target: Path, folder: Path, manifest: Manifest) -> None:
-    """Write the manifest, which makes the cache whole, and move it to its place."""
+def finish(
+    target: Path,
+    folder: Path,
+    facts: dict[str, Any],
+    *,
+    by: Grouping | None = None,
+    division: Division | None = None,
+) -> None:
+    """Divide the rows into parts, write the manifest, which makes the cache whole, and move it to its place.
+
+    Args:
+        target: the place.
+        folder: where all shards are.
+        facts: what else the manifest tells.
+        by: as for ``divided``.
+        division: of the rows, where it is known already.
+
+    Raises:
+        SaekitError: as ``divided``, or a fact is impossible.
+    """
+    kind = DTYPES[facts["dtype"]]
+    columns = (read_shard(folder, s, facts["d_in"], kind, 0, s["rows"], ["documents"])[0] for s in facts["shards"])
+    found = (division or divided(columns, by)).model_dump()
+    manifest: Manifest = checked(Manifest, {**facts, "division": found}, target / MANIFEST)
     manifest.write(folder)
     move(target, folder, manifest)
 

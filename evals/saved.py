@@ -137,10 +137,10 @@ class Judge:
         return self.cache or (Path(own) if own else None)
 
     def checked(self, sae: SparseAutoencoder, path: Path) -> ActivationCache:
-        """The cache, once it is sure that it fits and that its end was held out from this dictionary.
+        """The cache, once it is sure that it fits and that a part of it was held out from this dictionary.
 
         Raises:
-            SaekitError: it is of another model or hook, or its end may have been trained on.
+            SaekitError: it is of another model or hook, or all of it may have been trained on.
         """
         cache, facts, own = ActivationCache.open(path), told_by(sae), _own(sae)
         for fact, name in (("model", "model_name"), ("hook", "hook_name")):
@@ -152,8 +152,8 @@ class Judge:
         rebuilt = own.get("cache") is not None and Path(own["cache"]).resolve() == cache.path
         if (rebuilt or cache.passport.get("part") == "train") and not trained_on_it:
             raise SaekitError(
-                f"the end of the cache '{path}' is held out for dictionaries trained on just these data; this one may "
-                f"have seen it: judge it by a model and text (--model, --hook, --dataset)"
+                f"rows of the cache '{path}' are held out for dictionaries trained on just these data; this one may "
+                f"have seen them: judge it by a model and text (--model, --hook, --dataset)"
             )
         return cache
 

@@ -101,8 +101,8 @@ def compare(arguments: argparse.Namespace) -> None:
     if not arguments.only_page:
         if arguments.cache is None:
             arguments.cache = arguments.out / "cache"
-            end = min(arguments.tokens // 9, 65_536 + 262_144) + 2048  # what a cache keeps for other purposes
-            harvest(arguments.cache, "train", arguments.tokens + end, gradients=True)
+            apart = min(arguments.tokens // 7, 400_000) + 2048  # what a cache keeps for other purposes, nearly
+            harvest(arguments.cache, "train", arguments.tokens + apart, gradients=True)
         check_cache(arguments.cache, arguments.tokens)
         harvest(arguments.out / "heldout", "heldout", arguments.heldout_tokens, gradients=False)
         run_all(jobs, arguments)
@@ -132,8 +132,8 @@ def check_cache(path: Path, tokens: int) -> None:
     """Raise SaekitError where a cache has no gradients or is too short."""
     cache = ActivationCache.open(path)
     cache.check_gradients()
-    if len(cache.rows_of("train")) < tokens:
-        raise SaekitError(f"the cache '{path}' has {len(cache.rows_of('train')):,} training tokens, not {tokens:,}")
+    if cache.count("train") < tokens:
+        raise SaekitError(f"the cache '{path}' has {cache.count('train'):,} training tokens, not {tokens:,}")
 
 
 def result(out: Path, job: Job) -> Path:

@@ -111,7 +111,7 @@ class Study:
     def harvest(self) -> None:
         """A cache that holds the training tokens, beside what a cache keeps for other purposes."""
         source = ActivationSource.open(hook=HOOK)
-        wanted = self.asked.tokens + min(self.asked.tokens // 9, 65_536 + 262_144) + BATCH
+        wanted = self.asked.tokens + min(self.asked.tokens // 7, 400_000) + BATCH
         batches = track(source.batches("train", wanted), description="harvesting", total=wanted // 8000)
         ActivationCache.write(self.cache, batches, source.passport("train"), dtype="bfloat16", overwrite=True)
 

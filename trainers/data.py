@@ -175,7 +175,7 @@ def _live(
 def _from_cache(
     config: TrainConfig, cache: ActivationCache, gradients: bool, before: Mapping[str, Any] | None
 ) -> TrainingData:
-    """Part of the end of a cache serves the calibration and is never trained on."""
+    """Part of a cache serves the calibration and is never trained on."""
     facts = as_known(cache.passport)
     for setting, fact in _FACTS.items():
         asked, found = getattr(config, setting), facts.get(fact)
@@ -183,13 +183,13 @@ def _from_cache(
             raise SaekitError(f"the cache '{config.cache}' has {setting} '{found}', not '{asked}' as asked")
     if gradients:
         cache.check_gradients()
-    train, calibration = cache.rows_of("train"), cache.rows_of("calibration")
-    if not calibration or len(train) < config.batch_size:
+    if not cache.count("calibration") or cache.count("train") < config.batch_size:
         raise SaekitError(
             f"the cache '{config.cache}' of {len(cache):,} tokens is too small for a batch_size of {config.batch_size}"
         )
 
-    passport, limits = {**cache.passport, "cache_fingerprint": cache.fingerprint}, {}
+    passport = {**cache.passport, "cache_fingerprint": cache.fingerprint, "held_out": cache.division.told}
+    limits = {}
     if config.max_norm is not None and (limit := cache.norm_limit(config.max_norm)) is not None:
         limit = (before or {}).get("norm_limit", limit)
         passport |= {"max_norm": config.max_norm, "norm_limit": limit}
@@ -204,7 +204,7 @@ def _from_cache(
     return TrainingData(
         passport,
         lambda first: cache_rows(cache, config.seed, gradients, first=first, bad=bad),
-        min(config.buffer, config.tokens, len(train)),
+        min(config.buffer, config.tokens, cache.count("train")),
         gradients,
         calibrate,
         bad=bad,

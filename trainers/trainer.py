@@ -224,7 +224,7 @@ class Trainer:
             save_checkpoint(self.config.out / CHECKPOINTS, self.step, state)
 
     def train_step(self, x: Float[Tensor, "n d"], gradients: Float[Tensor, "n d"] | None = None) -> dict[str, float]:
-        """One optimiser step on one batch of activations in the run's units; gradients of the model's loss may have any scale."""
+        """One optimiser step on activations in the run's units; gradients of the model's loss may have any scale."""
         sae, config = self.sae, self.config
         centred = x - sae.b_dec.detach()
         norms = centred.norm(dim=1) if affinity_scale(config, self.variant) == "token_norm" else None

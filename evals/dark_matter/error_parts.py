@@ -31,8 +31,8 @@ def write_error_part(
 ) -> ActivationCache:
     """Write one part of the error of a dictionary on a cache's rows as a cache of its own, row by row.
 
-    The ordinary trainer takes it (``saekit train --cache``), and keeps the same last rows for calibration and held out;
-    give it a ``b`` of ``fit_error``, which has not seen those (arXiv 2410.14670).
+    The ordinary trainer takes it (``saekit train --cache``), and keeps the same rows for calibration and held out; give
+    it a ``b`` of ``fit_error``, which has not seen those (arXiv 2410.14670).
 
     Args:
         path: the folder to write.
@@ -56,4 +56,4 @@ def write_error_part(
             yield batch._replace(x=error.cpu())
 
     passport = {"error_part": part, "of_hook": cache.passport.get("hook"), "of_model": cache.passport.get("model")}
-    return ActivationCache.write(path, batches(), passport, dtype=dtype)
+    return ActivationCache.write(path, batches(), passport, dtype=dtype, division=cache.division)

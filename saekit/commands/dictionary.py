@@ -80,7 +80,8 @@ def info(
     if (Path(path) / MANIFEST).is_file():
         found = ActivationCache.open(path)
         facts: dict[str, Any] = {"cache": path, "tokens": len(found), "d_in": found.d_in, "dtype": found.dtype}
-        facts |= {"shards": len(found.shards), "passport": found.passport}
+        facts |= {"shards": len(found.shards), "parts": found.division.rows.model_dump()}
+        facts |= {"held_out": found.division.told, "passport": found.passport}
     else:
         folder = local_folder(path)
         sae = saekit.load(folder if folder.exists() else path)

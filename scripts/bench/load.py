@@ -148,7 +148,7 @@ def write(path: Path, rows: int, pool: Tensor, running: Phase) -> ActivationCach
 
 def read(cache: ActivationCache, pool: Tensor, running: Phase) -> dict[str, float]:
     """One epoch; ends the program where a training row is missing, comes again, or is not as it was written."""
-    rows = len(cache.rows_of("train"))
+    rows = cache.count("train")
     times = torch.zeros(rows, dtype=torch.uint8)
     some = torch.arange(DIGITS, D, 61)  # columns; to look at all of each row would take as long as reading it
     few = pool[:, some].float()
@@ -223,7 +223,7 @@ def bench(folder: Path, gib: float) -> dict[str, Any]:
             cache = write(path, rows, pool, running)
         for shard in cache.shards:
             forget(path / shard["file"])
-        with phase("read", len(cache.rows_of("train")) * ROW, screen, found) as running:
+        with phase("read", cache.count("train") * ROW, screen, found) as running:
             epoch = read(cache, pool, running)
         found["read"] |= epoch
         for shard in cache.shards:

@@ -33,7 +33,9 @@ def spoilt(cache, tmp_path):
     made = write_shard(tmp_path / "spoilt/shard-00000.safetensors", whole, torch.float32, {})
     manifest = json.loads((cache / "manifest.json").read_text())
     manifest |= {"format": 1, "shards": [made]}
-    (tmp_path / "spoilt/manifest.json").write_text(json.dumps({k: v for k, v in manifest.items() if k != "seal"}))
+    (tmp_path / "spoilt/manifest.json").write_text(
+        json.dumps({k: v for k, v in manifest.items() if k not in ("seal", "division")})
+    )
     return tmp_path / "spoilt"
 
 

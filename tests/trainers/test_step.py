@@ -13,8 +13,8 @@ from saekit.activations import ActivationCache
 from saekit.trainers import TrainConfig, train
 from saekit.trainers.auxiliary import POOLS
 from saekit.trainers.calibration import global_threshold
+from saekit.trainers.checkpoint import load_checkpoints
 from saekit.trainers.data import training_data
-from saekit.trainers.dictionary import unscale
 from saekit.trainers.geometric_median import geometric_median
 from saekit.trainers.optimizer import DictionaryAdam, learning_rate
 from saekit.trainers.trainer import SAMPLE, Trainer
@@ -209,10 +209,12 @@ def test_the_scale_is_folded_into_the_dictionary(cache, tmp_path):
     run = train(config(cache, tmp_path), quiet=True)
     raw = ActivationCache.open(cache).read(0, 500).x
     scale = run.sae.cfg.metadata["saekit"]["activation_scale"]
-    scaled = copy.deepcopy(run.sae)
-    unscale(scaled, 1 / scale)  # back to the space of training
-    torch.testing.assert_close(run.sae(raw) * scale, scaled(raw * scale), rtol=1e-4, atol=1e-4)
-    assert run.sae.encode_sparse(raw).features.tolist() == scaled.encode_sparse(raw * scale).features.tolist()
+    state = load_checkpoints([tmp_path / "run/checkpoints"], torch.device("cpu"))[1][0]
+    assert float(state["scale"]) == scale
+    trained, x = copy.deepcopy(run.sae), (raw - state["centre"]) * scale
+    trained.load_state_dict({**state["sae"], "threshold": run.sae.threshold})  # in units of the token's norm
+    torch.testing.assert_close((run.sae(raw) - state["centre"]) * scale, trained(x), rtol=1e-4, atol=1e-4)
+    assert run.sae.encode_sparse(raw).features.tolist() == trained.encode_sparse(x).features.tolist()
     torch.testing.assert_close(run.sae.W_dec.norm(dim=1), torch.ones(64))
 
 

@@ -179,16 +179,16 @@ def test_error_parts_as_caches(tmp_path):
     x = torch.randn(6000, 16, generator=torch.Generator().manual_seed(2)) + 1
     cache, sae = ActivationCache.from_tensor(tmp_path / "x", x), dictionary()
     b = fit_error(sae, cache)
-    train = cache.rows_of("train").stop
+    train = cache.division.holds("train", 0, cache.documents(0, 6000))
     with torch.no_grad():
         error = x - sae(x)
-    direct = torch.linalg.lstsq(x[:train].double(), error[:train].double()).solution
+    direct = torch.linalg.lstsq(x[train].double(), error[train].double()).solution
     torch.testing.assert_close(b.weight, direct, rtol=1e-5, atol=1e-6)
     parts = [write_error_part(tmp_path / part, sae, cache, b, part) for part in ("linear", "nonlinear")]
     linear, nonlinear = (part.read(0, 6000).x for part in parts)
     torch.testing.assert_close(linear, (x.double() @ direct).float(), rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(linear + nonlinear, error, rtol=1e-3, atol=1e-5)
-    assert parts[0].rows_of("heldout") == cache.rows_of("heldout")
+    assert all(part.division == cache.division for part in parts)
 
 
 def test_a_picture_of_every_kind(tmp_path):
