@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from saekit.activations.attention import quick_attention, try_quick_attention
 from saekit.activations.model import check_hook
+from saekit.activations.unembedding import Unembedding, next_tokens
 from saekit.errors import SaekitError, first_line
 
 if TYPE_CHECKING:
@@ -47,7 +48,9 @@ def with_gradients(
     check_hook(model, hook)
     try_quick_attention(model)
     check_causal(model)
-    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+    device = next(model.parameters()).device
+    end = Unembedding.of(model, hook)
+    generator = torch.Generator(device).manual_seed(seed)
     found: list[Tensor] = []
 
     def capture(activation: Tensor, hook: Any) -> Tensor:
@@ -56,22 +59,43 @@ def with_gradients(
         return leaf
 
     def run(tokens: Tensor) -> tuple[Tensor, Tensor]:
+        parts = [one_pass(part.to(device)) for part in torch.split(tokens, end.at_once(tokens.shape[1]))]
+        x, gradient = (torch.cat(column) for column in zip(*parts, strict=True))
+        return x, gradient
+
+    def one_pass(tokens: Tensor) -> tuple[Tensor, Tensor]:
         found.clear()
-        with torch.enable_grad(), quick_attention(model, hook), model.hooks(fwd_hooks=[(hook, capture)]):
-            logits = model(tokens, return_type="logits")[:, :-1].flatten(0, 1).float()
-            targets = tokens[:, 1:].flatten()
-            if labels == "sampled":
-                targets = logits.detach().softmax(-1).multinomial(1, generator=generator)[:, 0]
-            loss = cross_entropy(logits, targets, reduction="sum")
+        with torch.enable_grad(), quick_attention(model, hook):
+            rows = end.before(tokens, [(hook, capture)])
             x = found[0] if found else None
-            gradient = (
-                torch.autograd.grad(loss, x, allow_unused=True)[0] if x is not None and loss.requires_grad else None
-            )
+            gradient = None
+            if x is not None and rows.requires_grad:
+                (gradient,) = torch.autograd.grad(rows, x, loss_gradient(rows, tokens), allow_unused=True)
         if x is None or gradient is None or x.shape[:2] != tokens.shape:
             raise SaekitError(f"the model's loss has no gradient for each token at the hook '{hook}'")
         return x.detach().flatten(2), gradient.flatten(2)
 
+    def loss_gradient(rows: Tensor, tokens: Tensor) -> Tensor:
+        """Of the loss with respect to the rows."""
+        places, targets = next_tokens(tokens)
+        uniform = torch.rand(len(places), device=device, generator=generator, dtype=torch.float64)
+        flat = rows.detach().flatten(0, 1)
+        gradient = torch.zeros_like(flat)
+        for piece, wanted, draws in zip(*map(end.pieces, (places, targets, uniform)), strict=True):
+            leaf = flat[piece].requires_grad_(True)
+            logits = end.logits(leaf)
+            if labels == "sampled":
+                wanted = _sampled(logits.detach(), draws)
+            (gradient[piece],) = torch.autograd.grad(cross_entropy(logits, wanted, reduction="sum"), leaf)
+        return gradient.view_as(rows)
+
     return run
+
+
+def _sampled(logits: Float[Tensor, "m v"], uniform: Float[Tensor, "m"]) -> Int[Tensor, "m"]:
+    """A token drawn from each row's predictions, by a number from 0 to 1."""
+    below = logits.softmax(-1).double().cumsum_(-1)
+    return torch.searchsorted(below, uniform[:, None] * below[:, -1:], right=True)[:, 0].clamp_max(len(below[0]) - 1)
 
 
 def check_causal(model: TransformerBridge) -> None:

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from saekit.activations.attention import quick_attention
 from saekit.activations.finite import BadTokens, norms
 from saekit.activations.gradients import with_gradients
 from saekit.activations.model import activations_of, recorded, truncated
 from saekit.activations.tokens import ContextBatch
+from saekit.activations.unembedding import Unembedding, next_tokens
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -169,14 +169,19 @@ def harvest_hooks(
 @contextmanager
 def _losses(model: TransformerBridge, hooks: Sequence[str]) -> Iterator[Callable[[Tensor], list[Tensor]]]:
     """A function from tokens [b, t] to the activations at each hook and, last, the losses [b, t]."""
+    end = Unembedding.of(model, *hooks)
     with recorded(model, hooks) as seen:
 
-        def run(tokens: Tensor) -> list[Tensor]:
+        def one_pass(tokens: Tensor) -> list[Tensor]:
             seen.clear()
-            with torch.no_grad(), quick_attention(model, *hooks):
-                logits = torch.as_tensor(model(tokens, return_type="logits"))[:, :-1].float()
-            nats = cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
-            nats = torch.nn.functional.pad(nats.reshape(len(tokens), -1), (0, 1), value=math.nan)
-            return [*activations_of(seen, hooks, tokens), nats]
+            with quick_attention(model, *hooks):
+                rows = end.before(tokens)
+            nats = end.nats(rows, *next_tokens(tokens)).reshape(len(tokens), -1)
+            return [*activations_of(seen, hooks, tokens), torch.nn.functional.pad(nats, (0, 1), value=math.nan)]
+
+        @torch.no_grad()
+        def run(tokens: Tensor) -> list[Tensor]:
+            parts = [one_pass(part) for part in torch.split(tokens, end.at_once(tokens.shape[1]))]
+            return [torch.cat(column) for column in zip(*parts, strict=True)]
 
         yield run

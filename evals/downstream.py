@@ -13,7 +13,9 @@ from torch import Tensor
 from saekit.activations import ContextBatch
 from saekit.activations.attention import quick_attention, try_quick_attention
 from saekit.activations.model import check_hook
+from saekit.activations.unembedding import Unembedding
 from saekit.errors import SaekitError
+from saekit.evals.intervals import DocumentSums
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -26,7 +28,12 @@ def edited_logits(
     model: TransformerBridge, hook: str, batch: ContextBatch, edit: Edit | None
 ) -> Float[Tensor, "b t v"]:
     """Logits of the model with ``edit`` applied to the activations at the kept positions of a hook point."""
-    device = next(model.parameters()).device
+    return edited(Unembedding(model, whole=True), hook, batch, edit).float()
+
+
+def edited(end: Unembedding, hook: str, batch: ContextBatch, edit: Edit | None) -> Float[Tensor, "b t w"]:
+    """The same, up to the rows that the model's unembedding takes."""
+    device = next(end.model.parameters()).device
     kept = batch.kept.to(device)
 
     def replace(activation: Tensor, hook: Any) -> Tensor:
@@ -35,11 +42,9 @@ def edited_logits(
         changed[kept] = edit(activation[kept].flatten(1)).to(activation.dtype).reshape(activation[kept].shape)
         return changed
 
-    hooks = [] if edit is None else [(hook, replace)]
-    try_quick_attention(model)
-    with torch.no_grad(), quick_attention(model, hook), model.hooks(fwd_hooks=hooks):
-        logits: Tensor = model(batch.tokens.to(device), return_type="logits")
-    return logits.float()
+    try_quick_attention(end.model)
+    with torch.no_grad(), quick_attention(end.model, hook):
+        return end.before(batch.tokens.to(device), [] if edit is None else [(hook, replace)])
 
 
 def scored_positions(batch: ContextBatch) -> Bool[Tensor, "b t-1"]:
@@ -47,27 +52,37 @@ def scored_positions(batch: ContextBatch) -> Bool[Tensor, "b t-1"]:
     return batch.kept[:, :-1]
 
 
-def scored_predictions(
-    logits: Float[Tensor, "b t v"], batch: ContextBatch
-) -> tuple[Float[Tensor, "m v"], Int[Tensor, "m"]]:
-    """Log-probabilities at the scored positions, and the tokens that follow there."""
-    scored = scored_positions(batch)
-    log_p = logits[:, :-1][scored.to(logits.device)].log_softmax(-1)
-    return log_p, batch.tokens[:, 1:][scored].to(logits.device)
+def scored(batch: ContextBatch, device: torch.device) -> tuple[Int[Tensor, "m"], Int[Tensor, "m"], Int[Tensor, "m"]]:
+    """Of the scored positions: their places in the flattened batch, the tokens that follow there, their documents."""
+    places = torch.nn.functional.pad(scored_positions(batch), (0, 1)).flatten().nonzero()[:, 0]
+    targets, documents = batch.tokens.flatten()[places + 1], batch.documents.flatten()[places]
+    return places.to(device), targets.to(device), documents
 
 
 class Costs(NamedTuple):
-    """Nats a token, by edit.
+    """What predictions cost under several edits.
 
     Attributes:
-        tokens: predictions scored.
-        ce: cross-entropy under each edit.
-        kl: mean KL(clean ‖ edited), for the edits that were asked for.
+        names: of the columns of ``sums``: ``tokens``, ``ce_NAME`` of each edit and ``kl_NAME`` of some.
+        sums: nats by document, and how many predictions they are of.
     """
 
-    tokens: int
-    ce: dict[str, float]
-    kl: dict[str, float]
+    names: list[str]
+    sums: DocumentSums
+
+    @property
+    def tokens(self) -> int:
+        """Predictions scored."""
+        return int(self.sums.total()[0])
+
+    def means(self, sums: Float[Tensor, "... c"]) -> dict[str, Float[Tensor, "..."]]:
+        """Nats a token of each name, from sums over documents."""
+        return {name: sums[..., i] / sums[..., 0] for i, name in enumerate(self.names) if i}
+
+    @property
+    def ce(self) -> dict[str, float]:
+        """Cross-entropy under each edit, nats a token."""
+        return {name[3:]: float(value) for name, value in self.means(self.sums.total()).items() if name[:3] == "ce_"}
 
 
 def costs(
@@ -79,84 +94,84 @@ def costs(
 ) -> Costs:
     """Cross-entropy of next tokens under several edits of the activations at the kept positions.
 
+    Memory does not grow with the contexts in a batch once their logits are large (``saekit.activations.unembedding``).
+
     Args:
         model: the hooked model.
         hook: the hook point.
         contexts: held-out text.
         edits: what is put in place of x; None, under the name ``clean`` and first, leaves the model as it is.
-        divergence: of which edits to take KL too.
+        divergence: of which edits to take KL(clean ‖ edited) too.
 
     Raises:
         SaekitError: the model has no such hook, or there is no text to score.
     """
     check_hook(model, hook)
-    ce, kl = dict.fromkeys(edits, 0.0), dict.fromkeys(divergence, 0.0)
-    tokens = 0
+    end = Unembedding.of(model, hook)
+    names = ["tokens", *(f"ce_{name}" for name in edits), *(f"kl_{name}" for name in divergence)]
+    found = Costs(names, DocumentSums(len(names)))
     for batch in contexts:
-        tokens += int(scored_positions(batch).sum())
-        clean: Tensor | None = None
-        for name, edit in edits.items():
-            log_p, targets = scored_predictions(edited_logits(model, hook, batch, edit), batch)
-            ce[name] -= float(log_p.gather(1, targets[:, None]).cpu().double().sum())
-            if name == "clean":
-                clean = log_p
-            elif name in kl:
-                assert clean is not None
-                kl[name] += float((clean.exp() * (clean - log_p)).sum(-1).cpu().double().sum())
-    if not tokens:
+        for part in batch.split(end.at_once(batch.tokens.shape[1])):
+            places, targets, documents = scored(part, next(model.parameters()).device)
+            if not len(places):
+                continue
+            nats = {"tokens": torch.ones(len(places))}
+            clean: Tensor | None = None
+            for name in sorted(edits, key=lambda name: (name != "clean", name not in divergence)):
+                rows = edited(end, hook, part, edits[name])
+                nats[f"ce_{name}"] = end.nats(rows, places, targets).cpu()
+                if name in divergence:
+                    assert clean is not None
+                    nats[f"kl_{name}"] = end.divergence(clean, rows, places).cpu()
+                clean = rows if name == "clean" else clean if name in divergence else None
+            found.sums.add(torch.stack([nats[name] for name in names], dim=1), documents)
+    if not found.tokens:
         raise SaekitError("there is no held-out text to score")
-    return Costs(tokens, *({name: total / tokens for name, total in sums.items()} for sums in (ce, kl)))
+    return found
 
 
-def downstream(
-    model: TransformerBridge,
-    hook: str,
-    contexts: Iterable[ContextBatch],
-    reconstruct: Edit,
-    mean: Float[Tensor, "d"],
-) -> dict[str, float | int | str]:
-    """Next-token cross-entropy of the model as it is and with the hooked activations replaced.
-
-    Args:
-        model: the hooked model.
-        hook: the hook point.
-        contexts: held-out text.
-        reconstruct: x ↦ x̂ on [m, d].
-        mean: [d] what mean ablation puts in place of the activations.
-
-    Returns:
-        tokens: predictions scored; mask: which those are.
-        ce_clean, ce_reconstructed, ce_zero, ce_mean: nats a token, with x, x̂, 0 and the mean activation.
-        ce_increase: ce_reconstructed − ce_clean.
-        recovered_share: (ce_zero − ce_reconstructed) / (ce_zero − ce_clean).
-        recovered_share_mean: the same against mean ablation, the stricter baseline.
-        kl: mean KL(clean ‖ spliced) in nats a token.
-
-    Raises:
-        SaekitError: the model has no such hook, or there is no text to score.
-    """
-    edits: dict[str, Edit | None] = {
+def replacements(reconstruct: Edit, mean: Float[Tensor, "d"]) -> dict[str, Edit | None]:
+    """What ``downstream`` compares: x as it is, x̂, 0 and the mean activation [d] in its place."""
+    return {
         "clean": None,
         "reconstructed": reconstruct,
         "zero": torch.zeros_like,
         "mean": lambda x: mean.to(x).expand_as(x),
     }
-    tokens, ce, kl = costs(model, hook, contexts, edits, ["reconstructed"])
-    increase = ce["reconstructed"] - ce["clean"]
-    return {
-        "tokens": tokens,
-        "mask": MASK,
-        "ce_clean": ce["clean"],
-        "ce_reconstructed": ce["reconstructed"],
-        "ce_zero": ce["zero"],
-        "ce_mean": ce["mean"],
-        "ce_increase": increase,
-        "recovered_share": _recovered(increase, ce["zero"] - ce["clean"]),
-        "recovered_share_mean": _recovered(increase, ce["mean"] - ce["clean"]),
-        "kl": kl["reconstructed"],
-    }
 
 
-def _recovered(increase: float, damage: float) -> float:
+def downstream(found: Costs) -> dict[str, Any]:
+    """What the reconstruction costs the model, beside ablations.
+
+    Args:
+        found: the costs of ``replacements``, with the divergence of ``reconstructed``.
+
+    Returns:
+        The figures; all but the first three have their standard error over documents beside them, as NAME_se.
+        tokens, documents: predictions scored, and documents they are of; mask: which those are.
+        ce_clean, ce_reconstructed, ce_zero, ce_mean: nats a token, with x, x̂, 0 and the mean activation.
+        ce_increase: ce_reconstructed − ce_clean.
+        recovered_share: (ce_zero − ce_reconstructed) / (ce_zero − ce_clean).
+        recovered_share_mean: the same against mean ablation, the stricter baseline.
+        kl: mean KL(clean ‖ spliced) in nats a token.
+    """
+
+    def figures(sums: Tensor) -> dict[str, Tensor]:
+        nats = found.means(sums)
+        kl, clean = nats.pop("kl_reconstructed"), nats["ce_clean"]
+        increase = nats["ce_reconstructed"] - clean
+        return {
+            **nats,
+            "ce_increase": increase,
+            "recovered_share": _recovered(increase, nats["ce_zero"] - clean),
+            "recovered_share_mean": _recovered(increase, nats["ce_mean"] - clean),
+            "kl": kl,
+        }
+
+    about = {"tokens": found.tokens, "documents": found.sums.documents, "mask": MASK}
+    return {**about, **found.sums.figures(figures)}
+
+
+def _recovered(increase: Tensor, damage: Tensor) -> Tensor:
     """1 − increase / damage; NaN where ablation does the model no damage."""
-    return 1 - increase / damage if damage else math.nan
+    return 1 - increase / damage.where(damage != 0, math.nan)

@@ -9,17 +9,18 @@ still inputs of later predictions.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from saekit.activations import ContextBatch
 from saekit.activations.gradients import Labels, with_gradients
 from saekit.allocation import gradient_choice, influence_of
 from saekit.errors import SaekitError
-from saekit.evals.downstream import Edit, edited_logits, scored_predictions
+from saekit.evals.downstream import Costs, Edit, costs
 from saekit.evals.reconstruction import Reconstruction
 from saekit.sae import SparseAutoencoder
 
@@ -35,8 +36,8 @@ def gradient_selection(
     hook: str,
     contexts: Callable[[], Iterable[ContextBatch]],
     beta: float,
-    ce_clean: float,
-) -> dict[str, float]:
+    clean: Costs,
+) -> dict[str, float | None]:
     """FVU and next-token cross-entropy with features selected by gradients of sampled and of true labels.
 
     Args:
@@ -45,38 +46,56 @@ def gradient_selection(
         hook: the hook point.
         contexts: makes the held-out text, once for each kind of labels.
         beta: weight of the gradient in the selection.
-        ce_clean: nats a token of the model as it is, on the same text.
+        clean: costs of the model as it is, among others, on the same text.
 
     Returns:
-        beta; and with the suffixes ``_sampled`` and ``_true_labels_leaking``: fvu, ce_reconstructed, ce_increase.
+        beta; and with the suffixes ``_sampled`` and ``_true_labels_leaking``: fvu, ce_reconstructed, ce_increase, each
+        with its standard error over documents under a further ``_se``.
 
     Raises:
         SaekitError: the dictionary is not ``topk``, the model is not causal, or there is no text.
     """
     if sae.cfg.k is None:
         raise SaekitError(f"gradient selection is for topk dictionaries, not for {sae.cfg.architecture}")
-    figures = {"beta": beta}
-    device = next(model.parameters()).device
+    found: dict[str, float | None] = {"beta": beta}
     for labels, suffix in SUFFIX.items():
-        reconstruction, nats, tokens = Reconstruction(sae.cfg.d_in), 0.0, 0
-        run = with_gradients(model, hook, labels)
-        for batch in contexts():
-            kept = batch.kept.to(device)
-            x, gradient = (part[kept].to(sae.W_dec) for part in run(batch.tokens.to(device)))
-            with torch.no_grad():
-                influence = influence_of(gradient, sae.W_dec)
-                x_hat = sae.decode(gradient_choice(sae.pre_activations(x), influence, sae.cfg.k, beta))
-            reconstruction.update(x, x_hat)
-            log_p, targets = scored_predictions(edited_logits(model, hook, batch, _put(x_hat)), batch)
-            nats -= float(log_p.gather(1, targets[:, None]).cpu().double().sum())
-            tokens += len(targets)
-        if not tokens:
-            raise SaekitError("there is no held-out text to score")
-        figures[f"fvu_{suffix}"] = float(reconstruction.result()["fvu"])
-        figures[f"ce_reconstructed_{suffix}"] = nats / tokens
-        figures[f"ce_increase_{suffix}"] = nats / tokens - ce_clean
-    return figures
+        selection = _Selection(sae, Reconstruction(sae.cfg.d_in), with_gradients(model, hook, labels), beta)
+        edits: dict[str, Edit | None] = {"reconstructed": selection.put}
+        spliced = costs(model, hook, map(selection.make, contexts()), edits)
+
+        def figures(sums: Tensor, spliced: Costs = spliced) -> dict[str, Tensor]:
+            nats = spliced.means(sums)["ce_reconstructed"]
+            before = clean.means(sums[..., len(spliced.names) :])["ce_clean"]
+            return {"ce_reconstructed": nats, "ce_increase": nats - before}
+
+        result = spliced.sums.beside(clean.sums).figures(figures) | selection.reconstruction.result()
+        for name in ("fvu", "ce_reconstructed", "ce_increase"):
+            found |= {f"{name}_{suffix}": result[name], f"{name}_{suffix}_se": result[f"{name}_se"]}
+    return found
 
 
-def _put(x_hat: Float[Tensor, "m d"]) -> Edit:
-    return lambda x: x_hat
+@dataclass
+class _Selection:
+    """Reconstructions of one batch after the other, with features selected by gradients in the whole of it."""
+
+    sae: SparseAutoencoder
+    reconstruction: Reconstruction
+    run: Callable[[Int[Tensor, "b t"]], tuple[Float[Tensor, "b t d"], Float[Tensor, "b t d"]]]
+    beta: float
+    left: Tensor = field(default_factory=lambda: torch.empty(0), init=False)
+
+    def make(self, batch: ContextBatch) -> ContextBatch:
+        """Reconstruct the batch, for ``put``."""
+        sae, k = self.sae, self.sae.cfg.k
+        assert k is not None
+        x, gradient = (part[batch.kept.to(part.device)].to(sae.W_dec) for part in self.run(batch.tokens))
+        with torch.no_grad():
+            influence = influence_of(gradient, sae.W_dec)
+            self.left = sae.decode(gradient_choice(sae.pre_activations(x), influence, k, self.beta))
+        self.reconstruction.update(x, self.left, batch.documents[batch.kept])
+        return batch
+
+    def put(self, x: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
+        """The reconstructions of the next m tokens."""
+        x_hat, self.left = self.left[: len(x)], self.left[len(x) :]
+        return x_hat

@@ -42,7 +42,7 @@ class DocumentSums:
             self._alone += len(values)
         else:
             documents = documents.cpu().long()
-            self._numbers.append(documents.unique())
+            self._numbers.append(torch.unique(documents))
             if sum(map(len, self._numbers)) > 2 * self._compact + GROUPS:
                 self._merge_numbers()
         group = documents % GROUPS
@@ -59,8 +59,15 @@ class DocumentSums:
         both._merge_numbers()
         return both
 
+    def beside(self, other: DocumentSums) -> DocumentSums:
+        """The columns of both, over the same documents."""
+        both = self + DocumentSums(self.sums.shape[1])
+        both.sums = torch.cat([self.sums, other.sums], dim=1)
+        both._filled |= other._filled
+        return both
+
     def _merge_numbers(self) -> None:
-        self._numbers = [torch.cat(self._numbers).unique()]
+        self._numbers = [torch.unique(torch.cat(self._numbers))]
         self._compact = len(self._numbers[0])
 
     @property

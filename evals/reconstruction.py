@@ -5,52 +5,60 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from saekit.evals.intervals import DocumentSums
 from saekit.evals.outliers import Outliers
+
+_SCALARS = 6  # sums of each token: 1, ‖x − origin‖², ‖x‖², ‖x − x̂‖², the cosine and ‖x̂‖ / ‖x‖; then come x − origin
 
 
 class Reconstruction:
     """Reconstruction figures over a stream of (x, x̂), summed in float64 with one ratio at the end.
 
-    FVU is Σ‖x − x̂‖² / Σ‖x − x̄‖² with x̄ the mean of all evaluated tokens; a constant bias counts as error.
+    FVU is Σ‖x − x̂‖² / Σ‖x − x̄‖² with x̄ the mean of all evaluated tokens; a constant bias counts as error. Where a
+    document is left out for a standard error, x̄ is the mean of what is left.
     """
 
     def __init__(self, d_in: int) -> None:
         self.tokens = 0
         self.origin: Tensor | None = None  # sums are taken about the first batch's mean, against cancellation
-        self.shifted = torch.zeros(d_in, dtype=torch.float64)
-        self.shifted_squares = self.squares = self.error = 0.0
-        self.cosine = self.norm_ratio = 0.0
+        self.sums = DocumentSums(_SCALARS + d_in)
         self.outliers = Outliers(d_in)
 
-    def update(self, x: Float[Tensor, "n d"], x_hat: Float[Tensor, "n d"]) -> None:
-        """Count one batch."""
+    def update(
+        self, x: Float[Tensor, "n d"], x_hat: Float[Tensor, "n d"], documents: Int[Tensor, "n"] | None = None
+    ) -> None:
+        """Count one batch; without the numbers of their documents, each token is a document of its own."""
         x, x_hat = x.cpu().double(), x_hat.cpu().double()
         if self.origin is None:
             self.origin = x.mean(0)
         self.tokens += len(x)
-        self.shifted += (x - self.origin).sum(0)
-        self.shifted_squares += float((x - self.origin).square().sum())
-        self.squares += float(x.square().sum())
-        self.error += float((x - x_hat).square().sum())
+        shifted = x - self.origin
         norm, norm_hat = x.norm(dim=1), x_hat.norm(dim=1)
         self.outliers.update(x - self.origin, norm, (x - x_hat).square().sum(1))
         tiny = torch.finfo(torch.float64).tiny
-        self.cosine += float(((x * x_hat).sum(1) / (norm * norm_hat).clamp_min(tiny)).sum())
-        self.norm_ratio += float((norm_hat / norm.clamp_min(tiny)).sum())
+        scalars = (
+            torch.ones_like(norm),
+            shifted.square().sum(1),
+            x.square().sum(1),
+            (x - x_hat).square().sum(1),
+            (x * x_hat).sum(1) / (norm * norm_hat).clamp_min(tiny),
+            norm_hat / norm.clamp_min(tiny),
+        )
+        self.sums.add(torch.cat([torch.stack(scalars, dim=1), shifted], dim=1), documents)
 
     def mean(self) -> Float[Tensor, "d"]:
         """x̄, the mean of the activations seen."""
         assert self.origin is not None
-        return self.origin + self.shifted / self.tokens
+        return self.origin + self.sums.total()[_SCALARS:] / self.tokens
 
-    def result(self) -> dict[str, float | int]:
-        """The figures.
+    def result(self) -> dict[str, float | int | None]:
+        """The figures, and under NAME_se the standard error over documents of each (``DocumentSums.figures``).
 
         Keys:
-            tokens: over how many tokens.
+            tokens, documents: over how many.
             fvu: fraction of variance unexplained; explained_variance: 1 − fvu.
             fvu_without_outliers, outliers, outlier_variance_share: as in ``Outliers``.
             mse: squared error a token, summed over dimensions, in squared units of the activations.
@@ -58,15 +66,20 @@ class Reconstruction:
             cosine: mean cosine of x and x̂ (0 where x̂ = 0).
             norm_ratio: mean of ‖x̂‖ / ‖x‖.
         """
-        variance = self.shifted_squares - float(self.shifted.square().sum()) / self.tokens
-        fvu = self.error / variance if variance > 0 else (0.0 if self.error == 0 else math.inf)
-        return {
-            "tokens": self.tokens,
-            "fvu": fvu,
-            "explained_variance": 1 - fvu,
-            **self.outliers.result(fvu),
-            "mse": self.error / self.tokens,
-            "normalized_mse": self.error / self.squares if self.squares > 0 else math.nan,
-            "cosine": self.cosine / self.tokens,
-            "norm_ratio": self.norm_ratio / self.tokens,
-        }
+        found = self.sums.figures(_figures)
+        outliers = self.outliers.result(float(found["fvu"]))  # type: ignore[arg-type]
+        return {"tokens": self.tokens, "documents": self.sums.documents, **found, **outliers}
+
+
+def _figures(sums: Float[Tensor, "... c"]) -> dict[str, Float[Tensor, "..."]]:
+    tokens, shifted_squares, squares, error, cosine, norm_ratio = sums[..., :_SCALARS].unbind(-1)
+    variance = shifted_squares - sums[..., _SCALARS:].square().sum(-1) / tokens
+    fvu = torch.where(variance > 0, error / variance, torch.where(error == 0, 0.0, math.inf))
+    return {
+        "fvu": fvu,
+        "explained_variance": 1 - fvu,
+        "mse": error / tokens,
+        "normalized_mse": torch.where(squares > 0, error / squares, math.nan),
+        "cosine": cosine / tokens,
+        "norm_ratio": norm_ratio / tokens,
+    }

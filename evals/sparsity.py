@@ -10,6 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from saekit.code import SparseCode
+from saekit.evals.intervals import DocumentSums
 from saekit.zipf import fit_zipf
 
 _UNDERUTILISED = 0.1  # share of the Zipf curve
@@ -20,18 +21,19 @@ class Sparsity:
 
     def __init__(self, n_features: int) -> None:
         self.tokens = 0
+        self.sums = DocumentSums(2)  # tokens, matches
         self.matches = torch.zeros(n_features, dtype=torch.long)
         self.l0_counts = torch.zeros(n_features + 1, dtype=torch.long)
-        self.l0_sum = self.l0_squares = 0.0
+        self.l0_squares = 0.0
         self.l0_max = 0
 
-    def update(self, code: SparseCode) -> None:
-        """Count one batch."""
+    def update(self, code: SparseCode, documents: Int[Tensor, "n"] | None = None) -> None:
+        """Count one batch; without the numbers of their documents, each token is a document of its own."""
         each = code.matches_per_token().cpu().double()
         self.tokens += code.n_tokens
         self.matches += code.matches_per_feature().cpu()
         self.l0_counts += torch.bincount(each.long(), minlength=len(self.l0_counts))
-        self.l0_sum += float(each.sum())
+        self.sums.add(torch.stack([torch.ones_like(each), each], dim=1), documents)
         self.l0_squares += float(each.square().sum())
         self.l0_max = max(self.l0_max, int(each.max()) if code.n_tokens else 0)
 
@@ -39,8 +41,8 @@ class Sparsity:
         """The figures.
 
         Keys:
-            tokens, features: over how many everything here was counted.
-            l0, l0_std, l0_max: active features a token.
+            tokens, documents, features: over how many everything here was counted.
+            l0, l0_std, l0_max: active features a token; l0_se: standard error of l0 over documents.
             l0_histogram: on how many tokens so many are active (``histogram``).
             dead, dead_share: features that fired on none of these tokens.
             density_mean, density_quantiles: firing rates (share of the tokens), over the features.
@@ -49,7 +51,8 @@ class Sparsity:
             underutilised, underutilised_share: features below a tenth of that law at their rank, the dead among them.
         """
         density = self.matches.double() / self.tokens
-        mean = self.l0_sum / self.tokens
+        l0 = self.sums.figures(lambda sums: {"l0": sums[..., 1] / sums[..., 0]})
+        mean = float(self.sums.total()[1]) / self.tokens
         quantiles = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
         found = torch.quantile(density, torch.tensor(quantiles, dtype=torch.float64)).tolist()
         dead = int((self.matches == 0).sum())
@@ -59,8 +62,9 @@ class Sparsity:
         ranks = sorted({round(rank) for rank in torch.logspace(0, math.log10(len(ranked)), 100).tolist()})
         return {
             "tokens": self.tokens,
+            "documents": self.sums.documents,
             "features": len(self.matches),
-            "l0": mean,
+            **l0,
             "l0_std": max(0.0, self.l0_squares / self.tokens - mean**2) ** 0.5,
             "l0_max": self.l0_max,
             "l0_histogram": histogram(self.l0_counts),

@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from saekit.activations import ContextBatch, harvest
+from saekit.activations import ActivationBatch, ContextBatch, harvest
 from saekit.activations.gradients import not_causal
 from saekit.activations.tokens import without_first
 from saekit.errors import SaekitError
-from saekit.evals.downstream import downstream
+from saekit.evals.downstream import costs, downstream, replacements
 from saekit.evals.gradient_selection import gradient_selection
 from saekit.evals.outliers import warn_of_outliers
 from saekit.evals.reconstruction import Reconstruction
@@ -73,14 +73,15 @@ def evaluate(
             if on_batch is not None:
                 on_batch(len(part.tokens))
 
-    sparsity, reconstruction = _explained(sae, (found.x for found in harvest(model, hook, parts())), hook)
+    sparsity, reconstruction = _explained(sae, harvest(model, hook, parts()), hook)
     groups = {"sparsity": sparsity.result(), "reconstruction": reconstruction.result()}
     about = {"hook": hook, "contexts": len(contexts.tokens), "context_length": contexts.tokens.shape[1]}
     if why := not_causal(model):
         return Report(groups, {**about, "no_downstream": f"no next-token figures: {why}"})
-    cost = groups["downstream"] = downstream(model, hook, parts(), _reconstruct(sae), reconstruction.mean())
+    cost = costs(model, hook, parts(), replacements(_reconstruct(sae), reconstruction.mean()), ["reconstructed"])
+    groups["downstream"] = downstream(cost)
     if (beta := _beta(sae)) is not None:
-        groups["gradient_selection"] = gradient_selection(sae, model, hook, parts, beta, float(cost["ce_clean"]))
+        groups["gradient_selection"] = gradient_selection(sae, model, hook, parts, beta, cost)
     return Report(groups, about)
 
 
@@ -103,8 +104,15 @@ def _beta(sae: SparseAutoencoder) -> float | None:
     return float(beta) if beta is not None and sae.cfg.k is not None else None
 
 
-def evaluate_activations(sae: SparseAutoencoder, batches: Iterable[Float[Tensor, "m d_in"]]) -> Report:
+def evaluate_activations(
+    sae: SparseAutoencoder, batches: Iterable[ActivationBatch | Float[Tensor, "m d_in"]]
+) -> Report:
     """Judge a dictionary on activations alone: the groups ``sparsity`` and ``reconstruction``.
+
+    Args:
+        sae: the dictionary.
+        batches: activations with the numbers of their documents, or activations alone: then each row is taken for a
+            document of its own, and the standard errors are too small where neighbouring rows are alike.
 
     Raises:
         SaekitError: there are none, or they have another width than the dictionary.
@@ -115,17 +123,20 @@ def evaluate_activations(sae: SparseAutoencoder, batches: Iterable[Float[Tensor,
 
 @torch.no_grad()
 def _explained(
-    sae: SparseAutoencoder, batches: Iterable[Float[Tensor, "m d_in"]], origin: str
+    sae: SparseAutoencoder, batches: Iterable[ActivationBatch | Float[Tensor, "m d_in"]], origin: str
 ) -> tuple[Sparsity, Reconstruction]:
     sparsity, reconstruction = Sparsity(sae.cfg.d_sae), Reconstruction(sae.cfg.d_in)
-    for x in filter(len, batches):
+    for batch in batches:
+        x, documents = (batch.x, batch.documents) if isinstance(batch, ActivationBatch) else (batch, None)
+        if not len(x):
+            continue
         if x.shape[1] != sae.cfg.d_in:
             raise SaekitError(
                 f"the dictionary does not fit: it takes width {sae.cfg.d_in}, but '{origin}' has width {x.shape[1]}"
             )
         code = sae.encode_sparse(x.to(sae.W_dec.device))
-        sparsity.update(code)
-        reconstruction.update(x, sae.decode(code))
+        sparsity.update(code, documents)
+        reconstruction.update(x, sae.decode(code), documents)
     if not sparsity.tokens:
         raise SaekitError("there are no activations to evaluate on")
     warn_of_outliers(reconstruction.result())

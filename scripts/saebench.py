@@ -31,7 +31,7 @@ import saekit
 from saekit.activations import ActivationSource, ContextBatch, harvest
 from saekit.errors import SaekitError
 from saekit.evals import Judge, evaluate, heldout_contexts
-from saekit.evals.downstream import edited_logits, scored_predictions
+from saekit.evals.downstream import edited_logits
 from saekit.evals.report import to_json
 from saekit.evals.saebench import for_saebench
 from saekit.files import replace_file
@@ -223,11 +223,11 @@ def by_definition(sae: SparseAutoencoder, source: ActivationSource, contexts: Co
             "with_ablation": (everywhere, torch.zeros_like),
             "special": (everywhere, sae),
         }
-        clean = None
+        clean, scored = None, part.kept[:, :-1]
         for name, (where, edit) in edits.items():
             logits = edited_logits(source.model, source.hook, where, edit)
-            log_p, targets = scored_predictions(logits, part)
-            note(tokens, **{f"ce_loss_{name}": -log_p.double().gather(1, targets[:, None])})
+            log_p = logits[:, :-1][scored].double().log_softmax(-1)
+            note(tokens, **{f"ce_loss_{name}": -log_p.gather(1, part.tokens[:, 1:][scored][:, None])})
             log_p = logits[part.kept].double().log_softmax(-1)
             clean = log_p if clean is None else clean
             note(tokens, **{f"kl_div_{name}": (clean.exp() * (clean - log_p)).sum(1)})

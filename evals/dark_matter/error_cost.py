@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from saekit.evals.downstream import Edit, costs
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
+PARTS = ("linear", "nonlinear")
 _LEAST = 1e-4  # nats; shares of less are noise
 MASK = "spliced and scored at the kept positions of documents that b* was not fitted on"
 
@@ -38,7 +40,8 @@ def error_downstream(
         b: the map from x to the linear error.
 
     Returns:
-        tokens: predictions scored; mask: which those are.
+        tokens, documents: predictions scored, and documents they are of; mask: which those are. What follows has its
+        standard error over documents beside it, as NAME_se; b is taken as it is.
         ce_clean, ce_reconstructed, ce_linear, ce_nonlinear: nats a token of the model as it is, with x̂, with
         x̂ + linear, with x̂ + nonlinear.
         recovered_linear, recovered_nonlinear: (CE_x̂ − CE) / (CE_x̂ − CE_clean) with that part of the error put back;
@@ -57,12 +60,21 @@ def error_downstream(
         "linear": lambda x: reconstruct(x).to(x) + linear(x),
         "nonlinear": lambda x: x - linear(x),
     }
-    tokens, ce, _ = costs(model, hook, contexts, edits)
-    lost = ce["reconstructed"] - ce["clean"]
-    figures: dict[str, Any] = {"tokens": tokens, "mask": MASK, **{f"ce_{name}": nats for name, nats in ce.items()}}
-    for name in ("linear", "nonlinear"):
-        figures[f"recovered_{name}"] = (ce["reconstructed"] - ce[name]) / lost if lost > _LEAST else None
-    return figures
+    found = costs(model, hook, contexts, edits)
+
+    def figures(sums: Tensor) -> dict[str, Tensor]:
+        nats = found.means(sums)
+        lost = nats["ce_reconstructed"] - nats["ce_clean"]
+        lost = lost.where(lost > _LEAST, math.nan)
+        shares = {f"recovered_{part}": (nats["ce_reconstructed"] - nats[f"ce_{part}"]) / lost for part in PARTS}
+        return {**nats, **shares}
+
+    result = {name: _or_none(value) for name, value in found.sums.figures(figures).items()}
+    return {"tokens": found.tokens, "documents": found.sums.documents, "mask": MASK, **result}
+
+
+def _or_none(value: float | None) -> float | None:
+    return None if value is None or math.isnan(value) else value
 
 
 def only_tested(contexts: ContextBatch, seed: int = 0) -> ContextBatch:

@@ -14,7 +14,7 @@ from saekit import SAEConfig, SaekitError, SparseAutoencoder
 from saekit.activations import ContextBatch
 from saekit.code import SparseCode
 from saekit.evals import Report, evaluate, evaluate_activations, table
-from saekit.evals.downstream import downstream, edited_logits
+from saekit.evals.downstream import costs, downstream, edited_logits, replacements
 from saekit.evals.reconstruction import Reconstruction
 from saekit.evals.report import WIDTH
 from saekit.evals.sparsity import Sparsity
@@ -121,7 +121,8 @@ def test_downstream_against_plain_hooks(source, contexts):
 
     batch = ContextBatch(*(column[:3] for column in contexts))
     mean = torch.linspace(-1, 1, 256)
-    found = downstream(source.model, source.hook, [batch], lambda x: 0.7 * x, mean)
+    edits = replacements(lambda x: 0.7 * x, mean)
+    found = downstream(costs(source.model, source.hook, [batch], edits, ["reconstructed"]))
     plain = AutoModelForCausalLM.from_pretrained(
         model_path("embedded"), dtype=torch.float32, attn_implementation="eager"
     )
