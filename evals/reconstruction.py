@@ -37,7 +37,7 @@ class Reconstruction:
         self.tokens += len(x)
         shifted = x - self.origin
         norm, norm_hat = x.norm(dim=1), x_hat.norm(dim=1)
-        self.outliers.update(x - self.origin, norm, (x - x_hat).square().sum(1))
+        self.outliers.update(shifted, norm, (x - x_hat).square().sum(1))
         tiny = torch.finfo(torch.float64).tiny
         scalars = (
             torch.ones_like(norm),
