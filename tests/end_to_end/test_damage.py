@@ -17,6 +17,7 @@ import torch
 import saekit
 from saekit import SAEConfig, SaekitError, SparseAutoencoder
 from saekit.activations import ActivationCache
+from saekit.activations.division import at_end
 from saekit.activations.manifest import MANIFEST
 from saekit.activations.repair import repair, verify
 from saekit.activations.resumable import HarvestPlan, harvest_cache, resume_cache
@@ -347,7 +348,10 @@ def test_a_cache_of_the_first_format(harvested, steps, saekit_main, kind):
 
     before, rng, asked = everything(old), random.Random(0), {"width": 32, "tokens": 64 * 10}
     assert before["shard-00001.safetensors"] != everything(harvested)["shard-00001.safetensors"]
-    state = train(settings(place, place / "new", cache=harvested, **asked), quiet=True).sae.state_dict()
+    like = ActivationCache.write(
+        place / "like", [cache.read(0, len(cache))], cache.passport, dtype=cache.dtype, division=at_end(len(cache))
+    )
+    state = train(settings(place, place / "new", cache=like.path, **asked), quiet=True).sae.state_dict()
     again = train(settings(place, place / "run", cache=old, **asked), quiet=True).sae.state_dict()
     assert all(torch.equal(state[name], value) for name, value in again.items())
     assert saekit_main("cache", "verify", "old", "--quiet", cwd=place).returncode == 0
@@ -367,7 +371,7 @@ def test_a_cache_of_the_first_format(harvested, steps, saekit_main, kind):
 
 def test_what_was_trained_before_damage_showed_is_not_lost(whole, tmp_path, steps):
     """The run goes on, to the same bits, once the cache is whole again."""
-    file = whole.home / "cache/shard-00002.safetensors"
+    file = whole.home / "cache/shard-00004.safetensors"
     content, cfg = file.read_bytes(), settings(whole.home, tmp_path / "run")
     damage(file, "a byte", random.Random(2))
     try:
@@ -395,7 +399,7 @@ def test_a_repair_that_finds_no_text_for_a_shard_says_so(whole, tmp_path, form):
             (folder / shard["file"]).unlink(missing_ok=True)
             (folder / shard["file"]).hardlink_to(folder / shards[0]["file"])
     (folder / MANIFEST).write_bytes(
-        stamp(json.dumps({**facts, "seal": BLANK, "format": form, "shards": shards}).encode())
+        stamp(json.dumps({**facts, "seal": BLANK, "format": form, "shards": shards, "division": None}).encode())
     )
     last = folder / shards[-1]["file"]
     last.unlink()
