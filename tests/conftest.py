@@ -30,7 +30,7 @@ def saekit_command() -> RunCommand:
 
     def run(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "saekit.cli", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=600, **options)  # type: ignore[call-overload, no-any-return]
+        return subprocess.run(command, capture_output=True, text=True, timeout=3600, **options)  # type: ignore[call-overload, no-any-return]
 
     return run
 

@@ -22,7 +22,7 @@ def test_a_checkout_that_is_not_installed_is_importable_from_its_root(tmp_path):
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", PROGRAM], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     homes = [Path(line).resolve().parents[1] for line in done.stdout.split()]
@@ -41,6 +41,6 @@ def test_installed_packages_do_not_look_beside_themselves(tmp_path):
         cwd=site,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.stdout.split() == ["1"], done.stderr

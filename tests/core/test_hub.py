@@ -356,5 +356,5 @@ def test_offline_in_a_process_of_its_own(hub, tmp_path):
     environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
     script = "import saekit; print(saekit.load('hf://me/x/y').cfg.d_sae)"
     command = [sys.executable, "-c", script]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert (done.stdout, done.stderr) == ("20\n", "")

@@ -217,7 +217,7 @@ sae = saekit.load({str(tmp_path / "sae")!r})
 x = torch.randn(3, 8)
 assert sae.decode(sae.encode(x)).shape == sae(x).shape == (3, 8)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
 
 

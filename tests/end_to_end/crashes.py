@@ -34,7 +34,7 @@ _MODULES = """
     saekit.activations.gradients saekit.activations.repair saekit.activations.resumable saekit.cli saekit.evals.report
     saekit.interrupt saekit.trainers.several saekit.trainers.trainer numpy.ctypeslib transformer_lens typer._adapters
 """
-_LONGEST = 60.0  # seconds that a command may take
+_LONGEST = 600.0  # seconds after which a command counts as hanging; it takes a few
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink", "shutil.rmtree"}
 
@@ -103,7 +103,7 @@ class Zygotes:
         """End them."""
         while not self._idle.empty():
             self._idle.get().close()
-        self._process.wait(30)
+        self._process.wait(_LONGEST)
 
 
 def _read_line(line: socket.socket) -> bytes:

@@ -173,12 +173,11 @@ def test_an_interrupt_saves_and_resume_finishes(saekit_command, tmp_path):
     flags = ["--cache", cache, "--tokens", 3_000_000, "--batch-size", 512, "--width", 512, "--k", 8, "--out", run]
     command = [sys.executable, "-m", "saekit.cli", "train", *map(str, flags), "--quiet", "--eval-tokens", "0"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    deadline = time.time() + 120
-    while time.time() < deadline and not (run / "metrics.jsonl").exists():
+    while process.poll() is None and not (run / "metrics.jsonl").exists():
         time.sleep(0.1)
-    time.sleep(1)
+    time.sleep(1)  # at any moment
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 130, errors
     assert "--resume" in errors
     (checkpoint,) = (run / "checkpoints").iterdir()

@@ -44,7 +44,7 @@ def executed(trained_run, tmp_path_factory):
         patch.setenv("SAEKIT_RUN", str(trained_run))
         patch.setenv("SAEKIT_TOKENS", "4000")
         patch.setenv("IPYTHONDIR", str(tmp_path_factory.mktemp("ipython")))
-        NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
+        NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": str(folder)}}).execute()
     assert not list(folder.iterdir()), "it leaves nothing behind"
     return notebook, json.loads(notebook.cells[-1].outputs[0].text)
 

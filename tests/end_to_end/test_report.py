@@ -42,7 +42,7 @@ def shown(browser):
 
     def show(path: Path, at: str = "", **settings):
         context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **settings})
-        context.set_default_timeout(10_000)
+        context.set_default_timeout(600_000)
         contexts.append(context)
         tab = context.new_page()
         tab.on("console", lambda message: said.append(message.text))

@@ -61,7 +61,7 @@ def test_saelens_refuses_thresholds_by_token_norm_and_opens_the_nearest_plain_on
 def run_script(folder, x, python, tmp_path):
     save_file({"x": x.contiguous()}, tmp_path / "x.safetensors")
     arguments = [str(folder), str(tmp_path / "x.safetensors"), str(tmp_path / "out.safetensors")]
-    return subprocess.run([str(python), "-c", SCRIPT, *arguments], capture_output=True, text=True, timeout=300)
+    return subprocess.run([str(python), "-c", SCRIPT, *arguments], capture_output=True, text=True, timeout=600)
 
 
 def check(folder, x, python, tmp_path):

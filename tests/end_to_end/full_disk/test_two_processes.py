@@ -119,7 +119,7 @@ def paused(where, monkeypatch, work):
     def save_file(*arguments):
         plain(*arguments)
         written.set()
-        assert go_on.wait(60)
+        assert go_on.wait(600)
 
     def run():
         try:
@@ -133,7 +133,7 @@ def paused(where, monkeypatch, work):
         thread = threading.Thread(target=run)
         thread.start()
         try:
-            assert written.wait(60)
+            assert written.wait(600)
             yield
         finally:
             go_on.set()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 import threading
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -16,9 +18,6 @@ import saekit
 from saekit import SaekitError
 from saekit.activations import ActivationCache
 from saekit.files import replace_file
-
-SECONDS = 20  # after which a command that waits for a FIFO counts as hanging
-
 
 LINKS = {  # a file that is a link out of its folder, and what comes upon it
     "sae/cfg.json": "info sae",
@@ -163,17 +162,35 @@ IN_THE_WAY = {  # a file in whose place something else stands, and what comes up
 }
 
 
+def waiting(fifo):
+    """What somebody waits for at a FIFO, at this moment; it is let go."""
+    for mode, waits in ((os.O_WRONLY, "to read"), (os.O_RDONLY, "to write")):
+        with suppress(OSError):  # there is no reader to write to, or the FIFO has gone
+            number = os.open(fifo, mode | os.O_NONBLOCK)
+            try:
+                if stat.S_ISFIFO(os.fstat(number).st_mode) and (mode == os.O_WRONLY or has_writer(number)):
+                    return waits
+            finally:
+                os.close(number)
+    return None
+
+
+def has_writer(number):
+    try:
+        return bool(os.read(number, 1))
+    except BlockingIOError:  # who has written nothing yet
+        return True
+
+
 @contextmanager
 def nobody_waits(fifo):
-    """See that nothing waits for long at a FIFO that nobody else opens."""
+    """See that nothing waits at a FIFO that nobody else opens: for who does, there is no end of it."""
     done, waited = threading.Event(), []
 
     def watch():
-        if not done.wait(SECONDS):
-            waited.append(fifo)
-        while not done.is_set():  # let go whoever waits
-            os.close(os.open(fifo, os.O_RDWR | os.O_NONBLOCK))
-            done.wait(0.05)
+        while not done.wait(0.05):
+            if (waits := waiting(fifo)) is not None:
+                waited.append(waits)
 
     thread = threading.Thread(target=watch)
     thread.start()
@@ -182,7 +199,26 @@ def nobody_waits(fifo):
     finally:
         done.set()
         thread.join()
-    assert not waited, f"waited for '{fifo.name}'"
+    assert not waited, f"waited for '{fifo.name}' {waited[0]}"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs here")
+@pytest.mark.parametrize(("mode", "expected"), [("r", "to read"), ("w", "to write")])
+def test_whoever_waits_is_seen_and_let_go(tmp_path, mode, expected):
+    seen = threading.Event()
+    os.mkfifo(tmp_path / "fifo")
+
+    def use():
+        with open(tmp_path / "fifo", mode):
+            seen.wait()
+
+    thread = threading.Thread(target=use)
+    thread.start()
+    while (found := waiting(tmp_path / "fifo")) is None:
+        time.sleep(0.01)
+    seen.set()
+    thread.join()
+    assert found == expected
 
 
 @pytest.fixture
