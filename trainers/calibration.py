@@ -158,11 +158,15 @@ def _above(
 def _thresholds(
     features: Int[Tensor, "m"], values: Float[Tensor, "m"], counts: Int[Tensor, "F"], bounds: Float[Tensor, "F"]
 ) -> Float[Tensor, "F"]:
-    """Halfway between the counts[j]-th and the next largest; 0 where fewer are positive, NaN where a bound hid them."""
+    """Halfway between the counts[j]-th and the next largest; 0 where fewer are positive, NaN where a bound hid them.
+
+    Where none shall match it lies beyond the largest by a thousandth, which no order of sums makes up for.
+    """
     found = torch.bincount(features, minlength=len(counts))
     starts = found.cumsum(0) - found
     values = torch.cat([values, values.new_zeros(1)])
     following = (starts + counts).clamp(max=len(values) - 1)
-    halfway = (values[torch.where(counts > 0, following - 1, following)] + values[following]) / 2
+    before = torch.where(counts > 0, values[following - 1], 1.002 * values[following])
+    halfway = (before + values[following]) / 2
     short = torch.where(bounds > 0, math.nan, 0.0).to(values)
     return torch.where(found > counts, halfway, short)

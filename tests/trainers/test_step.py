@@ -19,6 +19,10 @@ from saekit.trainers.geometric_median import geometric_median
 from saekit.trainers.optimizer import DictionaryAdam, learning_rate
 from saekit.trainers.trainer import SAMPLE, Trainer
 
+# Losses and gradients of a step are sums of up to 256 products, each rounded by 2⁻⁵³ at most: 3e-14 a step, 6e-12 in
+# 200 steps if all fall one way. What is left of this is for the growth of what was rounded before; a fault is far more.
+ROUNDING = 1e-9
+
 
 def config(source, tmp_path, **changes):
     base = {"cache": source, "out": tmp_path / "run", "width": 64, "k": 4, "batch_size": 128, "tokens": 128 * 50}
@@ -33,6 +37,22 @@ def start(cfg):
     rows = list(itertools.islice(stream, cfg.steps))
     stream.close()
     return trainer, [(trainer.units(r[:, :width]), r[:, width:] if data.gradients else None) for r in rows]
+
+
+def in_float64(trainer, batches):
+    """Where no two matches are so near that sums in another order could swap them, and leave another way to go."""
+    trainer.sae.double()
+    trainer.optimizer = DictionaryAdam(trainer.sae, trainer.config.clip)
+    return trainer, [tuple(None if part is None else part.double() for part in batch) for batch in batches]
+
+
+def steps(trainer, batches):
+    """Take a step on each batch; returns the losses."""
+    losses = []
+    for x, g in batches:
+        losses.append(trainer.train_step(x, g)["loss"])
+        trainer.step += 1
+    return losses
 
 
 def chosen_densely(pre, x, b_dec, W_dec, gradients, cfg, budgets):
@@ -68,12 +88,12 @@ def dense_loss(parameters, x, gradients, cfg, budgets, pool):
     return loss
 
 
-def dense_training(trainer, batches, cfg, dtype=torch.float64):
-    """Loss by loss: dense autograd, Adam and projection written out.
+def dense_training(trainer, batches, cfg):
+    """Loss by loss: dense autograd, Adam and projection written out; all in float64.
 
     Which features are dead and what budgets are frozen comes from the trainer; its own tests check those.
     """
-    sae = copy.deepcopy(trainer.sae).to(dtype)
+    sae = copy.deepcopy(trainer.sae)
     W_enc, W_dec, b_enc, b_dec = (p.detach().clone() for p in (sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec))
     parameters = [W_enc, b_enc, W_dec, b_dec]
     first = [torch.zeros_like(p) for p in parameters]
@@ -81,12 +101,11 @@ def dense_training(trainer, batches, cfg, dtype=torch.float64):
     found, losses = [], []
     for step, (x, g) in enumerate(batches):
         pool = POOLS[cfg.aux](trainer.statistics, cfg) if cfg.aux != "none" else None
-        found.append(trainer.train_step(x, g)["loss"])
-        trainer.step += 1
+        found += steps(trainer, [(x, g)])
         budgets = getattr(trainer.variant, "budgets", None)
         for p in parameters:
             p.requires_grad_(True)
-        loss = dense_loss(parameters, x.to(dtype), None if g is None else g.to(dtype), cfg, budgets, pool)
+        loss = dense_loss(parameters, x, g, cfg, budgets, pool)
         grads = list(torch.autograd.grad(loss, parameters))
         losses.append(loss.item())
         for p in parameters:
@@ -94,8 +113,9 @@ def dense_training(trainer, batches, cfg, dtype=torch.float64):
         grads[2] = grads[2] - (grads[2] * W_dec).sum(1, keepdim=True) * W_dec
         norm = torch.cat([g.flatten() for g in grads]).norm()
         lr = learning_rate(step, cfg.steps, cfg.lr, cfg.warmup, cfg.decay)
+        scale = torch.tensor(max(1.0, float(norm) / cfg.clip)).double()  # of float32, as torch's Adam takes it
         for p, g, m, v in zip(parameters, grads, first, second, strict=True):
-            g = g * min(1.0, cfg.clip / (float(norm) + 1e-6))
+            g = g / scale
             m.mul_(0.9).add_(0.1 * g)
             v.mul_(0.999).add_(0.001 * g * g)
             p -= lr * (m / (1 - 0.9 ** (step + 1))) / ((v / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
@@ -121,25 +141,19 @@ PRECISIONS = pytest.mark.parametrize("precision", ["fp32", "bf16_select"])
 @PRECISIONS
 @pytest.mark.parametrize("arm", ARMS, ids=lambda arm: "-".join(map(str, arm.values())))
 def test_the_sparse_step_learns_what_dense_autograd_learns(cache, tmp_path, arm, precision):
-    trainer, batches = start(config(cache, tmp_path, clip=0.05, precision=precision, **arm))
-    # in float64, where two matches do not tie by rounding
-    trainer.sae.double()
-    trainer.optimizer = DictionaryAdam(trainer.sae, trainer.config.clip)
-    batches = [tuple(None if part is None else part.double() for part in batch) for batch in batches]
+    trainer, batches = in_float64(*start(config(cache, tmp_path, clip=0.05, precision=precision, **arm)))
     found, expected = dense_training(trainer, batches, trainer.config)
     assert found[-1] < 0.8 * found[0]
-    assert found == pytest.approx(expected, rel=1e-6)
+    assert found == pytest.approx(expected, rel=ROUNDING)
     torch.testing.assert_close(trainer.sae.W_dec.norm(dim=1), torch.ones(64, dtype=torch.float64))
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 @PRECISIONS
 @pytest.mark.parametrize("arm", ARMS, ids=lambda arm: "-".join(map(str, arm.values())))
-def test_sparse_gradients_equal_dense_autograd(cache, tmp_path, arm, precision, dtype, bound, monkeypatch):
-    trainer, batches = start(config(cache, tmp_path, tokens=128 * 10, precision=precision, **arm))
-    for x, g in batches[:9]:
-        trainer.train_step(x, g)
-        trainer.step += 1
+def test_sparse_gradients_equal_dense_autograd(cache, tmp_path, arm, precision, dtype, monkeypatch):
+    trainer, batches = in_float64(*start(config(cache, tmp_path, tokens=128 * 10, precision=precision, **arm)))
+    steps(trainer, batches[:9])  # to the same state everywhere, up to 2⁻⁵³, in which no two matches nearly tie
     trainer.sae.to(dtype)
     trainer.statistics.since_fired[::5] = 10_000  # some count as dead, whether they fire or not
     taken = []
@@ -158,7 +172,8 @@ def test_sparse_gradients_equal_dense_autograd(cache, tmp_path, arm, precision, 
     names = [name for name, _ in sae.named_parameters()]
     for name, expected in zip(("W_enc", "b_enc", "W_dec", "b_dec"), torch.autograd.grad(loss, parameters), strict=True):
         error = (taken[names.index(name)].double() - expected).abs().max() / expected.abs().max()
-        assert float(error) < bound, name
+        # sums over 128 tokens, 12 dimensions and 4 matches: so many roundings, were they all to fall one way
+        assert float(error) < (128 + 12 + 4) * torch.finfo(dtype).eps, name
 
 
 @pytest.mark.parametrize("variant", ["topk", "mutual_choice"])
@@ -166,12 +181,13 @@ def test_two_hundred_steps_on_the_language_model(lm_activations, tmp_path, varia
     found = {}
     for precision in ("fp32", "bf16_select"):
         cfg = config(lm_activations, tmp_path, variant=variant, width=1024, k=16, batch_size=256, tokens=256 * 200)
-        trainer, batches = start(cfg.model_copy(update={"precision": precision, "lr": 3e-4, "buffer": 50_000}))
-        found[precision], expected = dense_training(trainer, batches, trainer.config, torch.float32)
-    assert found["fp32"] == pytest.approx(expected, rel=1e-4)
-    # where two matches nearly tie, sums in another order may part the two: a step apart, not a way of their own
-    assert found["bf16_select"] == pytest.approx(expected, rel=1e-2)
-    assert found["bf16_select"][:20] == pytest.approx(expected[:20], rel=1e-5)
+        cfg = cfg.model_copy(update={"precision": precision, "lr": 3e-4, "buffer": 50_000})
+        trainer, batches = in_float64(*start(cfg))
+        if precision == "fp32":
+            found[precision], expected = dense_training(trainer, batches, trainer.config)
+        else:
+            found[precision] = steps(trainer, batches)
+        assert found[precision] == pytest.approx(expected, rel=ROUNDING)
 
 
 def test_the_start(cache, tmp_path):
