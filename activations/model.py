@@ -17,6 +17,8 @@ from torch import Tensor
 import saekit
 from saekit.activations.attention import quick_attention, try_quick_attention
 from saekit.activations.boot import keep_own_tokens, text_alone
+from saekit.activations.gguf import gguf_of_hub, load_gguf
+from saekit.activations.gguf_header import is_gguf
 from saekit.errors import SaekitError, did_you_mean, first_line
 from saekit.files import expanded
 from saekit.no_installs import no_installs
@@ -36,8 +38,8 @@ def load_model(
     A multimodal model is loaded for text, without the processor of its images or sound. Nothing is installed.
 
     Args:
-        name_or_path: ``"embedded"`` (the small model that ships with saekit), a local Hugging Face folder, or a name on
-            the hub.
+        name_or_path: ``"embedded"`` (the small model that ships with saekit), a local Hugging Face folder, a name on
+            the hub, a GGUF file, or ``owner/repo/FILE.gguf`` on the hub.
         device: where it runs; the fastest at hand if not given.
         dtype: ``float32``, ``bfloat16`` or ``float16``.
         trust_remote_code: whether code that comes with the model may run.
@@ -56,11 +58,14 @@ def load_model(
     transformers_logging.disable_progress_bar()
     try:
         with no_installs(), text_alone():
-            model = TransformerBridge.boot_transformers(
-                place, device=device, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code
-            )
-            if model.tokenizer is not None:
-                keep_own_tokens(model, trust_remote_code)
+            if Path(place).is_file():
+                model = load_gguf(place, device=device, dtype=DTYPES[dtype])
+            else:
+                model = TransformerBridge.boot_transformers(
+                    place, device=device, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code
+                )
+                if model.tokenizer is not None:
+                    keep_own_tokens(model, trust_remote_code)
     except SaekitError:
         raise
     except OSError as error:
@@ -89,20 +94,25 @@ def _told(error: Exception) -> str:
 
 
 def model_path(name_or_path: str) -> str:
-    """The folder of the embedded model, or the name itself.
+    """The folder of the embedded model, a local folder or GGUF file, also one of the hub's, or the name itself.
 
     Raises:
-        SaekitError: it looks like a local path, but no model is there.
+        SaekitError: it looks like a path, but no model is there.
     """
     if name_or_path == EMBEDDED:
         return str(Path(saekit.__file__).parent / "embedded")
     folder = expanded(name_or_path)
+    if folder.is_file() and (folder.suffix == ".gguf" or is_gguf(folder)):
+        return str(folder)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise SaekitError(f"the folder '{name_or_path}' holds no Hugging Face model: config.json is missing")
         return str(folder)
-    if folder.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1:
-        raise SaekitError(f"there is no model folder '{name_or_path}'")
+    local = folder.is_absolute() or name_or_path.startswith((".", "~"))
+    if not local and name_or_path.endswith(".gguf") and name_or_path.count("/") > 1:
+        return gguf_of_hub(name_or_path)
+    if local or name_or_path.count("/") > 1 or name_or_path.endswith(".gguf"):
+        raise SaekitError(f"there is no model folder or GGUF file '{name_or_path}'")
     return name_or_path
 
 
@@ -117,14 +127,14 @@ def _similar_models(name: str) -> str:
 
 
 def model_revision(model: TransformerBridge, name_or_path: str) -> str:
-    """What tells two versions of a model apart: the hub's commit, or a digest of a local folder's weights."""
+    """What tells two versions of a model apart: the hub's commit, or a digest of local weights."""
     commit = getattr(getattr(model.original_model, "config", None), "_commit_hash", None)
     if commit:
         return str(commit)
     digest = hashlib.blake2b(digest_size=16)
-    folder = Path(model_path(name_or_path))
-    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
-        digest.update(file.name.encode())
+    place = Path(model_path(name_or_path))
+    for file in [place] if place.is_file() else sorted([*place.glob("*.safetensors"), *place.glob("*.bin")]):
+        digest.update(file.name.encode() if place.is_dir() else b"")
         with file.open("rb") as content:
             while block := content.read(1 << 24):
                 digest.update(block)

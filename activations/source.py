@@ -72,7 +72,7 @@ class ActivationSource:
         """Open the text, load the model and check that they fit.
 
         Args:
-            model: ``"embedded"``, a local Hugging Face folder, or a name on the hub.
+            model: ``"embedded"``, a local Hugging Face folder or GGUF file, or a name on the hub.
             hook: TransformerLens hook point; the residual stream after half of the blocks if not given.
             dataset: what ``open_text`` takes.
             column, split, dataset_config, streaming: as in ``open_text``.

@@ -35,7 +35,7 @@ class TrainConfig(BaseModel):
         description="folder of the run; runs/VARIANT if not given",
     )
     # where activations come from
-    model: str = Field("embedded", description="'embedded', a local Hugging Face folder, or a name on the hub")
+    model: str = Field("embedded", description="'embedded', a Hugging Face folder, a GGUF file, or a name on the hub")
     hook: str | None = Field(
         None, description="TransformerLens hook point; the residual after half of the blocks if not given"
     )

@@ -20,7 +20,7 @@ def cache(
     ctx: typer.Context,
     out: Path | None = typer.Option(None, help="folder of the cache; a harvest needs it"),
     tokens: int = typer.Option(2_000_000, min=1, help="tokens to store"),
-    model: str = typer.Option("embedded", help="'embedded', a local Hugging Face folder, or a name on the hub"),
+    model: str = typer.Option("embedded", help="'embedded', a Hugging Face folder, a GGUF file, or a name on the hub"),
     hook: str | None = typer.Option(None, help="TransformerLens hook point [the residual after half of the blocks]"),
     dataset: str = typer.Option("python", help="'python', a local text/JSONL/Parquet file, or a name on the hub"),
     column: str = typer.Option("text", help="column of the dataset that holds the text"),
