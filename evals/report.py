@@ -113,20 +113,21 @@ class Report:
         rows = self._rows()
         names, values = (max((len(row[column]) for row in rows), default=0) for column in (0, 1))
         lines = [f"  {name:<{names}}  {value:>{values}}  {text}" for name, value, text in rows]
-        return "\n".join([self._title(), *lines, *(f"  {note}" for note in notes(self.about))])
+        return "\n".join([self._title(), *lines, *(f"  {note}" for note in self._notes())])
 
     def _repr_html_(self) -> str:
         figures = display.table(self._title(), self._rows(), ("figure", "value", "meaning"))
-        return figures + "".join(f"<p>{escape(note)}</p>" for note in notes(self.about))
+        return figures + "".join(f"<p>{escape(note)}</p>" for note in self._notes())
+
+    def _notes(self) -> list[str]:
+        return [*over_documents(self.groups), *notes(self.about)]
 
     def _title(self) -> str:
         return str(self.about.get("dictionary") or self.about.get("hook") or "Report")
 
     def _rows(self) -> list[tuple[str, str, str]]:
         figures = [figure for figure in _FIGURES if _found(self, *figure[1:3]) is not None]
-        return [
-            (name, _shown(_found(self, group, key), shape), meaning) for name, group, key, shape, meaning in figures
-        ]
+        return [(name, _cell(self, group, key, shape, " ± "), meaning) for name, group, key, shape, meaning in figures]
 
     def to_dict(self) -> dict[str, Any]:
         """The groups, and ``about``."""
@@ -176,12 +177,13 @@ def to_json(value: Any) -> str:
 
 
 class Figure(NamedTuple):
-    """One figure as people read it, and what it means."""
+    """One figure as people read it, its standard error ("" where there is none), and what it means."""
 
     title: str
     group: str
     key: str
     value: str
+    error: str
     meaning: str
 
 
@@ -191,13 +193,34 @@ def figures(groups: Mapping[str, Any]) -> list[Figure]:
     for title, group, key, shape, meaning in _FIGURES:
         value = _told(groups, group, key)
         if isinstance(value, int | float) and math.isfinite(value) and (isinstance(value, int) or "d" not in shape):
-            found.append(Figure(title, group, key, shape.format(value), meaning))
+            error = error_of(groups, group, key, shape)
+            found.append(Figure(title, group, key, shape.format(value), error, meaning))
     return found
 
 
 def notes(about: Mapping[str, Any]) -> list[str]:
     """What a reader of the figures should know besides: why some of them are not there."""
     return [str(about[key]) for key in ("no_downstream",) if isinstance(about.get(key), str)]
+
+
+def error_of(groups: Mapping[str, Any], group: str, key: str, shape: str) -> str:
+    """The standard error of a figure, in the figure's own format unless that shows nothing of it; "" without one."""
+    error = lookup(groups, f"{group}.{key}_se")
+    if not isinstance(error, int | float) or not math.isfinite(error):
+        return ""
+    text = shape.format(error)
+    return text if error == 0 or float(text) > 0 else f"{error:.0e}"
+
+
+def over_documents(groups: Mapping[str, Any]) -> list[str]:
+    """Over how many documents the standard errors are; nothing in reports without them."""
+    found = [lookup(groups, f"{group}.documents") for group in ("sparsity", "dark_matter")]
+    counts = [count for count in found if isinstance(count, int)]
+    if not counts:
+        return []
+    if counts[0] < 2:
+        return ["no standard errors: all of the text is one document"]
+    return [f"± standard error over {counts[0]:,} documents (jackknife)"]
 
 
 def table(reports: Mapping[str, Report] | Sequence[tuple[str, Report]]) -> Table:
@@ -207,20 +230,21 @@ def table(reports: Mapping[str, Report] | Sequence[tuple[str, Report]]) -> Table
     if len(rows) == 1:
         name, report = rows[0]
         result = Table(title=name, title_justify="left", caption_justify="left")
-        for title in ("figure", "value", "meaning"):
-            result.add_column(title, justify="right" if title == "value" else "left")
-        for title, group, key, shape, meaning in figures:
-            result.add_row(title, shape.format(_found(report, group, key)), meaning)
-        result.caption = Text("\n".join(notes(report.about))) if notes(report.about) else None
+        errors = [error_of(report.groups, group, key, shape) for _, group, key, shape, _ in figures]
+        for title in ("figure", "value", *(["±"] if any(errors) else []), "meaning"):
+            result.add_column(title, justify="right" if title in ("value", "±") else "left")
+        for (title, group, key, shape, meaning), error in zip(figures, errors, strict=True):
+            value = shape.format(_found(report, group, key))
+            result.add_row(title, value, *([error] if any(errors) else []), meaning)
+        result.caption = Text("\n".join(report._notes())) if report._notes() else None
         return result
-    told = [f"{name}: {note}" for name, report in rows for note in notes(report.about)]
+    told = list(dict.fromkeys(note for _, report in rows for note in over_documents(report.groups)))
+    told += [f"{name}: {note}" for name, report in rows for note in notes(report.about)]
     result = Table(caption=Text("\n".join(told)) if told else None, caption_justify="left")
-    cells = [
-        [title, *(_shown(_found(r, group, key), shape) for _, r in rows)] for title, group, key, shape, _ in figures
-    ]
+    cells = [[title, *(_cell(r, group, key, shape, "\n±") for _, r in rows)] for title, group, key, shape, _ in figures]
     widths = [
         min(_NAME, max(map(cell_len, ["dictionary", *(name for name, _ in rows)]))),
-        *(max(map(cell_len, column)) for column in cells),
+        *(max(cell_len(line) for cell in column for line in cell.split("\n")) for column in cells),
     ]
     if sum(widths) + 3 * len(widths) + 1 > WIDTH:  # a column a dictionary
         for name in ["figure", *(name for name, _ in rows)]:
@@ -236,8 +260,10 @@ def table(reports: Mapping[str, Report] | Sequence[tuple[str, Report]]) -> Table
     return result
 
 
-def _shown(value: Any, shape: str) -> str:
-    return "" if value is None else shape.format(value)
+def _cell(report: Report, group: str, key: str, shape: str, between: str) -> str:
+    """A figure and its standard error."""
+    value, error = _found(report, group, key), error_of(report.groups, group, key, shape)
+    return "" if value is None else shape.format(value) + (f"{between}{error}" if error else "")
 
 
 def _found(report: Report, group: str, key: str) -> Any:

@@ -10,18 +10,15 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
-from jaxtyping import Float
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
-from torch import Tensor
 from typing_extensions import TypedDict
 
 import saekit
-from saekit.activations import ActivationBatch, ActivationCache, ActivationSource, ContextBatch
+from saekit.activations import ActivationBatch, ActivationCache, ActivationSource, ContextBatch, harvest
 from saekit.activations.finite import BadTokens
-from saekit.activations.harvest import without_large
 from saekit.activations.python_source import Split
 from saekit.errors import SaekitError, SaekitWarning
+from saekit.evals.heldout import Drawn, draw
 from saekit.evals.report import Report
 from saekit.evals.suite import evaluate, evaluate_activations, passes
 from saekit.reading import is_plain
@@ -66,7 +63,7 @@ class Judge:
     trust_remote_code: bool = False
     on_contexts: Callable[[str, int], Callable[[int], object]] | None = None
     _models: dict[tuple[str, str], TransformerBridge] = field(default_factory=dict, init=False)
-    _contexts: dict[Any, ContextBatch] = field(default_factory=dict, init=False)
+    _drawn: dict[Any, Drawn] = field(default_factory=dict, init=False)
     _limits: dict[Any, float | None] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
@@ -90,7 +87,7 @@ class Judge:
         about = {"dictionary": str(path), "architecture": sae.cfg.architecture, "d_in": sae.cfg.d_in}
         return Report(report.groups, {**about, "d_sae": sae.cfg.d_sae, "k": sae.cfg.k, **report.about})
 
-    def activations(self, sae: SparseAutoencoder, path: str, part: Split) -> Iterator[Float[Tensor, "m d"]]:
+    def activations(self, sae: SparseAutoencoder, path: str, part: Split) -> Iterator[ActivationBatch]:
         """About ``tokens`` activations of one part of the data that the dictionary comes from.
 
         Raises:
@@ -103,8 +100,12 @@ class Judge:
             batches = islice(batches, -(-self.tokens // 1024))
         else:
             source = self.source_of(sae, path)
-            batches = source.batches(part, self.tokens, bad=self._sieve(sae, source))
-        return (batch.x.float().to(self.device) for batch in batches)
+            if part == "heldout":
+                contexts = self._draw(sae, source).contexts
+                batches = harvest(source.model, source.hook, contexts.split(32))
+            else:
+                batches = source.batches(part, self.tokens, bad=self._sieve(sae, source))
+        return (batch._replace(x=batch.x.float().to(self.device)) for batch in batches)
 
     def without_large(
         self, sae: SparseAutoencoder, cache: ActivationCache, batches: Iterable[ActivationBatch]
@@ -201,21 +202,24 @@ class Judge:
             SaekitError: as ``source_of``, or there is no held-out text.
         """
         source = self.source_of(sae, path)
+        return source, self._draw(sae, source).contexts
+
+    def _draw(self, sae: SparseAutoencoder, source: ActivationSource) -> Drawn:
         limit = self.norm_limit(sae, source)
         key = (source.name, source.text.fingerprint, source.split, source.column, source.context_length)
         key += (source.skip_first, *(() if limit is None else (source.hook, limit)))
-        if key not in self._contexts:
-            self._contexts[key] = heldout_contexts(source, self.tokens, limit=limit)
-        return source, self._contexts[key]
+        if key not in self._drawn:
+            self._drawn[key] = draw(source, self.tokens, limit=limit)
+        return self._drawn[key]
 
     def _by_text(self, sae: SparseAutoencoder, path: str) -> Report:
         source, contexts = self.text_of(sae, path)
         work = passes(sae, source.model) * len(contexts.tokens)
         tell = self.on_contexts(path, work) if self.on_contexts is not None else None
         report = evaluate(sae, source.model, contexts, hook=source.hook, skip_first=source.skip_first, on_batch=tell)
-        return Report(
-            report.groups, {**source.passport("heldout"), **self._told(self.norm_limit(sae, source)), **report.about}
-        )
+        told = self._told(self.norm_limit(sae, source))
+        about = {**source.passport("heldout"), **self._draw(sae, source).about(), **told, **report.about}
+        return Report(report.groups, about)
 
     def _told(self, limit: float | None) -> dict[str, float]:
         asked = {} if self.max_norm is None else {"max_norm": self.max_norm}
@@ -277,35 +281,3 @@ def told_by(sae: SparseAutoencoder) -> dict[str, Any]:
 def _own(sae: SparseAutoencoder) -> dict[str, Any]:
     """What saekit wrote about the training."""
     return dict(told_by(sae).get("saekit") or {})
-
-
-def heldout_contexts(
-    source: ActivationSource,
-    tokens: int,
-    narrow: Callable[[ContextBatch], ContextBatch] | None = None,
-    *,
-    limit: float | None = None,
-) -> ContextBatch:
-    """The first held-out contexts that hold at least this many kept tokens (all where there are fewer).
-
-    Args:
-        source: the text.
-        tokens: to keep.
-        narrow: keeps fewer positions of a context, where not all text counts.
-        limit: the largest ‖x‖ of a kept token, if there is one.
-
-    Raises:
-        SaekitError: there is no held-out text.
-    """
-    parts: list[ContextBatch] = []
-    count = 0
-    for batch in source.contexts("heldout"):
-        batch = batch if limit is None else without_large(source.model, source.hook, limit, batch)
-        batch = batch if narrow is None else narrow(batch)
-        reached = batch.kept.sum(1).cumsum(0) + count
-        needed = int((reached < tokens).sum()) + 1
-        parts.append(batch.rows(0, needed))
-        count = int(reached[min(needed, len(reached)) - 1])
-        if count >= tokens:
-            break
-    return ContextBatch(*(torch.cat(column) for column in zip(*parts, strict=True)))

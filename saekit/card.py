@@ -130,7 +130,7 @@ class _Told:
 
 def _figures(sae: SparseAutoencoder, files: dict[str, Path]) -> str:
     """The report's figures as a table, or that there are none."""
-    from saekit.evals.report import Report, groups_in, notes, table
+    from saekit.evals.report import Report, groups_in, notes, over_documents, table
 
     if "eval.json" not in files:
         return "## Figures\n\nIt comes without an evaluation; `saekit eval` makes one."
@@ -143,12 +143,15 @@ def _figures(sae: SparseAutoencoder, files: dict[str, Path]) -> str:
         if about.get(key, getattr(sae.cfg, key)) != getattr(sae.cfg, key):
             raise SaekitError(f"'{files['eval.json']}' is of another dictionary: it has another {key}; move it away")
     try:
-        columns = [[str(cell) for cell in column.cells] for column in table({"": Report(groups)}).columns]
+        shown = table({"": Report(groups)})
+        rows = list(zip(*([str(cell) for cell in column.cells] for column in shown.columns), strict=True))
         tokens = f"{int(groups['sparsity']['tokens']):,}"
     except (KeyError, ValueError, TypeError, AttributeError):
         raise damaged from None
-    lines = ["| figure | value | meaning |", "|---|---:|---|"]
-    lines += [f"| {name} | {value} | {meaning} |" for name, value, meaning in zip(*columns, strict=True)]
+    aligned = ["---:" if column.justify == "right" else "---" for column in shown.columns]
+    lines = [f"| {' | '.join(row)} |" for row in [[str(column.header) for column in shown.columns], *rows]]
+    lines[1:1] = [f"|{'|'.join(aligned)}|"]
+    lines += [line for note in over_documents(groups) for line in ("", f"{note[0].upper()}{note[1:]}.")]
     origin = _described(_text(about.get("dataset")) or _text(about.get("cache")))
     held_out = "held-out " if about.get("part") == "heldout" else ""
     told = f"On {tokens} {held_out}tokens{f' of {origin}' if origin else ''}, by the rule above:"

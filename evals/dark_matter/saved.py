@@ -16,8 +16,9 @@ from saekit.activations.model import check_hook, recorded
 from saekit.errors import SaekitError
 from saekit.evals.dark_matter.error_cost import error_downstream, only_tested, without_start
 from saekit.evals.dark_matter.study import SPLIT, ErrorStudy
+from saekit.evals.heldout import draw
 from saekit.evals.report import Report
-from saekit.evals.saved import Judge, heldout_contexts, told_by
+from saekit.evals.saved import Judge, told_by
 from saekit.sae import SparseAutoencoder
 
 SKIPPED = 0.2  # of a context at its start, as in the paper
@@ -102,7 +103,8 @@ class DarkMatterJudge:
         study = ErrorStudy(saes, source.hook, self._earlier(source), self.pursuit, self.seed)
         why = not_causal(source.model)
         limit = self.judge.norm_limit(next(iter(saes.values())), source)
-        contexts = heldout_contexts(source, self.judge.tokens, partial(without_start, share=SKIPPED), limit=limit)
+        drawn = draw(source, self.judge.tokens, partial(without_start, share=SKIPPED), limit=limit)
+        contexts = drawn.contexts
         tell = self._bar(f"errors at {source.hook}", 2 * len(contexts.tokens))
 
         def batches(hooks: list[str]) -> Iterator[Harvest]:
@@ -116,7 +118,8 @@ class DarkMatterJudge:
                 b = study.analyses[path].b[SPLIT]
                 cost = error_downstream(source.model, source.hook, _parts(few, tell), sae, b)
                 figures[path]["cost"] = cost
-        about = {**source.passport("heldout"), "mask": f"text positions but the first {SKIPPED:.0%} and the last"}
+        mask = f"text positions but the first {SKIPPED:.0%} and the last"
+        about = {**source.passport("heldout"), **drawn.about(), "mask": mask}
         if why:
             about["no_downstream"] = f"no next-token figures: {why}"
         return {path: _report(path, sae, figures[path], about) for path, sae in saes.items()}, compared

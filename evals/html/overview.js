@@ -19,6 +19,7 @@ function showOverview(data, host) {
     "tables",
     told.tables.map(([title, rows]) => table(title, rows)),
   );
+  for (const note of told.errors) host.append(el("p", { class: "note" }, note));
   if (told.facts.length) {
     const rows = told.facts.map(([name, value]) => el("tr", {}, el("th", { scope: "row" }, name), el("td", {}, value)));
     host.append(
@@ -53,8 +54,15 @@ const headline = (figures) =>
   el(
     "dl",
     { class: "headline" },
-    ...figures.map(([title, value, meaning]) =>
-      el("div", {}, el("dt", {}, title), el("dd", { class: "value" }, value), el("dd", { class: "meaning" }, meaning)),
+    ...figures.map(([title, value, error, meaning]) =>
+      el(
+        "div",
+        {},
+        el("dt", {}, title),
+        el("dd", { class: "value" }, value),
+        error ? el("dd", { class: "error" }, `± ${error}`) : null,
+        el("dd", { class: "meaning" }, meaning),
+      ),
     ),
   );
 
@@ -143,12 +151,13 @@ const table = (title, rows) =>
     el(
       "tbody",
       {},
-      ...rows.map(([name, value, meaning]) =>
+      ...rows.map(([name, value, error, meaning]) =>
         el(
           "tr",
           {},
           el("th", { scope: "row" }, name),
           el("td", { class: "value" }, value),
+          el("td", { class: "error" }, error ? `± ${error}` : null),
           el("td", { class: "meaning" }, meaning),
         ),
       ),
@@ -172,7 +181,14 @@ function compared({ columns, rows }) {
           "tbody",
           {},
           ...rows.map(([name, ...values]) =>
-            el("tr", {}, el("th", { scope: "row" }, name), ...values.map((value) => el("td", {}, value))),
+            el(
+              "tr",
+              {},
+              el("th", { scope: "row" }, name),
+              ...values.map(([value, error]) =>
+                el("td", {}, value, error ? el("div", { class: "error" }, `± ${error}`) : null),
+              ),
+            ),
           ),
         ),
       ),

@@ -11,7 +11,7 @@ from typing import Any
 
 from saekit.errors import SaekitError
 from saekit.evals.features import FeatureStudy
-from saekit.evals.report import figures, lookup, notes
+from saekit.evals.report import error_of, figures, lookup, notes, over_documents
 from saekit.evals.sparsity import histogram
 from saekit.reading import parse_json, read_bounded
 from saekit.sae import SparseAutoencoder
@@ -63,11 +63,12 @@ def overview(subject: Subject, study: FeatureStudy | None) -> dict[str, Any]:
         "made": _made(subject.sae),
         "judged": _judged(subject),
         "notes": [_text(note) for note in notes(subject.about)],
-        "headline": [[each.title, each.value, each.meaning] for each in headline],
+        "headline": [[each.title, each.value, each.error, each.meaning] for each in headline],
+        "errors": over_documents(subject.groups),
         "tables": [
             [
                 title,
-                [[each.title, each.value, each.meaning] for each in found if each.group == group]
+                [[each.title, each.value, each.error, each.meaning] for each in found if each.group == group]
                 + _more(subject, group),
             ]
             for group, title in _GROUPS.items()
@@ -91,7 +92,7 @@ def comparison(subjects: Sequence[Subject]) -> dict[str, Any]:
     return {
         "columns": [[titles[key].title, titles[key].meaning] for key in columns],
         "rows": [
-            [_text(subject.name), *(each[key].value if key in each else "" for key in columns)]
+            [_text(subject.name), *([each[key].value, each[key].error] if key in each else ["", ""] for key in columns)]
             for subject, each in zip(subjects, found, strict=True)
         ],
     }
@@ -146,7 +147,7 @@ def _judged(subject: Subject) -> dict[str, Any] | None:
 
 def _more(subject: Subject, group: str) -> list[list[str]]:
     return [
-        [title, shape.format(value), meaning]
+        [title, shape.format(value), error_of(subject.groups, group, key, shape), meaning]
         for where, key, title, shape, meaning in _MORE
         if where == group and _is_number(value := lookup(subject.groups, f"{group}.{key}"))
     ]

@@ -42,7 +42,7 @@ def nearest(sae: SparseAutoencoder, lack: Lack, path: str, judge: Judge) -> Spar
 
     sae = sae.to(judge.device)
     if lack == "token_norm":
-        found = with_plain_thresholds(sae, lambda: judge.activations(sae, path, "calibration"))
+        found = with_plain_thresholds(sae, lambda: (b.x for b in judge.activations(sae, path, "calibration")))
     else:
         found = _top_k(sae, max(1, round(_mean_l0(sae, judge, path))))
     rule = f"topk, k = {found.cfg.k}" if found.cfg.k else "plain thresholds"
@@ -63,8 +63,8 @@ def _rule(sae: SparseAutoencoder) -> str:
 def _mean_l0(sae: SparseAutoencoder, judge: Judge, path: str) -> float:
     """Active features a token, on calibration text."""
     matches = tokens = 0
-    for x in judge.activations(sae, path, "calibration"):
-        code = sae.encode_sparse(x)
+    for batch in judge.activations(sae, path, "calibration"):
+        code = sae.encode_sparse(batch.x)
         matches, tokens = matches + len(code.values), tokens + code.n_tokens
     if not tokens:
         raise SaekitError("no calibration text to measure the L0 on")

@@ -16,7 +16,7 @@ import yaml
 
 import saekit
 from saekit.activations import ActivationCache, ActivationSource
-from saekit.evals.saved import heldout_contexts
+from saekit.evals import heldout_contexts
 
 EMBEDDED = Path(saekit.__file__).parent / "embedded"
 
