@@ -19,6 +19,7 @@ from saekit.errors import SaekitError
 from saekit.evals.dark_matter.least_squares import LinearMap, Moments, fit_linear
 from saekit.evals.dark_matter.norm_test import NormTest
 from saekit.evals.dark_matter.splits import SPLITS, SplitKind, in_test_half, scrambled
+from saekit.evals.intervals import DocumentSums
 
 BLOCKS = 64  # groups of documents, for intervals
 SAMPLED = 400  # tokens whose norms are kept for a picture
@@ -76,6 +77,7 @@ class DarkMatter:
         self._norms: dict[SplitKind, NormTest] = {}
         self._blocks = torch.zeros(3, BLOCKS, dtype=torch.float64)
         self._lengths = torch.zeros(3, dtype=torch.float64)
+        self._sums = DocumentSums(4 + self.d)  # 1, ‖e‖², ‖nonlinear‖², ‖x − mean‖², x − mean; of the test half
         self._sample: list[Tensor] = []
 
     @torch.no_grad()
@@ -147,7 +149,10 @@ class DarkMatter:
         nonlinear = error - linear
         lengths = torch.stack([part.norm(dim=1) for part in (error, linear, nonlinear)])
         self._lengths += lengths[:, test].sum(1)
-        squares = torch.stack([lengths[0], lengths[2], (x - self._mean).norm(dim=1)]).square()
+        shifted = x - self._mean
+        squares = torch.stack([lengths[0], lengths[2], shifted.norm(dim=1)]).square()
+        columns = torch.cat([torch.ones(len(x), 1, dtype=torch.float64), squares.T, shifted], dim=1)
+        self._sums.add(columns[test], None if batch.documents is None else batch.documents.cpu()[test])
         block = scrambled(self._numbers(batch, self._seen - len(x)), self.seed + 1) % BLOCKS
         self._blocks.index_add_(1, block[test], squares[:, test])
         if sum(map(len, self._sample)) < SAMPLED:
@@ -158,10 +163,11 @@ class DarkMatter:
         """The figures; every one is of the half that nothing was fitted on.
 
         Keys:
-            tokens, d_in, seed.
+            tokens, d_in, seed; documents: in the half to test on.
             random, document (the two splits): tokens_fit and tokens_test; fvu; ``plain`` and ``with_intercept``, each
             with r2 (unweighted mean over dimensions), r2_pooled, fvu_nonlinear (the FVU of x̂ + x b*) and rank (of x);
-            ``shrinkage`` (see ``shrinkage``); ``norms`` (see ``NormTest.result``).
+            ``shrinkage`` (see ``shrinkage``); ``norms`` (see ``NormTest.result``). Split by document, fvu and the plain
+            fvu_nonlinear have their standard errors over documents beside them, as NAME_se; b* is taken as it is.
             norm_shares: Σ‖linear‖ / Σ‖e‖ and Σ‖nonlinear‖ / Σ‖e‖, split by document (they add up to more than 1).
             blocks: Σ‖e‖², Σ‖nonlinear‖² and Σ‖x − x̄‖² in groups of documents, for intervals.
             sample: ‖e‖ and ‖nonlinear‖ of some tokens.
@@ -175,6 +181,10 @@ class DarkMatter:
         figures: dict[str, Any] = {"tokens": self._seen, "d_in": self.d, "seed": self.seed}
         for split in SPLITS:
             figures[split] = {**self.explained(split), "norms": self._norms[split].result()}
+        errors = self._sums.figures(_unexplained)
+        figures["documents"] = self._sums.documents
+        figures["document"]["fvu_se"] = errors["fvu_se"]
+        figures["document"]["plain"]["fvu_nonlinear_se"] = errors["fvu_nonlinear_se"]
         error, linear, nonlinear = self._lengths.tolist()
         figures["norm_shares"] = {"linear": linear / error, "nonlinear": nonlinear / error} if error else None
         figures["blocks"] = dict(zip(("error", "nonlinear", "variance"), self._blocks.tolist(), strict=True))
@@ -207,6 +217,12 @@ class DarkMatter:
         documents = self._numbers(batch, self._seen)
         self._seen += len(batch.x)
         return {"random": in_test_half(rows, self.seed), "document": in_test_half(documents, self.seed)}
+
+
+def _unexplained(sums: Float[Tensor, "... c"]) -> dict[str, Float[Tensor, "..."]]:
+    tokens, error, nonlinear, squares = sums[..., :4].unbind(-1)
+    variance = squares - sums[..., 4:].square().sum(-1) / tokens
+    return {"fvu": error / variance, "fvu_nonlinear": nonlinear / variance}
 
 
 def check_shapes(x: Tensor, x_hat: Tensor) -> None:

@@ -36,6 +36,20 @@ def test_a_card(tmp_path):
     assert 'SAE.load_from_disk(snapshot_download("me/x"))' in card(run, HubPath.parse("me/x"))
 
 
+def test_a_card_shows_standard_errors(tmp_path):
+    import json
+
+    run = make_run(tmp_path / "run")
+    report = json.loads((run / "eval.json").read_text())
+    report["reconstruction"]["fvu_se"] = 0.0123
+    report["sparsity"]["documents"] = 57
+    (run / "eval.json").write_text(json.dumps(report))
+    text = card(run)
+    assert "| figure | value | ± | meaning |\n|---|---:|---:|---|" in text
+    assert "| FVU | 0.2500 | 0.0123 | fraction of the activations' variance unexplained |" in text
+    assert "± standard error over 57 documents (jackknife)." in text.splitlines()
+
+
 def saved(folder: Path, **metadata: object) -> Path:
     sae = SparseAutoencoder(SAEConfig(4, 8, "jumprelu", affinity_scale="token_norm", metadata=metadata))
     return sae.save(folder)

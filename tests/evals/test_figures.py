@@ -37,6 +37,59 @@ def test_reconstruction_by_hand():
     assert figures.mean().tolist() == pytest.approx([3, 4 / 3])
 
 
+def left_out(x, x_hat, documents, figure):
+    """The jackknife by a plain loop: each document left out and all worked out anew."""
+    each = [figure(x[documents != d], x_hat[documents != d]) for d in documents.unique()]
+    without = torch.stack(each)
+    return float(((without - without.mean()).square().sum() * (len(each) - 1) / len(each)).sqrt())
+
+
+def test_standard_errors_leave_out_each_document(generator):
+    documents = torch.randint(0, 12, (700,), generator=generator)
+    level = torch.randn(12, 6, dtype=torch.float64, generator=generator)[documents] * 3 + 100  # far from the origin
+    x = level + torch.randn(700, 6, dtype=torch.float64, generator=generator)
+    x_hat = x + torch.randn(700, 6, dtype=torch.float64, generator=generator) * (1 + documents[:, None] / 6)
+    figures = Reconstruction(6)
+    for rows in torch.arange(700).split(130):
+        figures.update(x[rows], x_hat[rows], documents[rows])
+    found = figures.result()
+    assert found["documents"] == 12
+
+    def fvu(x, x_hat):
+        return (x - x_hat).square().sum() / (x - x.mean(0)).square().sum()
+
+    expected = {
+        "fvu": fvu,
+        "explained_variance": lambda x, x_hat: 1 - fvu(x, x_hat),
+        "mse": lambda x, x_hat: (x - x_hat).square().sum(1).mean(),
+        "normalized_mse": lambda x, x_hat: (x - x_hat).square().sum() / x.square().sum(),
+        "cosine": lambda x, x_hat: torch.cosine_similarity(x, x_hat, dim=1).mean(),
+        "norm_ratio": lambda x, x_hat: (x_hat.norm(dim=1) / x.norm(dim=1)).mean(),
+    }
+    for name, figure in expected.items():
+        assert found[name] == pytest.approx(float(figure(x, x_hat)), rel=1e-9), name
+        assert found[f"{name}_se"] == pytest.approx(left_out(x, x_hat, documents, figure), rel=1e-6), name
+
+
+def test_rows_without_documents_are_documents(generator):
+    x, x_hat = torch.randn(2, 50, 3, dtype=torch.float64, generator=generator)
+    report = evaluate_activations(identity(3), [x.float()])
+    assert report["reconstruction"]["documents"] == report["sparsity"]["documents"] == 50
+    figures = Reconstruction(3)
+    figures.update(x, x_hat)
+    alone = left_out(x, x_hat, torch.arange(50), lambda x, x_hat: (x - x_hat).square().sum(1).mean())
+    assert figures.result()["mse_se"] == pytest.approx(alone, rel=1e-9)
+
+
+def test_one_document_has_no_error(source, contexts):
+    batch = ContextBatch(contexts.tokens[:2], torch.zeros_like(contexts.documents[:2]), contexts.kept[:2])
+    report = evaluate(identity(256), source.model, batch, hook=source.hook)
+    for group, name in (("sparsity", "l0_se"), ("reconstruction", "fvu_se"), ("downstream", "ce_increase_se")):
+        assert report[group]["documents"] == 1
+        assert report[group][name] is None
+    assert "no standard errors: all of the text is one document" in repr(report)
+
+
 def test_a_constant_bias_counts_as_error():
     x = torch.tensor([[-1.0], [1.0]])
     figures = Reconstruction(1)
@@ -119,7 +172,8 @@ def test_downstream_against_plain_hooks(source, contexts):
 
     from saekit.activations.model import model_path
 
-    batch = ContextBatch(*(column[:3] for column in contexts))
+    documents = torch.arange(256) // 90 + 3 * torch.arange(3)[:, None]
+    batch = ContextBatch(contexts.tokens[:3], documents, contexts.kept[:3])
     mean = torch.linspace(-1, 1, 256)
     edits = replacements(lambda x: 0.7 * x, mean)
     found = downstream(costs(source.model, source.hook, [batch], edits, ["reconstructed"]))
@@ -156,6 +210,14 @@ def test_downstream_against_plain_hooks(source, contexts):
     assert found["tokens"] == int(scored.sum())
     share = (found["ce_zero"] - found["ce_reconstructed"]) / (found["ce_zero"] - found["ce_clean"])
     assert found["recovered_share"] == pytest.approx(share)
+    documents = batch.documents[:, :-1][scored]
+    assert found["documents"] == 9
+    nats = {n: -p.gather(1, batch.tokens[:, 1:][scored][:, None])[:, 0] for n, p in log_p.items()}
+    table = torch.stack([*nats.values()], dim=1)
+    increase = left_out(table, table, documents, lambda a, _: (a[:, 1] - a[:, 0]).mean())
+    share = left_out(table, table, documents, lambda a, _: 1 - (a[:, 1] - a[:, 0]).sum() / (a[:, 2] - a[:, 0]).sum())
+    assert found["ce_increase_se"] == pytest.approx(increase, rel=1e-3)
+    assert found["recovered_share_se"] == pytest.approx(share, rel=1e-3)
 
 
 def test_only_kept_positions_are_replaced(source, contexts):
@@ -215,6 +277,34 @@ def test_reports_are_written_and_read(tmp_path):
     report.save(tmp_path / "eval.json")
     assert json.loads((tmp_path / "eval.json").read_text())["downstream"]["recovered_share"] is None
     assert json.loads((tmp_path / "eval.json").read_text())["sparsity"] == report["sparsity"]
+
+
+def shown(reports, width=WIDTH):
+    console = Console(width=width, file=io.StringIO())
+    console.print(table(reports))
+    return console.file.getvalue()
+
+
+def test_tables_show_standard_errors():
+    with_errors = Report(
+        {
+            "sparsity": {"l0": 31.94, "l0_se": 0.41, "dead": 7, "tokens": 5000, "documents": 204},
+            "reconstruction": {"fvu": 0.1234, "fvu_se": 0.0021, "cosine": 0.98, "cosine_se": 0.00001},
+        }
+    )
+    alone = shown({"runs/k32": with_errors})
+    assert "± standard error over 204 documents (jackknife)" in alone
+    row = next(line for line in alone.splitlines() if "FVU" in line)
+    assert [cell.strip() for cell in row.split("│")[1:4]] == ["FVU", "0.1234", "0.0021"]
+    assert "1e-05" in alone, "what rounds to nothing is written out"
+    assert "0.1234 ± 0.0021" in repr(with_errors)
+    several = shown({"runs/k32": with_errors, "runs/k64": with_errors})
+    assert several.count("±0.0021") == 2
+    old = Report({"sparsity": {"l0": 31.94, "tokens": 5000}, "reconstruction": {"fvu": 0.1234}})
+    assert "±" not in shown({"old": old}) + repr(old)
+    both = shown({"old": old, "new": with_errors})
+    assert both.count("0.1234") == 2
+    assert both.count("±0.0021") == 1
 
 
 def test_a_table_never_squeezes_the_names():
