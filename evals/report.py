@@ -206,7 +206,7 @@ def notes(about: Mapping[str, Any]) -> list[str]:
 def error_of(groups: Mapping[str, Any], group: str, key: str, shape: str) -> str:
     """The standard error of a figure, in the figure's own format unless that shows nothing of it; "" without one."""
     error = lookup(groups, f"{group}.{key}_se")
-    if not isinstance(error, int | float) or not math.isfinite(error):
+    if not isinstance(error, int | float) or not 0 <= error < 1e300:  # a file of others may hold anything
         return ""
     text = shape.format(error)
     return text if error == 0 or float(text) > 0 else f"{error:.0e}"
@@ -215,7 +215,7 @@ def error_of(groups: Mapping[str, Any], group: str, key: str, shape: str) -> str
 def over_documents(groups: Mapping[str, Any]) -> list[str]:
     """Over how many documents the standard errors are; nothing in reports without them."""
     found = [lookup(groups, f"{group}.documents") for group in ("sparsity", "dark_matter")]
-    counts = [count for count in found if isinstance(count, int)]
+    counts = [count for count in found if isinstance(count, int) and 0 <= count < 1 << 53]
     if not counts:
         return []
     if counts[0] < 2:
