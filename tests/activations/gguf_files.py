@@ -27,6 +27,7 @@ def write_gguf(
     architecture: str = "llama",
     pre: str = "gpt-2",
     add_bos: bool | None = True,
+    special: bool = True,
     without: tuple[str, ...] = (),
     facts: dict[str, Any] | None = None,
     extra: dict[str, np.ndarray] | None = None,
@@ -38,6 +39,7 @@ def write_gguf(
         path: the file to write.
         kind: of the matrices' numbers; vectors are float32 always.
         architecture, pre, add_bos: what the file says of itself; nothing of BOS where that is None.
+        special: whether the file names its BOS and EOS.
         without: tensors to leave out, by their names in the file.
         facts: further metadata.
         extra: further tensors.
@@ -55,7 +57,7 @@ def write_gguf(
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
-    _add_tokenizer(writer, folder, pre, add_bos)
+    _add_tokenizer(writer, folder, pre, add_bos, special)
     for name, value in (facts or {}).items():
         {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)](name, value)
     arrays = {}
@@ -91,7 +93,7 @@ def _name(name: str) -> str:
     return f"blk.{layer}.{_NAMES[part]}.{leaf}"
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path, pre: str, add_bos: bool | None) -> None:
+def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path, pre: str, add_bos: bool | None, named: bool) -> None:
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     fast = PreTrainedTokenizerFast.from_pretrained(folder)
     special = {token["id"] for token in tokenizer["added_tokens"] if token["special"]}
@@ -100,9 +102,8 @@ def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path, pre: str, add_bos: boo
     writer.add_token_list(fast.convert_ids_to_tokens(range(len(fast))))
     writer.add_token_types([CONTROL if number in special else NORMAL for number in range(len(fast))])
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in tokenizer["model"]["merges"]])
-    if fast.bos_token_id is not None:
+    if named:
         writer.add_bos_token_id(fast.bos_token_id)
-    if fast.eos_token_id is not None:
         writer.add_eos_token_id(fast.eos_token_id)
     if add_bos is not None:
         writer.add_add_bos_token(add_bos)

@@ -23,6 +23,7 @@ from saekit.activations import ActivationSource, load_model
 from saekit.activations.gguf_header import MAGIC, read_header
 from saekit.activations.model import model_path, model_revision
 from saekit.errors import SaekitWarning
+from saekit.special_tokens import special_tokens
 
 EMBEDDED = Path(saekit.__file__).parent / "embedded"
 Q4_1, Q8_0 = gguf.GGMLQuantizationType.Q4_1, gguf.GGMLQuantizationType.Q8_0
@@ -154,6 +155,16 @@ def test_contexts_begin_with_bos_where_the_file_says_so(tiny, tmp_path, pre, say
     model = opened.model
     assert (model.tokenizer("a b")["input_ids"][0] == 0) == prepends
     assert model.to_tokens("a b")[0, 0].eq(0) == prepends
+
+
+def test_a_file_that_names_no_special_tokens_has_none(tiny, tmp_path):
+    file = write_gguf(tiny, tmp_path / "none.gguf", add_bos=None, special=False)
+    opened = ActivationSource.open(str(file), device="cpu")
+    assert special_tokens(opened.model) == (None, None, None)
+    assert not opened.prepend_bos
+    first = next(opened.contexts("heldout", 4))
+    assert first.tokens.max() < 512
+    assert first.kept[:, 1:].all(), "nothing but text"
 
 
 def test_digits_are_split_off_first_where_the_file_says_so(tiny, tmp_path):
