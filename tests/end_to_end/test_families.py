@@ -21,13 +21,24 @@ from saekit.card import card
 from saekit.special_tokens import special_tokens
 
 
-@pytest.fixture(autouse=True)
-def called(tmp_path_factory, monkeypatch):
-    """The file that is there once anything has called a stand-in for pip, uv, conda or ``python -m pip``."""
+@pytest.fixture(scope="module", autouse=True)
+def called(tmp_path_factory):
+    """The file that is there once anything has called a stand-in for pip, uv, conda or ``python -m pip``.
+
+    It is of the module and comes first, so that models are loaded under it too.
+    """
     home = tmp_path_factory.mktemp("installers")
-    for key, value in families.write_installers(home).items():
-        monkeypatch.setenv(key, value)
-    return home / "called"
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in families.write_installers(home).items():
+            patch.setenv(key, value)
+        yield home / "called"
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_installed(called):
+    """No test leaves a stand-in called."""
+    yield
+    assert not called.exists(), called.read_text()
 
 
 @dataclass(frozen=True)
@@ -73,7 +84,7 @@ def close(found, expected):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
-def test_activations_are_the_models_own(made, bridge, called):
+def test_activations_are_the_models_own(made, bridge):
     tokens = some_tokens()
     expected = made.hidden_states(tokens)
     for layer, state in enumerate(expected):
@@ -83,7 +94,6 @@ def test_activations_are_the_models_own(made, bridge, called):
         if layer == LAYERS - 1 and made.family.norm:  # the hook is before the norm, output_hidden_states after it
             x = made.plain().get_submodule(made.family.norm)(x).detach()
         close(x, state)
-    assert not called.exists()
 
 
 def test_contexts_begin_as_the_family_does_and_the_mask_says_so(made, bridge):
@@ -104,7 +114,7 @@ def test_contexts_begin_as_the_family_does_and_the_mask_says_so(made, bridge):
     assert source.passport("train")["mask"].startswith("text positions; the first of each context, BOS")
 
 
-def test_cache_train_and_eval(made, bridge, saekit_main, tmp_path, called):
+def test_cache_train_and_eval(made, bridge, saekit_main, tmp_path):
     hook = made.family.hook.format(0)
     where = ["--model", made.folder, "--dataset", made.text, "--context-length", 16, "--quiet"]
     where += ["--hook", hook] if made.name == "t5" else []  # of the others it is the one that is taken if not given
@@ -139,10 +149,9 @@ def test_cache_train_and_eval(made, bridge, saekit_main, tmp_path, called):
         assert why in " ".join(done.stdout.split())
         assert why in page
         assert why in card(tmp_path / "run")
-    assert not called.exists()
 
 
-def test_splice_changes_text_and_leaves_the_first_position(made, bridge, called):
+def test_splice_changes_text_and_leaves_the_first_position(made, bridge):
     """On the bridge and on the plain model alike: x̂ is at each position but the first and where BOS is."""
     tokens = some_tokens()
     model, hook, layer = made.plain(), made.family.hook.format(0), f"{made.family.layers}.0"
@@ -163,12 +172,11 @@ def test_splice_changes_text_and_leaves_the_first_position(made, bridge, called)
     with saekit.splice(model, sae, layer), outputs_of(model.get_submodule(layer)) as found, torch.no_grad():
         model(input_ids=tokens, **decoder)
     close(found[0], expected)
-    assert not called.exists()
 
 
 @pytest.mark.parametrize("made", [name for name, family in FAMILIES.items() if family.causal], indirect=True)
 @pytest.mark.parametrize("padded", [False, True])
-def test_splice_while_text_is_generated(made, padded, called):
+def test_splice_while_text_is_generated(made, padded):
     """With a cache, later passes of one token are no first positions; padding on the left moves the first one."""
     tokens = some_tokens(2, 9)
     mask = torch.ones_like(tokens)
@@ -186,7 +194,6 @@ def test_splice_while_text_is_generated(made, padded, called):
     assert torch.equal(moved, expected)
     for each in steered[1:]:
         assert bool(((each @ sae.W_dec[3]).abs() > 20).all())
-    assert not called.exists()
 
 
 def dictionary():
