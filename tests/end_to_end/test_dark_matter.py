@@ -163,7 +163,7 @@ def test_activations_alone(tmp_path, saekit_main):
     done = saekit_main("eval", "--suite", "dark_matter", tmp_path / "run", "--quiet")
     assert done.returncode == 0, done.stderr
     group = json.loads((tmp_path / "run/eval.json").read_text())["dark_matter"]
-    assert group["tokens"] == 2000
+    assert group["tokens"] == ActivationCache.open(tmp_path / "cache").count("heldout")
     assert group["random"]["norms"]["error"]["from_loss"] is None
     assert "cost" not in group
 
