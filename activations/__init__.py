@@ -3,6 +3,7 @@
 from saekit.activations.cache import ActivationCache
 from saekit.activations.harvest import ActivationBatch, Harvest, harvest, harvest_hooks
 from saekit.activations.model import load_model
+from saekit.activations.padding import contexts_of
 from saekit.activations.source import ActivationSource
 from saekit.activations.stream import ShuffledStream
 from saekit.activations.text import TextSource, open_text
@@ -16,6 +17,7 @@ __all__ = [
     "Harvest",
     "ShuffledStream",
     "TextSource",
+    "contexts_of",
     "harvest",
     "harvest_hooks",
     "load_model",

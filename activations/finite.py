@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saekit.errors import SaekitError
+from saekit.finite import not_finite
 
 if TYPE_CHECKING:
     from saekit.activations.harvest import ActivationBatch
@@ -54,7 +55,7 @@ class BadTokens:
         bad: Tensor | None = None
         for batch, hook in zip(batches, hooks, strict=True):
             for kind, values in (("activations", batch.x), ("gradients", batch.gradients)):
-                here = None if values is None else _not_finite(values)
+                here = None if values is None else not_finite(values)
                 if here is None:
                     continue
                 if not self.skip:
@@ -107,14 +108,6 @@ def limits_in(passport: Mapping[str, Any]) -> dict[str, float]:
 
 def _either(bad: Bool[Tensor, "m"] | None, here: Bool[Tensor, "m"]) -> Bool[Tensor, "m"]:
     return here if bad is None else bad | here.to(bad.device)
-
-
-def _not_finite(values: Tensor) -> Bool[Tensor, "m"] | None:
-    """The tokens with a number that is not finite; None where there are none."""
-    if bool(torch.isfinite(values.sum())):  # one pass; an overflow of the sum is told apart below
-        return None
-    bad = (~torch.isfinite(values)).any(1)
-    return bad if bool(bad.any()) else None
 
 
 def _told(batch: ActivationBatch, bad: Tensor, kind: str, hook: str, where: str) -> str:

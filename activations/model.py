@@ -19,6 +19,7 @@ from saekit.activations.attention import quick_attention, try_quick_attention
 from saekit.activations.boot import keep_own_tokens, text_alone
 from saekit.activations.gguf import gguf_of_hub, load_gguf
 from saekit.activations.gguf_header import is_gguf
+from saekit.activations.processing import process
 from saekit.errors import SaekitError, did_you_mean, first_line
 from saekit.files import expanded
 from saekit.no_installs import no_installs
@@ -31,7 +32,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def load_model(
-    name_or_path: str = EMBEDDED, *, device: str | None = None, dtype: str = "float32", trust_remote_code: bool = False
+    name_or_path: str = EMBEDDED,
+    *,
+    device: str | None = None,
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    processing: Sequence[str] = (),
 ) -> TransformerBridge:
     """Load a language model, hooked by TransformerLens, in evaluation mode and without parameter gradients.
 
@@ -43,13 +50,19 @@ def load_model(
         device: where it runs; the fastest at hand if not given.
         dtype: ``float32``, ``bfloat16`` or ``float16``.
         trust_remote_code: whether code that comes with the model may run.
+        revision: branch, tag or commit of a model on the hub.
+        processing: what TransformerLens does to the weights (``process``); nothing if not given.
 
     Raises:
-        SaekitError: there is no such model, or TransformerLens cannot hook it.
+        SaekitError: there is no such model, TransformerLens cannot hook it, or it cannot be processed so.
     """
+    dtype = str(dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise SaekitError(f"unknown dtype '{dtype}'{did_you_mean(dtype, DTYPES)}")
     place = model_path(name_or_path)
+    if revision is not None and Path(place).exists():
+        raise SaekitError(f"the model in '{name_or_path}' has no revision '{revision}'; models on the hub have")
+    version = {} if revision is None else {"revision": revision}
     from transformer_lens.model_bridge import TransformerBridge
     from transformers.utils import logging as transformers_logging
 
@@ -62,7 +75,7 @@ def load_model(
                 model = load_gguf(place, device=device, dtype=DTYPES[dtype])
             else:
                 model = TransformerBridge.boot_transformers(
-                    place, device=device, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code
+                    place, device=device, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code, **version
                 )
                 if model.tokenizer is not None:
                     keep_own_tokens(model, trust_remote_code)
@@ -80,6 +93,7 @@ def load_model(
         raise SaekitError(f"the model '{name_or_path}' comes without a tokenizer")
     model.eval()
     model.requires_grad_(False)
+    process(model, processing)
     return model
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -20,9 +20,11 @@ from saekit.activations.model import (
     model_revision,
 )
 from saekit.activations.python_source import Split
+from saekit.activations.rules import OWN_RULES, TextRules
 from saekit.activations.text import PYTHON, TextSource, open_text
 from saekit.activations.tokens import MASK, ContextBatch, pack, tokenizer_fingerprint
 from saekit.errors import SaekitError
+from saekit.processing import applied_to
 from saekit.special_tokens import special_tokens
 
 if TYPE_CHECKING:
@@ -50,6 +52,7 @@ class ActivationSource:
     split: str = "train"
     dataset_config: str | None = None
     skip_first: int = 1
+    rules: TextRules = OWN_RULES
 
     @classmethod
     def open(
@@ -64,8 +67,12 @@ class ActivationSource:
         streaming: bool = True,
         context_length: int | None = None,
         skip_first: int = 1,
+        prepend_bos: bool | None = None,
+        rules: TextRules = OWN_RULES,
         device: str | None = None,
         dtype: str = "float32",
+        revision: str | None = None,
+        processing: Sequence[str] = (),
         loaded: TransformerBridge | None = None,
         trust_remote_code: bool = False,
     ) -> ActivationSource:
@@ -78,8 +85,11 @@ class ActivationSource:
             column, split, dataset_config, streaming: as in ``open_text``.
             context_length: tokens a context; 256, or the model's most where that is less, if not given.
             skip_first: positions at the start of each context that are not used.
+            prepend_bos: whether contexts begin with BOS, where the tokenizer has one; what TransformerLens knows of the
+                model's training if not given.
+            rules: how else contexts are made, and which of their tokens count.
             device: where the model runs.
-            dtype: of the model.
+            dtype, revision, processing: of the model, as in ``load_model``.
             loaded: the model itself, where it is loaded already.
             trust_remote_code: whether code that comes with the model may run.
 
@@ -88,7 +98,14 @@ class ActivationSource:
         """
         text = open_text(dataset, column=column, split=split, dataset_config=dataset_config, streaming=streaming)
         if loaded is None:
-            loaded = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+            loaded = load_model(
+                model,
+                device=device,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                revision=revision,
+                processing=processing,
+            )
         bridge = loaded
         hook = hook or default_hook(bridge)
         check_hook(bridge, hook)
@@ -96,9 +113,9 @@ class ActivationSource:
         length = context_length or min(longest, DEFAULT_CONTEXT)
         if length > longest:
             raise SaekitError(f"a context of {length} tokens is longer than the {longest} that '{model}' takes")
-        # what TransformerLens knows of the model's training decides about BOS
-        bos = bool(getattr(bridge.cfg, "default_prepend_bos", True)) and special_tokens(bridge).bos is not None
-        return cls(model, bridge, hook, text, length, bos, column, split, dataset_config, skip_first)
+        wanted = bool(getattr(bridge.cfg, "default_prepend_bos", True)) if prepend_bos is None else prepend_bos
+        bos = wanted and special_tokens(bridge).bos is not None
+        return cls(model, bridge, hook, text, length, bos, column, split, dataset_config, skip_first, rules)
 
     def at(self, hook: str) -> ActivationSource:
         """The same model and text at another hook point.
@@ -115,18 +132,18 @@ class ActivationSource:
         Raises:
             SaekitError: the part does not fill one context.
         """
-        empty = True
+        empty, tokenizer = True, text_tokenizer(self.model)
         for contexts in pack(
             self.text.documents(part),
-            text_tokenizer(self.model),
+            tokenizer,
             self.context_length,
             prepend_bos=self.prepend_bos,
             contexts=batch,
-            special=special_tokens(self.model),
+            special=self.rules.special(special_tokens(self.model), tokenizer),
             skip_first=self.skip_first,
         ):
             empty = False
-            yield contexts
+            yield self.rules.narrowed(contexts, tokenizer)
         if empty:
             raise SaekitError(
                 f"the {part} part of '{self.text.name}' is empty or shorter than one context of "
@@ -178,5 +195,7 @@ class ActivationSource:
             "prepend_bos": self.prepend_bos,
             "skip_first": self.skip_first,
             "mask": MASK,
+            **self.rules.facts(),
+            **({"processing": list(processing)} if (processing := applied_to(self.model)) else {}),
             **({"gradients": LOSS} if gradients else {}),
         }

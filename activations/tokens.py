@@ -16,6 +16,7 @@ from saekit.errors import SaekitError
 from saekit.special_tokens import SpecialTokens, special_tokens
 
 MASK = "text positions; the first of each context, BOS and document separators left out"
+PADDING = -1  # in the place of a document's number
 
 
 class ContextBatch(NamedTuple):
@@ -23,7 +24,7 @@ class ContextBatch(NamedTuple):
 
     Attributes:
         tokens: [b, t] token ids.
-        documents: [b, t] running number of the document that each token comes from.
+        documents: [b, t] running number of the document that each token comes from; −1 for padding (``contexts_of``).
         kept: [b, t] whether a position is trained on and scored. The first of a context is not, whatever it holds:
             models use it as an attention sink, with activations like no others. Nor are BOS and the separators that
             packing put in; they are marked by position, not by id, so a document's own tokens count anywhere else.
@@ -38,7 +39,13 @@ class ContextBatch(NamedTuple):
         return ContextBatch(*(column[start:stop] for column in self))
 
     def split(self, size: int) -> Iterator[ContextBatch]:
-        """The contexts in batches of at most ``size``."""
+        """The contexts in batches of at most ``size``.
+
+        Raises:
+            SaekitError: there is no such size.
+        """
+        if not isinstance(size, int) or size < 1:
+            raise SaekitError(f"a batch has a whole number of contexts, at least 1, not {size}")
         return (self.rows(start, start + size) for start in range(0, len(self.tokens), size))
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from saekit.activations import ContextBatch
 from saekit.activations.attention import quick_attention, try_quick_attention
 from saekit.activations.model import check_hook
+from saekit.activations.tokens import PADDING
 from saekit.activations.unembedding import Unembedding
 from saekit.errors import SaekitError
 from saekit.evals.intervals import DocumentSums
@@ -48,8 +49,11 @@ def edited(end: Unembedding, hook: str, batch: ContextBatch, edit: Edit | None) 
 
 
 def scored_positions(batch: ContextBatch) -> Bool[Tensor, "b t-1"]:
-    """Positions whose next token counts: kept ones that are not the last; the target may be a true end of text."""
-    return batch.kept[:, :-1]
+    """Positions whose next token counts: kept ones that are not the last; the target may be a true end of text.
+
+    Padding is no target.
+    """
+    return batch.kept[:, :-1] & (batch.documents[:, 1:] != PADDING)
 
 
 def scored(batch: ContextBatch, device: torch.device) -> tuple[Int[Tensor, "m"], Int[Tensor, "m"], Int[Tensor, "m"]]:

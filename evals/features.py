@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import index
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saekit.activations import ContextBatch, harvest
 from saekit.activations.gradients import not_causal
+from saekit.activations.padding import as_contexts
 from saekit.code import SparseCode
-from saekit.errors import SaekitError
+from saekit.errors import SaekitError, first_line
 from saekit.evals.activity import Activity, Found
 from saekit.evals.pieces import pieces
+from saekit.processing import warn_of_processing
 from saekit.sae import SparseAutoencoder
 
 if TYPE_CHECKING:
@@ -211,9 +214,10 @@ class FeatureStudy:
 def study_features(
     sae: SparseAutoencoder,
     model: TransformerBridge,
-    contexts: ContextBatch,
+    contexts: ContextBatch | Int[Tensor, "c t"],
     *,
     hook: str | None = None,
+    attention_mask: Bool[Tensor, "c t"] | None = None,
     features: Sequence[int] | None = None,
     top: int = 8,
     quantiles: int = 5,
@@ -229,8 +233,9 @@ def study_features(
     Args:
         sae: the dictionary.
         model: the hooked model (``saekit.activations.load_model``).
-        contexts: the text.
+        contexts: the text; plain token ids too.
         hook: hook point; what the dictionary's metadata names if not given.
+        attention_mask: [c, t] which of plain token ids are no padding (``contexts_of``).
         features: which to study; all if not given.
         top: strongest passages of each.
         quantiles: bands of activation, from each of which a further passage is shown.
@@ -245,9 +250,14 @@ def study_features(
     hook = hook or sae.cfg.metadata.get("hook_name")
     if not hook:
         raise SaekitError("the dictionary does not name its hook point; give one")
+    contexts = as_contexts(model, contexts, attention_mask=attention_mask)
+    warn_of_processing(sae, model, hook)
     if not contexts.kept.any():
         raise SaekitError("there is no text to study features on")
-    studied = sorted(set(range(sae.cfg.d_sae) if features is None else map(int, features)))
+    try:
+        studied = sorted(set(range(sae.cfg.d_sae) if features is None else map(index, features)))
+    except TypeError as error:
+        raise SaekitError(f"features are a sequence of whole numbers: {first_line(error)}") from None
     if not studied or not 0 <= studied[0] <= studied[-1] < sae.cfg.d_sae:
         raise SaekitError(f"the dictionary has features 0 to {sae.cfg.d_sae - 1}; choose from those")
     if min(top, window, batch, quantiles + 1) < 1:

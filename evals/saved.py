@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
@@ -21,6 +21,8 @@ from saekit.errors import SaekitError, SaekitWarning
 from saekit.evals.heldout import Drawn, draw
 from saekit.evals.report import Report
 from saekit.evals.suite import evaluate, evaluate_activations, passes
+from saekit.evals.told import check_told, model_wanted, text_rules
+from saekit.processing import asked_for
 from saekit.reading import is_plain
 from saekit.sae import SparseAutoencoder
 
@@ -36,8 +38,8 @@ class Judge:
     dictionary's metadata says.
 
     Attributes:
-        model, hook, dataset, column, split, dataset_config, context_length, skip_first, dtype: as in
-            ``ActivationSource.open``.
+        model, hook, dataset, column, split, dataset_config, context_length, skip_first, prepend_bos, dtype:
+            as in ``ActivationSource.open``.
         max_norm: leave out tokens of more than so many times the median norm. All are scored if not given, also by
             dictionaries that were trained without those: figures stay comparable.
         cache: judge by the held-out rows of this activation cache instead of a model and text.
@@ -56,23 +58,28 @@ class Judge:
     context_length: int | None = None
     skip_first: int | None = None
     max_norm: float | None = None
+    prepend_bos: bool | None = None
     dtype: str | None = None
     cache: Path | None = None
     tokens: int = 131_072
     device: str = "cpu"
     trust_remote_code: bool = False
     on_contexts: Callable[[str, int], Callable[[int], object]] | None = None
-    _models: dict[tuple[str, str], TransformerBridge] = field(default_factory=dict, init=False)
+    _models: dict[Any, TransformerBridge] = field(default_factory=dict, init=False)
     _drawn: dict[Any, Drawn] = field(default_factory=dict, init=False)
     _limits: dict[Any, float | None] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        text = ("model", "hook", "dataset", "column", "split", "dataset_config", "context_length", "skip_first")
-        given = [name.replace("_", "-") for name in (*text, "dtype") if getattr(self, name) is not None]
+        text = ["model", "hook", "dataset", "column", "split", "dataset_config"]
+        text += ["context_length", "skip_first", "prepend_bos", "dtype"]
+        given = [name.replace("_", "-") for name in text if getattr(self, name) is not None]
         if self.cache and given:
             raise SaekitError(f"judge either by --cache or by a model and text, not by --cache and --{given[0]}")
         if self.max_norm is not None and not 1 < self.max_norm < math.inf:
             raise SaekitError(f"--max-norm is a multiple of the median norm, more than 1, not {self.max_norm}")
+        for name in ("tokens", "context_length"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise SaekitError(f"{name} = {value} is no number of tokens to judge by")
 
     def __call__(self, path: str | Path) -> Report:
         """Load one dictionary and evaluate it.
@@ -156,6 +163,15 @@ class Judge:
                 f"rows of the cache '{path}' are held out for dictionaries trained on just these data; this one may "
                 f"have seen them: judge it by a model and text (--model, --hook, --dataset)"
             )
+        bos = {cache.passport.get("prepend_bos"), facts.get("prepend_bos")} - {None}
+        lacks = {*asked_for(facts, facts.get("hook_name") or "")} - {
+            *(cache.passport.get("processing") or ()),
+            "center_unembed",
+        }
+        differs = [*(["prepend_bos"] if len(bos) > 1 else []), *sorted(lacks)]
+        if differs and cache.passport.get("model"):
+            told = f"the cache '{path}' differs from what '{facts.get('model_name')}' was when it was trained on"
+            warnings.warn(f"{told}: {', '.join(differs)}", SaekitWarning, stacklevel=3)
         return cache
 
     def _by_cache(self, sae: SparseAutoencoder, path: Path) -> Report:
@@ -177,7 +193,9 @@ class Judge:
             warnings.warn(f"'{path}' belongs to '{own}'; here it is judged at '{hook}'", SaekitWarning, stacklevel=3)
         if not hook:
             raise SaekitError(f"'{path}' does not say which hook point it belongs to; give --hook")
-        dtype = self.dtype or passport.get("model_dtype") or "float32"
+        wanted = model_wanted(facts, path, hook, named=self.model is not None, dtype=self.dtype)
+        dtype = self.dtype or passport.get("model_dtype") or wanted.dtype or "float32"
+        key = (model, dtype, wanted.revision, wanted.processing)
         source = ActivationSource.open(
             model,
             hook,
@@ -187,12 +205,19 @@ class Judge:
             dataset_config=self.dataset_config or (None if self.dataset else passport.get("dataset_config")),
             context_length=self.context_length or facts.get("context_size"),
             skip_first=self.skip_first or passport.get("skip_first") or 1,
+            prepend_bos=facts.get("prepend_bos") if self.prepend_bos is None else self.prepend_bos,
+            rules=text_rules(facts),
             device=self.device,
             dtype=dtype,
-            loaded=self._models.get((model, dtype)),
+            revision=wanted.revision,
+            processing=wanted.processing,
+            loaded=self._models.get(key),
             trust_remote_code=self.trust_remote_code,
         )
-        self._models[model, dtype] = source.model
+        self._models[key] = source.model
+        if self.prepend_bos and not source.prepend_bos:
+            raise SaekitError(f"the tokenizer of '{model}' has no BOS to prepend")
+        check_told(facts, path, hook, str(source.model.cfg.normalization_type))
         return source
 
     def text_of(self, sae: SparseAutoencoder, path: str) -> tuple[ActivationSource, ContextBatch]:
@@ -208,6 +233,7 @@ class Judge:
         limit = self.norm_limit(sae, source)
         key = (source.name, source.text.fingerprint, source.split, source.column, source.context_length)
         key += (source.skip_first, *(() if limit is None else (source.hook, limit)))
+        key += (source.prepend_bos, source.rules)  # type: ignore[assignment]
         if key not in self._drawn:
             self._drawn[key] = draw(source, self.tokens, limit=limit)
         return self._drawn[key]
@@ -233,6 +259,10 @@ def _plain(text: str) -> str:
 
 
 _Text = Annotated[str, AfterValidator(_plain)] | None
+
+
+_Id = Annotated[int, Field(ge=0, lt=2**31)]
+_Slice = Annotated[list[int | None] | tuple[int | None, ...], Field(max_length=3)]
 
 
 class _Passport(TypedDict, total=False):
@@ -261,6 +291,13 @@ class _Metadata(TypedDict, total=False):
     hook_name: _Text
     dataset_path: _Text
     context_size: Annotated[int, Field(gt=0, lt=2**31)] | None
+    prepend_bos: bool | None
+    model_from_pretrained_kwargs: dict[str, Any] | None
+    hook_head_index: int | None
+    seqpos_slice: _Slice | None
+    exclude_special_tokens: bool | list[_Id] | None
+    sequence_separator_token: _Id | Literal["bos", "eos", "sep"] | None
+    disable_concat_sequences: bool | None
     saekit: _Own | None
 
 

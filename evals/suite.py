@@ -11,7 +11,8 @@ from torch import Tensor
 
 from saekit.activations import ActivationBatch, ContextBatch, harvest
 from saekit.activations.gradients import not_causal
-from saekit.activations.tokens import without_first
+from saekit.activations.padding import as_contexts
+from saekit.activations.tokens import PADDING, without_first
 from saekit.errors import SaekitError
 from saekit.evals.downstream import costs, downstream, replacements
 from saekit.evals.gradient_selection import gradient_selection
@@ -19,6 +20,7 @@ from saekit.evals.outliers import warn_of_outliers
 from saekit.evals.reconstruction import Reconstruction
 from saekit.evals.report import Report
 from saekit.evals.sparsity import Sparsity
+from saekit.processing import warn_of_processing
 from saekit.sae import SparseAutoencoder
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ def evaluate(
     hook: str | None = None,
     kept: Bool[Tensor, "c t"] | None = None,
     skip_first: int | None = None,
+    attention_mask: Bool[Tensor, "c t"] | None = None,
     batch: int = 16,
     on_batch: Callable[[int], object] | None = None,
 ) -> Report:
@@ -47,6 +50,7 @@ def evaluate(
             each context is left out in any case.
         skip_first: positions at the start of each context that are never scored, at least 1; if not given, what the
             dictionary was trained with, or 1.
+        attention_mask: [c, t] which of plain token ids are no padding (``contexts_of``).
         batch: contexts in one forward pass.
         on_batch: called with the number of contexts done, for a progress bar; each counts ``passes(sae, model)`` times.
 
@@ -61,11 +65,16 @@ def evaluate(
     hook = hook or sae.cfg.metadata.get("hook_name")
     if not hook:
         raise SaekitError("the dictionary does not name its hook point; give one")
-    contexts = tokens if isinstance(tokens, ContextBatch) else _contexts(tokens, kept)
+    warn_of_processing(sae, model, hook)
+    contexts = as_contexts(model, tokens, kept=kept, attention_mask=attention_mask)
     skip_first = skipped_first(sae) if skip_first is None else skip_first
     contexts = contexts._replace(kept=without_first(contexts.kept, skip_first))
     if not contexts.kept.any():
         raise SaekitError("there is no held-out text to evaluate on")
+    if _beta(sae) is not None and bool((contexts.documents == PADDING).any()):
+        raise SaekitError(
+            "this dictionary selects by gradients of a whole context's loss; give contexts without padding"
+        )
 
     def parts() -> Iterator[ContextBatch]:
         for part in contexts.split(batch):
@@ -128,6 +137,9 @@ def _explained(
     sparsity, reconstruction = Sparsity(sae.cfg.d_sae), Reconstruction(sae.cfg.d_in)
     for batch in batches:
         x, documents = (batch.x, batch.documents) if isinstance(batch, ActivationBatch) else (batch, None)
+        if not isinstance(x, Tensor) or x.ndim != 2:
+            kind = f"of shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise SaekitError(f"activations come in batches, each a tensor [m, d_in], not {kind}")
         if not len(x):
             continue
         if x.shape[1] != sae.cfg.d_in:
@@ -150,11 +162,3 @@ def _reconstruct(sae: SparseAutoencoder) -> Callable[[Tensor], Tensor]:
         return x_hat.to(x.device)
 
     return reconstruct
-
-
-def _contexts(tokens: Tensor, kept: Tensor | None) -> ContextBatch:
-    if tokens.ndim != 2:
-        raise SaekitError(f"tokens are contexts [c, t], not of shape {list(tokens.shape)}")
-    tokens = tokens.cpu()
-    kept = torch.ones_like(tokens, dtype=torch.bool) if kept is None else kept.cpu()
-    return ContextBatch(tokens, torch.arange(len(tokens))[:, None].expand_as(tokens), kept)

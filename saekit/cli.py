@@ -16,6 +16,7 @@ from saekit.commands.cache import cache_app
 from saekit.commands.dictionary import convert, info
 from saekit.commands.evaluate import evaluate
 from saekit.commands.help import explain
+from saekit.commands.once import once
 from saekit.commands.push import push
 from saekit.commands.train import add_flags, train
 from saekit.errors import SaekitError, SaekitWarning, first_line
@@ -61,7 +62,7 @@ def main() -> None:
     try:
         if "train" in [*arguments, *_to_complete()]:
             add_flags()
-        code = explain(typer.main.get_command(app)).main(arguments, prog_name="saekit", standalone_mode=False)
+        code = once(explain(typer.main.get_command(app))).main(arguments, prog_name="saekit", standalone_mode=False)
         print(end="", flush=True)  # a closed pipe is met here rather than while Python shuts down
         sys.exit(code)
     except (KeyboardInterrupt, typer.Abort) as error:

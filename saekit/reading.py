@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +40,17 @@ def read_bounded(path: Path, limit: int = SMALL, *, pipe: bool = False) -> bytes
 
 
 def parse_json(content: bytes | str, path: Path | str) -> Any:
-    """The value that JSON text holds.
+    """The value that JSON text holds; NaN and infinities, which are no JSON but which Python writes, become null.
 
     Args:
         content: the text.
         path: where it comes from, for the message.
 
     Raises:
-        SaekitError: it is no JSON, nests too deeply, or has numbers of absurd length.
+        SaekitError: it is no JSON, nests too deeply, names a key twice, or has numbers of absurd length.
     """
     try:
-        return json.loads(content, parse_int=_whole)
+        return json.loads(content, parse_int=_whole, parse_constant=lambda _: None, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise SaekitError(f"'{path}' is damaged: {first_line(error)}") from None
 
@@ -62,6 +64,37 @@ def read_json(path: Path, limit: int = SMALL) -> Any:
     return parse_json(read_bounded(path, limit), path)
 
 
+def check_json(value: Any, name: str) -> None:
+    """Make sure that JSON holds a value as it is.
+
+    Raises:
+        SaekitError: it does not; the part that is to blame is named.
+    """
+    if isinstance(value, dict):
+        for key, part in value.items():
+            if not isinstance(key, str):
+                raise SaekitError(f"{name} has the key {reprlib.repr(key)}; the keys of JSON are texts")
+            check_json(part, f"{name}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for i, part in enumerate(value):
+            check_json(part, f"{name}[{i}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise SaekitError(f"{name} = {value} cannot be saved: JSON has no such number; give None or a text")
+    elif value is not None and not isinstance(value, (str, int, float)):
+        kind = type(value).__name__
+        raise SaekitError(f"{name} is of type {kind}, which JSON does not hold; give a number, text, list or dict")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The mapping of some keys, where none is named twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {reprlib.repr(twice)} stands there twice")
+    return found
+
+
 def _whole(digits: str) -> int:
     if len(digits) > _DIGITS:
         raise ValueError(f"a number of {len(digits)} digits")
@@ -69,7 +102,7 @@ def _whole(digits: str) -> int:
 
 
 def read_yaml(path: str | Path, limit: int = 1 << 16) -> dict[str, Any]:
-    """The mapping in a YAML file: plain values only, no objects, and no aliases, by which a small file can hold much.
+    """The mapping in a YAML file: plain values only, no key twice, no aliases, by which a small file can hold much.
 
     Raises:
         SaekitError: it cannot be read, is too long, no YAML or no mapping.
@@ -81,6 +114,10 @@ def read_yaml(path: str | Path, limit: int = 1 << 16) -> dict[str, Any]:
             if self.check_event(yaml.AliasEvent):
                 raise ValueError("aliases (*) are not read")
             return super().compose_node(parent, index)
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            _once([(str(self.construct_object(key, deep=True)), None) for key, _ in node.value])
+            return super().construct_mapping(node, deep)
 
         def construct_yaml_int(self, node: Any) -> int:
             if len(node.value) > _DIGITS:

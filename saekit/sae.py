@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import reprlib
 from dataclasses import dataclass, field, replace
+from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,7 +16,9 @@ from saekit.allocation import threshold_choice, token_choice
 from saekit.code import SparseCode, TokenScale
 from saekit.errors import SaekitError
 from saekit.files import expanded
+from saekit.finite import not_finite, place_of
 from saekit.kernels.decode import decode
+from saekit.reading import check_json
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -42,7 +45,8 @@ class SAEConfig:
             token's ‖x − b_dec‖ (our reading of a batch rule's inference), ``none`` with pre-activations.
         input_normalization: ``layer_norm`` encodes x' = (x − μ) / (σ + 1e-5), with each token's mean μ and (unbiased)
             standard deviation σ over its entries, and decodes to x̂' σ + μ; as OpenAI's dictionaries do.
-        metadata: where the dictionary comes from (``model_name``, ``hook_name``, ``dataset_path``, ...).
+        metadata: where the dictionary comes from (``model_name``, ``hook_name``, ``dataset_path``, ...), of what JSON
+            holds.
     """
 
     d_in: int
@@ -55,6 +59,13 @@ class SAEConfig:
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name in ("d_in", "d_sae", "k"):
+            value: Any = getattr(self, name)
+            if value is not None or name != "k":
+                try:
+                    object.__setattr__(self, name, index(value))  # numpy's whole numbers are none of JSON
+                except TypeError:
+                    raise SaekitError(f"{name} = {reprlib.repr(value)} is no whole number") from None
         if self.d_in < 1 or self.d_sae < 1:
             raise SaekitError(f"a dictionary of d_in = {self.d_in} and d_sae = {self.d_sae} has no features")
         if self.architecture not in ("topk", "jumprelu", "standard"):
@@ -63,6 +74,8 @@ class SAEConfig:
             )
         if self.architecture == "topk" and not (self.k is not None and 1 <= self.k <= self.d_sae):
             raise SaekitError(f"k = {self.k} is not between 1 and the {self.d_sae} features of the dictionary")
+        if self.architecture != "topk" and self.k is not None:
+            raise SaekitError(f"k = {self.k} means nothing for '{self.architecture}'; it is for topk alone")
         if self.affinity_scale not in ("none", "token_norm"):
             raise SaekitError(f"unknown affinity_scale '{self.affinity_scale}'; choose from none, token_norm")
         if self.affinity_scale != "none" and self.architecture != "jumprelu":
@@ -71,6 +84,9 @@ class SAEConfig:
             raise SaekitError(f"unknown input_normalization '{self.input_normalization}'; choose from none, layer_norm")
         if self.input_normalization == "layer_norm" and (self.affinity_scale != "none" or self.d_in < 2):
             raise SaekitError("layer_norm is for activations of width 2 or more, without thresholds by token norm")
+        if not isinstance(self.metadata, dict):
+            raise SaekitError(f"metadata are a dict of facts, not of type {type(self.metadata).__name__}")
+        check_json(self.metadata, "metadata")
 
 
 class SparseAutoencoder(nn.Module):
@@ -129,9 +145,12 @@ class SparseAutoencoder(nn.Module):
         """The code of the tokens of x, its leading dimensions flattened to n tokens.
 
         Raises:
-            SaekitError: the last dimension of x is not d_in.
+            SaekitError: the last dimension of x is not d_in, or x holds NaN or infinite numbers.
         """
-        x = self._checked(x).reshape(-1, self.cfg.d_in)
+        return self.encode_finite(self._checked(x).reshape(-1, self.cfg.d_in))
+
+    def encode_finite(self, x: Float[Tensor, "n d_in"]) -> SparseCode:
+        """``encode_sparse`` without its checks: of finite activations in the dictionary's dtype."""
         rows = max(1, _CHUNK // self.cfg.d_sae)
         return SparseCode.concatenate([self._select(part) for part in torch.split(x, rows)])
 
@@ -155,7 +174,7 @@ class SparseAutoencoder(nn.Module):
         """Feature activations as a dense tensor, with gradients.
 
         Raises:
-            SaekitError: the last dimension of x is not d_in.
+            SaekitError: as ``encode_sparse``.
         """
         return self.encode_sparse(x).to_dense().reshape(*x.shape[:-1], self.cfg.d_sae)
 
@@ -172,13 +191,15 @@ class SparseAutoencoder(nn.Module):
             SaekitError: the code is not one of d_sae features, or the dictionary normalises its input and neither x nor
                 the code tells by how much.
         """
-        if f.shape[-1] != self.cfg.d_sae:
-            raise SaekitError(f"a code of {f.shape[-1]} features does not fit a dictionary of {self.cfg.d_sae}")
+        if not isinstance(f, Tensor | SparseCode):
+            raise SaekitError(f"a code is a SparseCode or a tensor [..., {self.cfg.d_sae}], not {type(f).__name__}")
+        if (width := f.shape[-1] if len(f.shape) else 0) != self.cfg.d_sae:
+            raise SaekitError(f"a code of {width} features does not fit a dictionary of {self.cfg.d_sae}")
         if isinstance(f, SparseCode):
             x_hat, scale = decode(f, self.W_dec, self.b_dec), f.token_scale
             x = None if x is None else x.reshape(-1, x.shape[-1])
         else:
-            x_hat, scale = f @ self.W_dec + self.b_dec, None
+            x_hat, scale = f.to(self.W_dec.dtype) @ self.W_dec + self.b_dec, None
         if self.cfg.input_normalization == "none":
             return x_hat
         if x is not None:
@@ -190,7 +211,11 @@ class SparseAutoencoder(nn.Module):
         return x_hat * scale.scale + scale.mean
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
-        """Reconstructions x̂, the shape of x, in the dictionary's dtype."""
+        """Reconstructions x̂, the shape of x, in the dictionary's dtype.
+
+        Raises:
+            SaekitError: as ``encode_sparse``.
+        """
         return self.decode(self.encode_sparse(x)).reshape(x.shape)
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
@@ -198,21 +223,35 @@ class SparseAutoencoder(nn.Module):
         an architecture name that SAELens refuses).
 
         Raises:
-            SaekitError: the folder holds something and ``overwrite`` is not set.
+            SaekitError: the folder holds something and ``overwrite`` is not set, or JSON does not hold the metadata.
         """
         from saekit.formats import saelens
 
         return saelens.write(self, expanded(folder), overwrite=overwrite)
 
     def with_metadata(self, **facts: Any) -> SparseAutoencoder:
-        """This dictionary with further facts in its metadata; changes it in place and returns it."""
+        """This dictionary with further facts in its metadata; changes it in place and returns it.
+
+        Raises:
+            SaekitError: a fact is nothing that JSON holds.
+        """
         self.cfg = replace(self.cfg, metadata={**self.cfg.metadata, **facts})
         return self
 
     def _checked(self, x: Tensor) -> Tensor:
-        if x.shape[-1] != self.cfg.d_in:
-            raise SaekitError(f"activations of width {x.shape[-1]} do not fit a dictionary of d_in = {self.cfg.d_in}")
-        return x.to(self.W_dec.dtype)
+        if not isinstance(x, Tensor):
+            raise SaekitError(f"activations are a torch tensor [..., {self.cfg.d_in}], not of type {type(x).__name__}")
+        if x.ndim == 0 or x.shape[-1] != self.cfg.d_in:
+            width = x.shape[-1] if x.ndim else 0
+            raise SaekitError(f"activations of width {width} do not fit a dictionary of d_in = {self.cfg.d_in}")
+        x = x.to(self.W_dec.dtype)
+        if (bad := not_finite(x)) is not None:
+            kind = str(x.dtype).removeprefix("torch.")
+            raise SaekitError(
+                f"activations with NaN or infinite numbers, in {kind}, have no code: the first of {int(bad.sum())} "
+                f"such tokens is at {place_of(bad)}"
+            )
+        return x
 
     def extra_repr(self) -> str:
         """One line for ``print(sae)``."""

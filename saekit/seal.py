@@ -11,10 +11,16 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from saekit.errors import SaekitError
+
 BLANK = "saekit-seal:" + "0" * 32  # what is written first, and then stamped
 _SEAL = re.compile(rb"saekit-seal:([0-9a-f]{32})")
 _SEARCHED = 4096  # bytes
 _BLOCK = 1 << 22  # bytes
+
+
+class NoChecksumsError(SaekitError):
+    """The package that seals are computed with is not there."""
 
 
 def stamp(content: bytes) -> bytes:
@@ -31,7 +37,11 @@ def unbroken(content: bytes) -> bool | None:
 
 
 def stamp_file(path: Path) -> None:
-    """Replace the ``BLANK`` in a file by its seal."""
+    """Replace the ``BLANK`` in a file by its seal.
+
+    Raises:
+        NoChecksumsError: the package xxhash is not there.
+    """
     with path.open("rb+") as file:
         first = file.read(_BLOCK)
         place = _place(first)
@@ -42,7 +52,11 @@ def stamp_file(path: Path) -> None:
 
 
 def file_unbroken(path: Path) -> bool | None:
-    """Whether a file is as it was stamped, or None where it has no seal."""
+    """Whether a file is as it was stamped, or None where it has no seal.
+
+    Raises:
+        NoChecksumsError: the package xxhash is not there, and there is a seal.
+    """
     with path.open("rb") as file:
         first = file.read(_BLOCK)
         place = _place(first)
@@ -58,7 +72,10 @@ def _place(first: bytes) -> slice | None:
 
 
 def _digest(first: bytes, rest: Iterable[bytes], digits: slice) -> bytes:
-    import xxhash  # here, so that ``import saekit`` does without
+    try:
+        import xxhash  # here, so that ``import saekit`` does without
+    except ImportError:
+        raise NoChecksumsError("the seals of files need the package xxhash: pip install xxhash") from None
 
     digest = xxhash.xxh3_128(first[: digits.start])
     digest.update(b"0" * (digits.stop - digits.start))

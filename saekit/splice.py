@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from saekit.code import SparseCode
-from saekit.errors import SaekitError, did_you_mean
+from saekit.errors import SaekitError, did_you_mean, first_line
+from saekit.finite import not_finite, place_of
 from saekit.positions import call_of, text_positions, token_ids
+from saekit.processing import warn_of_processing
 from saekit.special_tokens import special_tokens
 
 if TYPE_CHECKING:
@@ -78,14 +80,21 @@ def splice(
         The splice, with its modules.
 
     Raises:
-        SaekitError: there is no such hook or feature, the dictionary does not fit the hook, or a mask does not fit.
+        SaekitError: there is no such hook or feature, the dictionary does not fit the hook, a mask does not fit, or an
+            activation to splice is NaN or infinite (its position is named).
     """
     hook = hook or sae.cfg.metadata.get("hook_name")
     if not hook:
         raise SaekitError("the dictionary does not name its hook point; give one")
     if isinstance(positions, str) and positions not in ("text", "all"):
         raise SaekitError(f"unknown positions '{positions}'; choose from text, all, a mask, or a function of token ids")
-    edit = _Edit.of(sae.cfg.d_sae, steer or {}, add or {}, list(ablate))
+    warn_of_processing(sae, model, hook, stacklevel=4)
+    positions = _positions(positions)
+    try:
+        edit = _Edit.of(sae.cfg.d_sae, steer or {}, add or {}, list(ablate))
+    except (TypeError, AttributeError) as mistake:
+        told = "steer and add are mappings of features to numbers, and ablate names features, by whole numbers"
+        raise SaekitError(f"{told}: {first_line(mistake)}") from None
     bridged = hasattr(model, "hook_dict")
     place = _hook_point(model, hook) if bridged else _module(model, hook)
     make = type(place) if bridged else nn.Identity
@@ -133,9 +142,10 @@ class Splice:
                 f"the dictionary does not fit: it takes width {self.sae.cfg.d_in}, but '{self.hook}' has activations "
                 f"of shape {list(activation.shape)}"
             )
-        whole = flat.reshape(-1, self.sae.cfg.d_in).to(self.sae.device)
+        kept = self._kept(flat)
+        whole = self._finite(flat, kept).reshape(-1, self.sae.cfg.d_in).to(self.sae.device)
         x = whole.to(self.sae.dtype)
-        code = self.sae.encode_sparse(x)
+        code = self.sae.encode_finite(x)
         f: SparseCode | Tensor = code if self._edit is None else self._edit(code)
         if _watched(self.features):
             dense = f.to_dense().reshape(*flat.shape[:-1], -1)
@@ -148,9 +158,20 @@ class Splice:
             with torch.no_grad():
                 error = whole - (x_hat if f is code else self.sae.decode(code, x))  # in the finer of two precisions
             out = out + self.error(error.reshape(flat.shape))
-        kept = self._kept(flat)
         out = out.to(activation) if kept is None else torch.where(kept[..., None], out.to(activation), flat)
         return out.reshape(activation.shape)
+
+    def _finite(self, flat: Float[Tensor, "b t d"], kept: Bool[Tensor, "b t"] | None) -> Float[Tensor, "b t d"]:
+        """The activations with zeros for those that are not finite, once it is sure that none of these is spliced."""
+        bad = not_finite(flat.to(self.sae.dtype))
+        if bad is None:
+            return flat
+        if bool((spliced := bad if kept is None else bad & kept).any()):
+            raise SaekitError(
+                f"the activations at '{self.hook}' have NaN or infinite numbers, in {str(self.sae.dtype)[6:]}, at "
+                f"{int(spliced.sum())} positions, the first of them {place_of(spliced)}; there is nothing to splice"
+            )
+        return flat.masked_fill(bad[..., None], 0)
 
     def _read_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Remember what tells the positions of this pass; the cache must be asked before the pass fills it."""
@@ -232,6 +253,20 @@ class _Edit(NamedTuple):
             features=torch.cat([rest.features, columns.repeat(code.n_tokens)])[order],
             values=torch.cat([rest.values, after])[order],
         )
+
+
+def _positions(given: Any) -> Positions:
+    """Positions as they were asked for, a mask as a tensor.
+
+    Raises:
+        SaekitError: it is a mask of other numbers than ones and zeros.
+    """
+    if isinstance(given, str) or (callable(given) and not isinstance(given, Tensor)):
+        return given  # type: ignore[return-value]
+    mask = torch.as_tensor(given)
+    if bool(((mask != 0) & (mask != 1)).any()):
+        raise SaekitError("positions are a mask of ones and zeros [b, t], not numbers of positions")
+    return mask
 
 
 def _watched(module: nn.Module) -> bool:

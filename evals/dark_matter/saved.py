@@ -19,6 +19,7 @@ from saekit.evals.dark_matter.study import SPLIT, ErrorStudy
 from saekit.evals.heldout import draw
 from saekit.evals.report import Report
 from saekit.evals.saved import Judge, told_by
+from saekit.processing import applied_to
 from saekit.sae import SparseAutoencoder
 
 SKIPPED = 0.2  # of a context at its start, as in the paper
@@ -157,8 +158,9 @@ def _after(source: ActivationSource, hooks: set[str]) -> set[str]:
 
 def _check_same(first: str, one: ActivationSource, path: str, other: ActivationSource) -> None:
     """Raise SaekitError unless both dictionaries are of one hook point, model and text."""
-    for what in ("name", "hook", "context_length", "skip_first", "column", "split", "dataset_config"):
-        a, b = getattr(one, what), getattr(other, what)
+    same = ("name", "hook", "context_length", "skip_first", "prepend_bos", "column", "split", "dataset_config", "rules")
+    for what in (*same, "processing"):
+        a, b = (applied_to(s.model) if what == "processing" else getattr(s, what) for s in (one, other))
         if a != b:
             kind = {"name": "model"}.get(what, what)
             raise SaekitError(f"'{first}' has {kind} '{a}', '{path}' has '{b}'; errors are compared at one hook point")

@@ -30,6 +30,9 @@ def evaluate(
     max_norm: float | None = typer.Option(
         None, help="leave out tokens of more than so many times the median norm (attention sinks)"
     ),
+    prepend_bos: bool | None = typer.Option(
+        None, help="whether contexts begin with BOS [what the dictionary names, or the model's own]"
+    ),
     model_dtype: str | None = typer.Option(
         None, help="in which the model runs: float32, bfloat16, float16", autocompletion=among(*DTYPES)
     ),
@@ -81,6 +84,7 @@ def evaluate(
         context_length=context_length,
         skip_first=skip_first,
         max_norm=max_norm,
+        prepend_bos=prepend_bos,
         dtype=model_dtype,
         cache=cache,
         tokens=tokens,

@@ -28,7 +28,7 @@ _PANELS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "cache": {"Data": (*_TEXT, *_WHICH, "tokens", "dtype", "model_dtype", "gradients"), "Run": _RUN},
     "eval": {
-        "Data": (*_TEXT, *_WHICH[:2], "model_dtype", "cache", "tokens"),
+        "Data": (*_TEXT, *_WHICH[:2], "prepend_bos", "model_dtype", "cache", "tokens"),
         "Suite dark_matter": ("earlier", "pursuit", "ce_tokens", "figures"),
         "Run": (*_RUN, "html", "features_shown"),
     },

@@ -6,13 +6,13 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from saekit.errors import SaekitError
+import torch
+
+from saekit.errors import SaekitError, first_line
 from saekit.formats import dictionary_learning, gemma_scope, openai, saelens, sparsify
 from saekit.hub import local_folder
 
 if TYPE_CHECKING:
-    import torch
-
     from saekit.formats.checks import Lack
     from saekit.sae import SparseAutoencoder
 
@@ -57,9 +57,14 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> SparseAutoenco
         device: where the weights go.
 
     Raises:
-        SaekitError: nothing is there, the format is not known, or the files do not agree with each other.
+        SaekitError: nothing is there, the format is not known, the files do not agree with each other, or there is no
+            such device.
     """
     name, place = find(path)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch has both for devices that are not there
+        raise SaekitError(f"there is no device '{device}': {first_line(error)}") from None
     return FORMATS[name].read(place, device).eval()
 
 

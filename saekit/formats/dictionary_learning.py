@@ -18,7 +18,7 @@ from saekit.formats.layout import OURS, Stored, arranged, dictionary, scattered
 from saekit.formats.origin import for_dictionary_learning, of_dictionary_learning
 from saekit.formats.rewriting import gated, scaled_rows, wide, with_b_dec
 from saekit.formats.tensor_files import read_tensors, write_torch
-from saekit.reading import check_inside, read_json
+from saekit.reading import check_inside, check_json, read_json
 
 if TYPE_CHECKING:
     from saekit.sae import Architecture, SparseAutoencoder
@@ -149,9 +149,11 @@ def write(sae: SparseAutoencoder, folder: Path, *, overwrite: bool = False) -> P
     """Write a dictionary; returns the folder. One of ``standard`` is written with decoder rows of norm 1.
 
     Raises:
-        SaekitError: the format cannot hold it, or the folder holds something and ``overwrite`` is not set.
+        SaekitError: the format cannot hold it, JSON does not hold the metadata, or the folder
+            holds something and ``overwrite`` is not set.
     """
     checks.check_holds(lacks(sae), "dictionary_learning")
+    check_json(sae.cfg.metadata, "metadata")  # it may have been changed since
     checks.place(folder, WEIGHTS, overwrite=overwrite)
     name = _WRITTEN[sae.cfg.architecture]
     kind, facts = KINDS[name], sae.cfg.metadata

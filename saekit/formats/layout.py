@@ -19,6 +19,11 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 OURS = {"W_enc": "DF", "b_enc": "F", "W_dec": "FD", "b_dec": "D", "threshold": "F"}  # D is d_in, F is d_sae
 
 
+def dtype_named(name: str) -> torch.dtype:
+    """The dtype of a name in a config, ``float32`` or ``torch.float32``; otherwise a KeyError."""
+    return DTYPES[name.removeprefix("torch.")]
+
+
 class Stored(NamedTuple):
     """A tensor of a file: its name there, and its shape in letters; those of ours reversed mean the transpose."""
 

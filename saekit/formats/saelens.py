@@ -16,11 +16,11 @@ import torch
 from saekit.errors import SaekitError
 from saekit.files import replace_files
 from saekit.formats import checks
-from saekit.formats.layout import DTYPES, OURS, Stored, arranged, dictionary
+from saekit.formats.layout import OURS, Stored, arranged, dictionary, dtype_named
 from saekit.formats.rewriting import gated, scaled_rows
 from saekit.formats.saelens_before_6 import modernised
 from saekit.formats.tensor_files import read_tensors, sealed_with, write_safetensors
-from saekit.reading import check_inside, read_json
+from saekit.reading import check_inside, check_json, read_json
 
 if TYPE_CHECKING:
     from saekit.sae import SAEConfig, SparseAutoencoder
@@ -55,8 +55,9 @@ def write(sae: SparseAutoencoder, folder: Path, *, overwrite: bool = False) -> P
     """Write a dictionary; returns the folder.
 
     Raises:
-        SaekitError: the folder holds something and ``overwrite`` is not set.
+        SaekitError: the folder holds something and ``overwrite`` is not set, or JSON does not hold the metadata.
     """
+    check_json(sae.cfg.metadata, "metadata")  # it may have been changed since
     checks.place(folder, WEIGHTS, overwrite=overwrite)
     cfg: dict[str, Any] = {
         "architecture": sae.cfg.architecture if sae.cfg.affinity_scale == "none" else _TOKEN_NORM,
@@ -92,7 +93,7 @@ def read(path: Path, device: str | torch.device = "cpu") -> SparseAutoencoder:
     check_inside(folder / CONFIG, folder)
     with checks.understanding(folder / CONFIG):
         cfg = modernised(checks.mapping(read_json(folder / CONFIG)), folder / CONFIG)
-        config, dtype = _config(cfg), DTYPES[cfg["dtype"]]
+        config, dtype = _config(cfg), dtype_named(cfg["dtype"])
         by_norm = checks.flag(cfg, "rescale_acts_by_decoder_norm", False)  # selection by f·‖W_dec‖
     reshaped = cfg.get("reshape_activations") or "none"
     # "hook_z": heads are put side by side, which is how activations come to dictionaries here

@@ -8,8 +8,15 @@ from typing import Any
 
 from saekit.formats.checks import refuse
 
-_RENAMED = {"hook_point": "hook_name", "activation_fn_str": "activation_fn"}
-_FACTS = ("model_name", "hook_name", "context_size", "dataset_path", "prepend_bos", "neuronpedia_id")
+_RENAMED = {
+    "hook_point": "hook_name",
+    "hook_point_head_index": "hook_head_index",
+    "activation_fn_str": "activation_fn",
+}
+_FACTS = (
+    *("model_name", "model_from_pretrained_kwargs", "hook_name", "hook_head_index", "dataset_path", "neuronpedia_id"),
+    *("context_size", "prepend_bos", "seqpos_slice", "exclude_special_tokens"),
+)
 
 
 def modernised(cfg: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -34,5 +41,6 @@ def modernised(cfg: dict[str, Any], path: Path) -> dict[str, Any]:
         cfg["normalize_activations"] = "expected_average_only_in" if cfg["normalize_activations"] else "none"
     if "hook_z" in str(cfg.get("hook_name")):
         cfg.setdefault("reshape_activations", "hook_z")
+    cfg.setdefault("prepend_bos", True)
     facts = dict(cfg.get("metadata") or {})
     return {**cfg, "metadata": facts | {key: cfg[key] for key in _FACTS if cfg.get(key) is not None}}

@@ -16,7 +16,7 @@ from saekit.formats.layout import Stored, arranged, dictionary, scattered
 from saekit.formats.origin import of_sparsify
 from saekit.formats.rewriting import with_b_dec
 from saekit.formats.tensor_files import read_tensors, write_safetensors
-from saekit.reading import check_inside, read_json
+from saekit.reading import check_inside, check_json, read_json
 
 if TYPE_CHECKING:
     from saekit.sae import SparseAutoencoder
@@ -75,9 +75,11 @@ def write(sae: SparseAutoencoder, folder: Path, *, overwrite: bool = False) -> P
     """Write a dictionary; returns the folder.
 
     Raises:
-        SaekitError: it is not ``topk``, or the folder holds something and ``overwrite`` is not set.
+        SaekitError: it is not ``topk``, JSON does not hold the metadata, or the folder
+            holds something and ``overwrite`` is not set.
     """
     checks.check_holds(lacks(sae), "sparsify")
+    check_json(sae.cfg.metadata, "metadata")  # it may have been changed since
     checks.place(folder, WEIGHTS, overwrite=overwrite)
     weights: dict[str, Any] = dict(sae.state_dict())
     if not sae.cfg.apply_b_dec_to_input:

@@ -318,7 +318,8 @@ def test_configs_of_saelens_before_6(tmp_path):
     save_file({**tensors, "scaling_factor": torch.ones(32)}, tmp_path / "sae_weights.safetensors")
     (tmp_path / "cfg.json").write_text(json.dumps({**OLD, "normalize_activations": False, "context_size": 128}))
     again = saekit.load(tmp_path)
-    assert again.cfg.metadata == {"model_name": "gpt2", "hook_name": OLD["hook_point"], "context_size": 128}
+    origin = {"model_name": "gpt2", "hook_name": OLD["hook_point"], "context_size": 128}
+    assert again.cfg.metadata == {**origin, "prepend_bos": True}, "as SAELens took it"
     x = torch.randn(10, 8)
     assert torch.equal(again(x), sae(x))
     top_k = {**OLD, "activation_fn_str": "topk", "activation_fn_kwargs": {"k": 3}}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -427,3 +430,60 @@ def test_the_first_position_is_left_alone_without_bos_too(model, tokens, sae):
         assert torch.equal(found[~kept], before[~kept])
         close(found[kept], sae(before[kept]).detach())
         mask[1, :5] = 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_told_by_their_position(model, tokens, sae, value):
+    """Where they would be spliced; where nothing is spliced they stay as they are, and cost the rest nothing."""
+    clean = at(model, tokens, "blocks.1.hook_resid_post")
+    with saekit.splice(model, sae):
+        expected = at(model, tokens, "blocks.2.hook_resid_pre")
+
+    def spoil(row, place):
+        def change(activation, hook):
+            activation[row, place, 3] = value
+            return activation
+
+        return [("blocks.1.mlp.hook_out", change)]
+
+    with (
+        model.hooks(fwd_hooks=spoil(1, 5)),
+        saekit.splice(model, sae),
+        pytest.raises(
+            SaekitError,
+            match=rf"'{HOOK}' have NaN or infinite numbers, in float32, at 1 positions, the first of them \[1, 5\]",
+        ),
+    ):
+        model(tokens)
+    with model.hooks(fwd_hooks=spoil(1, 0)), saekit.splice(model, sae):
+        found = at(model, tokens, "blocks.2.hook_resid_pre")
+    assert not torch.isfinite(found[1, 0, 3])
+    kept = torch.ones_like(tokens, dtype=torch.bool)
+    kept[1, 0] = False
+    close(found[kept], expected[kept])
+    with model.hooks(fwd_hooks=spoil(1, 5)), saekit.splice(model, sae, positions=torch.arange(48) == 7):
+        found = at(model, tokens, "blocks.2.hook_resid_pre")
+    kept[1, 5], kept[:, 7] = False, False
+    close(found[kept], clean[kept])
+    large = [("blocks.1.mlp.hook_out", lambda activation, hook: activation + 1e6)]
+    half = saekit.splice(model, copy.deepcopy(sae).half())
+    with pytest.raises(SaekitError, match=r"in float16, at \d+ positions"), half, model.hooks(fwd_hooks=large):
+        model(tokens)
+
+
+def test_positions_and_features_that_are_none_are_named(model, tokens, sae, x):
+    for options, told in (
+        ({"positions": [1, 2]}, "ones and zeros"),
+        ({"positions": torch.tensor([0, 5])}, "ones and zeros"),
+        ({"steer": {"3": 1.0}}, "by whole numbers: 'str' object"),
+        ({"steer": [3]}, "by whole numbers: 'list' object"),
+        ({"ablate": 3}, "by whole numbers: 'int' object"),
+        ({"ablate": [1.5]}, "by whole numbers: 'float' object"),
+    ):
+        with pytest.raises(SaekitError, match=told), saekit.splice(model, sae, **options):
+            pass
+    with saekit.splice(model, sae, positions=np.arange(48) == 7):
+        found = at(model, tokens, HOOK)
+    close(found[:, 7], sae(x[:, 7]).detach())
+    assert torch.equal(found[:, :7], x[:, :7])

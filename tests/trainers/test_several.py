@@ -90,7 +90,7 @@ def test_a_hook_inside_attention_changes_only_the_rounding_of_others(whole, conf
     found = train_hooks(config("three"), [*HOOKS, inside], quiet=True)
     assert_same({inside: found[inside]}, {inside: train(config("alone", hook=inside), quiet=True)})
     for hook, run in whole.items():
-        # of the fourth step: what is rounded otherwise has not grown yet, as it does in weights whose gradient is near 0
+        # of the fourth step: rounding has not grown yet, as it does in weights whose gradient is near 0
         losses = [json.loads((each.path / "metrics.jsonl").open().readline())["loss"] for each in (found[hook], run)]
         assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 

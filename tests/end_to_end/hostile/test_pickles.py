@@ -89,7 +89,7 @@ def test_a_pickle_as_a_shard_that_the_manifest_vouches_for(place, marker, saekit
         path.write_bytes(content.ljust(size, b"\0"))
         vouch_for(place / "cache", 2)
         assert verify(place / "cache") == []
-        for command in ("train --cache cache --out new --tokens 640 --batch-size 64 --width 16 --k 2", "eval sae"):
+        for command in ("train --out new --tokens 640 --batch-size 64 --width 16 --k 2", "eval sae"):
             done = saekit_main(*f"{command} --quiet --cache cache".split(), cwd=place)
             ends(done, 2)
             assert "shard-00002.safetensors" in done.stderr
