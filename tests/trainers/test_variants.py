@@ -126,6 +126,7 @@ def test_feature_thresholds_are_exact(scale, generator):
             affinity = affinity / x.norm(dim=1, keepdim=True)
     wanted = torch.minimum((rates.double() * 1500).round(), (affinity > 0).sum(0))
     assert torch.equal(sae.encode_sparse(x).matches_per_feature(), wanted.long())
+    assert float(sae.threshold[0]) > 1.0005 * float(affinity[:, 0].max()), "by more than rounding makes up for"
     with pytest.raises(SaekitError, match="no held-out activations"):
         feature_thresholds(sae, list, rates)
 
