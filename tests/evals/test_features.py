@@ -249,13 +249,18 @@ def test_where_there_are_no_logits(source, text):
 
 def test_some_features(sae, source, text, study):
     few = study_features(
-        sae, source.model, text, hook=HOOK, features=[17, 3], top=TOP, quantiles=QUANTILES, window=WINDOW, batch=7
+        sae, source.model, text, hook=HOOK, features=[17, 3], top=TOP, quantiles=QUANTILES, window=WINDOW, batch=BATCH
     )
     assert few.features == [3, 17]
     assert torch.equal(few.density, study.density)
     for j in (3, 17):
         assert [e.place for e in few.examples(j)] == [e.place for e in study.examples(j)]
         assert few.histogram(j) == study.histogram(j)
+    # in other batches activations are rounded otherwise, and which of two passages alike comes first may change with it
+    other = study_features(sae, source.model, text, hook=HOOK, features=[17, 3], batch=7)
+    assert float((other.density - study.density).abs().max()) * study.tokens <= 1
+    for j in (3, 17):
+        assert other.peak(j) == pytest.approx(study.peak(j), rel=1e-4)
     with pytest.raises(SaekitError, match="feature 4 is not among the 2"):
         few.examples(4)
     with pytest.raises(SaekitError, match="features 0 to 39"):
