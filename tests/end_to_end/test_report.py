@@ -296,6 +296,21 @@ class TestThePage:
         ]
         assert overview._density({"density_by_rank": {**ranks, "rank": [1, 10**12]}}, 10) is None
 
+    def test_standard_errors_stand_beside_their_figures(self, study):
+        """Reports of older versions have none, and those of others may have anything in their place."""
+        groups = {"reconstruction": {"fvu": 0.125, "fvu_se": 0.0021}, "sparsity": {"l0": 8.0, "documents": 57}}
+        found = overview.overview(Subject("a", study.sae, groups), None)
+        assert ["FVU", "0.1250", "0.0021"] in [row[:3] for row in found["headline"]]
+        assert found["errors"] == ["± standard error over 57 documents (jackknife)"]
+        rows = overview.comparison([Subject("a", study.sae, groups), Subject("b", study.sae)])["rows"]
+        assert ["0.1250", "0.0021"] in rows[0]
+        assert ["", ""] in rows[1]
+        for junk in (EVIL, None, [], {}, -1, float("nan"), 10**400):
+            groups = {"reconstruction": {"fvu": 0.125, "fvu_se": junk}, "sparsity": {"documents": junk}}
+            found = overview.overview(Subject("a", study.sae, groups), None)
+            assert [row[:3] for row in found["headline"]] == [["FVU", "0.1250", ""]]
+            assert found["errors"] == []
+
     def test_weak_passages_keep_their_strength(self, source, contexts, shown, tmp_path):
         """Colours are rounded to hundredths of the peak; the activation that a passage was chosen for is not."""
         torch.manual_seed(0)

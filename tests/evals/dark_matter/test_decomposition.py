@@ -227,3 +227,39 @@ def test_another_width_in_a_later_batch():
     analysis = DarkMatter(8)
     with pytest.raises(SaekitError, match="width 4 follow others of width 8"):
         analysis.update(ErrorBatch(X[:, :4], X[:, :4]))
+
+
+def test_standard_errors_leave_out_each_document(generator):
+    """FVU of x̂, and of x̂ with the linear error added, by a plain loop over the documents of the test half."""
+    documents = torch.randint(0, 40, (3000,), generator=generator)
+    level = torch.randn(40, 5, generator=generator)[documents]
+    x = level + torch.randn(3000, 5, generator=generator) + 30
+    x_hat = x - 0.1 * (x - 30) - torch.randn(3000, 5, generator=generator) * (0.2 + documents[:, None] / 40)
+    analysis = DarkMatter(5, seed=3)
+    batches = [ErrorBatch(x[rows], x_hat[rows], documents[rows]) for rows in torch.arange(3000).split(700)]
+    for batch in batches:
+        analysis.update(batch)
+    analysis.fit()
+    for batch in batches:
+        analysis.examine(batch)
+    found = analysis.result()
+    test = in_test_half(documents, 3)
+    x, error, numbers = x[test].double(), (x - x_hat)[test].double(), documents[test]
+    left = numbers.unique()
+    assert found["documents"] == len(left)
+    for unexplained, value, se in (
+        (error, found["document"]["fvu"], found["document"]["fvu_se"]),
+        (
+            error - analysis.b["document"](x),
+            found["document"]["plain"]["fvu_nonlinear"],
+            found["document"]["plain"]["fvu_nonlinear_se"],
+        ),
+    ):
+
+        def fvu(rows, unexplained=unexplained):
+            return unexplained[rows].square().sum() / (x[rows] - x[rows].mean(0)).square().sum()
+
+        without = torch.stack([fvu(numbers != each) for each in left])
+        expected = ((without - without.mean()).square().sum() * (len(left) - 1) / len(left)).sqrt()
+        assert value == pytest.approx(float(fvu(numbers >= 0)), rel=1e-5)
+        assert se == pytest.approx(float(expected), rel=1e-4)
