@@ -6,8 +6,8 @@
     with saekit.splice(model, sae, steer={123: 8.0}, add_error=True):
         ...
 
-Loading a dictionary needs torch and safetensors alone; ``saekit.activations``, ``saekit.trainers`` and ``saekit.evals``
-bring in the rest.
+Loading a dictionary needs torch and safetensors alone (its seal is compared where xxhash is there too);
+``saekit.activations``, ``saekit.trainers`` and ``saekit.evals`` bring in the rest.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ MISTAKES = {
     "wrong hook": ("eval SAE --model embedded --hook blocks.1.hook_resid", "no hook 'blocks.1.hook_resid'"),
     "existing report": ("eval SAE --out DATA.jsonl", "exists already"),
     "one file for both reports": ("eval SAE --out NEW.json --html ./NEW.json", "--out and --html are the same file"),
-    "NaN activations": ("train --cache NAN --batch-size 64 --tokens 640 --width 64 --k 2", "NaN or inf .* row 5"),
+    "NaN activations": ("train --cache NAN --batch-size 64 --tokens 640 --width 64 --k 2", "NaN or inf .* document 5"),
     "no such device": ("train --device cuda:7", "no device 'cuda:7'"),
     "unknown device": ("eval SAE --device gpu", "no device 'gpu'"),
     "huge seed": ("train --seed 99999999999", "seed = 99999999999"),
