@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -37,6 +37,10 @@ class TextRules:
         named["sep"] = getattr(tokenizer, "sep_token_id", None)
         token = named.get(self.separator) if isinstance(self.separator, str) else self.separator
         return own._replace(separator=token)
+
+    def packing(self) -> TextRules:
+        """The same contexts with all positions of text kept, for who narrows them later."""
+        return replace(self, positions=(), excluded=())
 
     def narrowed(self, contexts: ContextBatch, tokenizer: Any) -> ContextBatch:
         """The contexts with those positions alone kept that count.

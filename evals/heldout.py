@@ -12,6 +12,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from saekit.activations import ActivationSource, ContextBatch
+from saekit.activations.boot import text_tokenizer
 from saekit.activations.harvest import without_large
 from saekit.activations.python_source import Split
 
@@ -96,8 +97,10 @@ def draw(
     cut = torch.tensor([excerpt.cut for excerpt in excerpts])
     parts: list[ContextBatch] = []
     count = 0
+    tokenizer = text_tokenizer(source.model)
     for batch in _every_eighth(source, [excerpt.text for excerpt in excerpts]):
         batch = ContextBatch(batch.tokens, batch.documents, batch.kept & ~_before_a_cut(batch, cut))
+        batch = source.rules.narrowed(batch, tokenizer)
         batch = batch if limit is None else without_large(source.model, source.hook, limit, batch)
         batch = batch if narrow is None else narrow(batch)
         reached = batch.kept.sum(1).cumsum(0) + count
@@ -160,7 +163,8 @@ def _cut(text: str, place: int, most: int) -> int:
 
 def _every_eighth(source: ActivationSource, texts: list[str]) -> Iterator[ContextBatch]:
     """The contexts that the texts make: every eighth, then every eighth from the second, and so on."""
-    packed = replace(source, text=replace(source.text, documents=lambda part: iter(texts)))
+    rules = source.rules.packing()  # what is before a cut is seen where all text is kept
+    packed = replace(source, text=replace(source.text, documents=lambda part: iter(texts)), rules=rules)
     part: Split = "heldout"
     for lap in range(STRIDE):
         for batch in packed.contexts(part, 4 * STRIDE):

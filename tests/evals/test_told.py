@@ -129,12 +129,20 @@ def test_bos_that_a_tokenizer_does_not_have_is_not_promised(saved, monkeypatch):
     ("positions", "expected"),
     [([None], range(32)), ([], range(32)), (None, range(32)), ([5, -5], range(5, 27)), ([2, None, 3], range(2, 32, 3))],
 )
-def test_positions_that_were_left_out_of_training_are_left_out(saved, positions, expected):
-    source, contexts = contexts_of(saved(seqpos_slice=positions))
+def test_positions_that_were_left_out_of_training_are_left_out(saved, tmp_path, positions, expected):
+    """In long documents too, of which parts are drawn."""
     where = torch.zeros(32, dtype=torch.bool)
     where[list(expected)] = True
-    plain = contexts_of(saved())[0]
-    assert torch.equal(contexts.kept[:3], next(plain.contexts("heldout")).kept[:3] & where)
+    draw, file = random.Random(1), tmp_path / "long.jsonl"
+    texts = [" ".join(draw.choices(["alpha", "beta", "gamma", "delta"], k=1000)) for _ in range(100)]
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    for facts in ({}, {"dataset_path": str(file)}):
+        source, contexts = contexts_of(saved(seqpos_slice=positions, **facts), tokens=10**6)
+        _, plain = contexts_of(saved(**facts), tokens=10**6)
+        assert torch.equal(contexts.tokens, plain.tokens)
+        assert torch.equal(contexts.kept, plain.kept & where)
+        batch, whole = (next(each.contexts("heldout")) for each in (source, contexts_of(saved(**facts))[0]))
+        assert torch.equal(batch.kept, whole.kept & where)
     assert source.passport("heldout").get("seqpos_slice") == (positions if len(expected) < 32 else None)
 
 
