@@ -130,7 +130,7 @@ def _with_tensors(value: dict[str, Any], file: Any) -> Any:
     """The reverse of ``_without_tensors``."""
     ((kind, held),) = value.items()
     if kind == "tensor":
-        return file.get_tensor(held)
+        return file.get_tensor(held).clone()  # a file that stays mapped keeps its space when it is deleted
     if kind == "dict":
         return {key: _with_tensors(each, file) for key, each in held.items()}
     return [_with_tensors(each, file) for each in held] if kind == "list" else held

@@ -124,6 +124,7 @@ def _train(
             Trainer(config, each, sample, device, workspace, state)
             for config, each, state in zip(configs, data, states, strict=True)
         ]  # all that can be refused has been by now
+        del found, states  # as large as the runs themselves
         check_room(trainers, home)
         if not resume:
             _write_begun(home, configs)

@@ -95,6 +95,7 @@ def train(
         stream = stack.enter_context(closing(data.stream(config, place_in(state))))
         sample = stream.peek(SAMPLE) if state is None else None
         trainer = Trainer(config, data, sample, device, state=state)  # all that can be refused has been by now
+        del found, state  # as large as the run itself
         check_room([trainer], config.out)
         if not resume:
             stack.enter_context(prepared_folder(trainer.config, overwrite=overwrite))

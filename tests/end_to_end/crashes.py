@@ -86,6 +86,7 @@ class Zygotes:
             after: seconds after which it is killed; 0 for never.
         """
         said = folder.with_name(folder.name + ".said")
+        said.touch()  # the command may be killed before it opens it
         job = {"folder": str(folder), "arguments": [*map(str, arguments)], "said": str(said)}
         job |= {"at": at, "torn": torn, "after": after}
         line = self._idle.get()

@@ -40,6 +40,12 @@ TRAIN = shlex.split(
 )
 
 
+def train_with(option, value):
+    """The flags of TRAIN with another value of one."""
+    at = TRAIN.index(option) + 1
+    return [*TRAIN[:at], str(value), *TRAIN[at + 1 :]]
+
+
 STEPS = {"width": 512, "k": 4, "batch_size": 128, "tokens": 6400, "buffer": 1024, "lr": 3e-3, "device": "cpu"}
 
 

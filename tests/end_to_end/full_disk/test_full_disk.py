@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from disks import MODEL, SHARDS, SMALL, TRAIN, Disk, check_same_dictionary, held, mounted, stop, told
+from disks import MODEL, SHARDS, SMALL, TRAIN, Disk, check_same_dictionary, held, mounted, stop, told, train_with
 
 import saekit
 from saekit import SAEConfig, SparseAutoencoder
@@ -182,7 +182,7 @@ def test_a_run_goes_on_after_its_metrics_could_not_be_written(disk, cache, undis
             disk.before = held(out / "checkpoints")
 
     monkeypatch.setattr(Trainer, "save", save_and_fill)
-    every = [*TRAIN, "--checkpoint-every", "20"]  # the metrics meet the full disk first
+    every = train_with("--checkpoint-every", 20)  # the metrics meet the full disk first
     done = saekit_main("train", "--cache", cache, "--out", out, *every, cwd=disk.folder)
     monkeypatch.setattr(Trainer, "save", save)
     told(done, f"cannot write '{out / 'metrics.jsonl'}': No space left on device")
@@ -211,7 +211,7 @@ def test_too_little_space_is_told_before_a_run_begins(disk, cache, undisturbed, 
         shutil.copytree(undisturbed, out)
     disk.fill(left=200_000)
     before = held(disk.folder)
-    more = [*TRAIN, "--width", 2048, *["--overwrite"] * overwrite]
+    more = [*train_with("--width", 2048), *["--overwrite"] * overwrite]
     done = saekit_main("train", "--cache", cache, "--out", out, *more, cwd=disk.folder)
     told(done, "the run with its checkpoints needs ", " MiB, of ", "KiB free", f"'{out}'")
     assert held(disk.folder) == before, "nothing is written, and an older run is as it was"
