@@ -210,7 +210,8 @@ def _described(name: str | None) -> str | None:
         return None
     if name in _OURS:
         return _OURS[name]
-    return _code(_own_name(name)) + ("" if _on_the_hub(name) else " (a local one)")
+    kind = " (a GGUF file)" if name.endswith(".gguf") else " (a local one)"
+    return _code(_own_name(name)) + ("" if _on_the_hub(name) else kind)
 
 
 def _own_name(name: str) -> str:
@@ -219,8 +220,9 @@ def _own_name(name: str) -> str:
 
 
 def _on_the_hub(name: str) -> bool:
-    """Whether a name can be one of the hub, and is none of this machine."""
-    return bool(_HUB_NAME.fullmatch(name)) and name not in _OURS and not Path(name).exists()
+    """Whether a name can be that of a whole repository of the hub, and is none of this machine."""
+    known = name in _OURS or name.endswith(".gguf") or Path(name).exists()
+    return bool(_HUB_NAME.fullmatch(name)) and not known
 
 
 def _string(text: object) -> str:

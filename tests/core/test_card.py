@@ -73,6 +73,13 @@ def test_a_card_of_what_saekit_trained(tmp_path, monkeypatch):
     assert "base_model" not in head_of(card(folder))
 
 
+@pytest.mark.parametrize("name", ["tiny.gguf", "models/tiny.gguf", "owner/repo/tiny.gguf", "/home/me/tiny.gguf"])
+def test_a_gguf_file_is_no_model_of_the_hub(tmp_path, name):
+    text = card(saved(tmp_path / "sae", model_name=name))
+    assert "base_model" not in head_of(text)
+    assert "| model | `tiny.gguf` (a GGUF file) |" in text
+
+
 @pytest.mark.parametrize(
     "text",
     [
