@@ -1,4 +1,4 @@
-"""Activations on disk: shards of safetensors and a manifest with the passport of the data."""
+"""Activations on disk: shards of safetensors and a manifest with the provenance of the data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from saekit.activations.arrays import batches_of
 from saekit.activations.division import Division, Grouping
 from saekit.activations.finite import SAMPLE, check_finite, norm_limit
 from saekit.activations.harvest import ActivationBatch
-from saekit.activations.manifest import MANIFEST, Manifest, Shard, check_passport
+from saekit.activations.manifest import MANIFEST, Manifest, Shard, check_provenance
 from saekit.activations.model import DTYPES
 from saekit.activations.python_source import Split
 from saekit.activations.shards import ShardWriter, damaged, read_shard
@@ -40,7 +40,7 @@ class ActivationCache:
 
     Attributes:
         path: the folder.
-        passport: where the data comes from: ``model``, ``revision``, ``hook``, ``dataset``, ``dataset_fingerprint``,
+        provenance: where the data comes from: ``model``, ``revision``, ``hook``, ``dataset``, ``dataset_fingerprint``,
             ``split``, ``tokenizer``, ``context_length``, ``prepend_bos``, ``skip_first``, ``mask``; where tokens with
             large norms were left out, ``max_norm`` and ``norm_limit``; empty for a user's own tensor.
         d_in: width of the activations.
@@ -51,7 +51,7 @@ class ActivationCache:
     """
 
     path: Path
-    passport: dict[str, Any]
+    provenance: dict[str, Any]
     d_in: int
     dtype: str
     shards: tuple[Shard, ...]
@@ -88,7 +88,7 @@ class ActivationCache:
             hint = f", only an unfinished harvest; `saekit cache --out {path} --resume` goes on with it"
             raise SaekitError(f"there is no activation cache at '{path}': no {MANIFEST}{hint if begun else ''}")
         found = Manifest.read(folder)
-        facts = (dict(found.passport), found.d_in, found.dtype, tuple(found.shards), found.parts, found.gradients)
+        facts = (dict(found.provenance), found.d_in, found.dtype, tuple(found.shards), found.parts, found.gradients)
         cache = cls(folder, *facts)
         for shard in cache.shards if complete else ():
             file = folder / shard["file"]
@@ -106,7 +106,7 @@ class ActivationCache:
         gradients: Any = None,
         groups: Any = None,
         dtype: str = "float32",
-        passport: dict[str, Any] | None = None,
+        provenance: dict[str, Any] | None = None,
         overwrite: bool = False,
     ) -> ActivationCache:
         """Write a user's own activations, from any source, piece by piece.
@@ -123,7 +123,7 @@ class ActivationCache:
             groups: [N] whole numbers, at least three different ones; of any of these kinds. No group is on two sides of
                 the division, and it is kept in ``documents``, which holds the number of the row's block without it.
             dtype: how they are stored: ``float32``, ``bfloat16`` or ``float16``; wider numbers are rounded, and told.
-            passport: facts about the data to keep with it.
+            provenance: facts about the data to keep with it.
             overwrite: whether the folder may hold something already.
 
         Raises:
@@ -132,14 +132,14 @@ class ActivationCache:
         """
         pieces = batches_of(x, gradients, groups, dtype)
         by: Grouping = "blocks" if groups is None else "documents"
-        return cls.write(path, pieces, passport or {}, dtype=dtype, overwrite=overwrite, by=by)
+        return cls.write(path, pieces, provenance or {}, dtype=dtype, overwrite=overwrite, by=by)
 
     @classmethod
     def write(
         cls,
         path: str | Path,
         batches: Iterable[ActivationBatch],
-        passport: dict[str, Any],
+        provenance: dict[str, Any],
         *,
         dtype: str = "float32",
         overwrite: bool = False,
@@ -151,7 +151,7 @@ class ActivationCache:
         Args:
             path: the folder to write.
             batches: of any size.
-            passport: where they come from.
+            provenance: where they come from.
             dtype: how they are stored.
             overwrite: whether the folder may hold something already.
             by: what the division never takes apart: ``documents``, even where these are few or large, or ``blocks`` of
@@ -159,21 +159,21 @@ class ActivationCache:
             division: that of another cache, whose rows these follow one by one.
 
         Raises:
-            SaekitError: unknown dtype, no or non-finite activations, impossible facts in the passport, a folder that
+            SaekitError: unknown dtype, no or non-finite activations, impossible facts in the provenance, a folder that
                 holds something, or another process that writes there.
             WriteError: the disk is full or not to be written to.
         """
-        check_passport(passport)
+        check_provenance(provenance)
         d_in, gradients, rows = 0, False, 0
         with begun(path, dtype, overwrite=overwrite) as (target, folder):
             with ShardWriter(folder, DTYPES[dtype]) as writer:
                 for batch, _ in regrouped(batches, SHARD_ROWS):
-                    check_finite(batch, str(passport.get("hook", path)), f"rows from {rows}")
+                    check_finite(batch, str(provenance.get("hook", path)), f"rows from {rows}")
                     d_in, gradients, rows = batch.x.shape[1], batch.gradients is not None, rows + len(batch.x)
                     writer.add(batch)
             if not writer.shards:
                 raise SaekitError(f"no activations to write to '{path}': the text is empty or shorter than one context")
-            facts: Any = {"passport": passport, "d_in": d_in, "dtype": dtype, "gradients": gradients}
+            facts: Any = {"provenance": provenance, "d_in": d_in, "dtype": dtype, "gradients": gradients}
             facts["shards"] = writer.shards
             finish(target, folder, facts, by=by, division=division)
         return cls.open(target)
@@ -191,7 +191,7 @@ class ActivationCache:
         Raises:
             SaekitError: it was harvested with another.
         """
-        own = self.passport.get("max_norm")
+        own = self.provenance.get("max_norm")
         if own == max_norm:
             return None
         if own is not None:
@@ -203,7 +203,7 @@ class ActivationCache:
     @property
     def hook(self) -> str:
         """The hook point, or the folder of a user's own tensor."""
-        return str(self.passport.get("hook", self.path))
+        return str(self.provenance.get("hook", self.path))
 
     def count(self, part: Split) -> int:
         """Rows of one part."""

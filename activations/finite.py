@@ -100,10 +100,10 @@ def norm_limit(batches: Iterable[ActivationBatch], max_norm: float) -> float:
     return max_norm * median
 
 
-def limits_in(passport: Mapping[str, Any]) -> dict[str, float]:
-    """The largest norm at the hook point that a passport names, if its tokens were held to one."""
-    limit = passport.get("norm_limit")
-    return {} if limit is None else {str(passport.get("hook")): limit}
+def limits_in(provenance: Mapping[str, Any]) -> dict[str, float]:
+    """The largest norm at the hook point that a provenance names, if its tokens were held to one."""
+    limit = provenance.get("norm_limit")
+    return {} if limit is None else {str(provenance.get("hook")): limit}
 
 
 def _either(bad: Bool[Tensor, "m"] | None, here: Bool[Tensor, "m"]) -> Bool[Tensor, "m"]:

@@ -1,4 +1,4 @@
-"""The manifest of an activation cache: its passport, and name, size and checksum of each shard."""
+"""The manifest of an activation cache: its provenance, and name, size and checksum of each shard."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from typing_extensions import NotRequired, TypedDict
 
 from saekit.activations.division import Count, Division, at_end
@@ -40,7 +40,7 @@ class Shard(TypedDict):
     row: NotRequired[Count]
 
 
-class Passport(TypedDict, total=False):
+class Provenance(TypedDict, total=False):
     """Where the data comes from; other facts may stand beside these."""
 
     __pydantic_config__ = ConfigDict(extra="allow", strict=True)  # type: ignore[misc]
@@ -67,11 +67,12 @@ class Passport(TypedDict, total=False):
 class Manifest(BaseModel):
     """What stands in ``manifest.json``; see ``ActivationCache``."""
 
-    model_config = ConfigDict(strict=True, frozen=True)
+    model_config = ConfigDict(strict=True, frozen=True, validate_by_name=True)
 
     seal: str = ""
     format: Annotated[int, Field(ge=1, le=FORMAT)] = FORMAT
-    passport: Passport
+    # before 0.2 it was called the passport
+    provenance: Annotated[Provenance, Field(validation_alias=AliasChoices("provenance", "passport"))]
     d_in: Annotated[int, Field(gt=0, lt=2**31)]
     dtype: Literal["float32", "bfloat16", "float16"]
     gradients: bool = False
@@ -124,25 +125,25 @@ class Manifest(BaseModel):
         return found
 
 
-def as_known(passport: Mapping[str, Any]) -> dict[str, Any]:
-    """A passport with the facts that older ones do not tell, or told otherwise: BOS is a first position."""
-    same = {"mask": MASK} if passport.get("prepend_bos") and "skip_first" not in passport else {}
-    return {"dataset_config": None, "skip_first": 1, **passport, **same}
+def as_known(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """Provenance with the facts that older ones do not tell, or told otherwise: BOS is a first position."""
+    same = {"mask": MASK} if provenance.get("prepend_bos") and "skip_first" not in provenance else {}
+    return {"dataset_config": None, "skip_first": 1, **provenance, **same}
 
 
 def first_change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """The first fact of a passport that was another before."""
+    """The first fact of a provenance that was another before."""
     before = as_known(before)
     return next((fact for fact, value in now.items() if before.get(fact) != value), None)
 
 
-def check_passport(passport: dict[str, Any]) -> None:
-    """Raise SaekitError where a fact of a passport has the wrong kind."""
+def check_provenance(provenance: dict[str, Any]) -> None:
+    """Raise SaekitError where a fact of a provenance has the wrong kind."""
     try:
-        TypeAdapter(Passport).validate_python(passport)
+        TypeAdapter(Provenance).validate_python(provenance)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        raise SaekitError(f"the passport's {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise SaekitError(f"the provenance's {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
 def checked(kind: Any, value: Any, path: Path | str) -> Any:

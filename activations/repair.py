@@ -82,7 +82,7 @@ def repair(
 
     Raises:
         SaekitError: the activations were not harvested by saekit, the model or the text has changed since (the field of
-            the passport is named), a shard comes out otherwise, or another process is at work there.
+            the provenance is named), a shard comes out otherwise, or another process is at work there.
         WriteError: the disk does not take a shard.
     """
     cache = ActivationCache.open(path, complete=False)
@@ -97,7 +97,7 @@ def repair(
 def _harvest_again(cache: ActivationCache, files: set[str], device: str | None, trust_remote_code: bool) -> None:
     source = _source(cache, device, trust_remote_code)
     manifest = Manifest.read(cache.path)
-    bad = BadTokens(skip=manifest.skipped > 0, limits=limits_in(cache.passport))
+    bad = BadTokens(skip=manifest.skipped > 0, limits=limits_in(cache.provenance))
     for start, shard in _places(cache, source):
         if shard["file"] not in files:
             continue
@@ -120,7 +120,7 @@ def _harvest_again(cache: ActivationCache, files: set[str], device: str | None, 
 
 def _source(cache: ActivationCache, device: str | None, trust_remote_code: bool) -> ActivationSource:
     """The model and the text of a cache, once it is sure that they are the same."""
-    facts = cache.passport
+    facts = cache.provenance
     needed = ("model", "hook", "dataset", "column", "dataset_split", "context_length", "model_dtype")
     if any(key not in facts for key in needed) or facts.get("part") != "train":
         raise SaekitError(f"the activations in '{cache.path}' were not harvested by `saekit cache`: write them again")
@@ -137,7 +137,7 @@ def _source(cache: ActivationCache, device: str | None, trust_remote_code: bool)
         dtype=facts["model_dtype"],
         trust_remote_code=trust_remote_code,
     )
-    if field := first_change(facts, source.passport("train", gradients=cache.gradients)):
+    if field := first_change(facts, source.provenance("train", gradients=cache.gradients)):
         raise SaekitError(f"the {field} has changed since the cache '{cache.path}' was harvested; harvest it anew")
     return source
 

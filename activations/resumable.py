@@ -18,7 +18,7 @@ from saekit.activations.division import Count
 from saekit.activations.finite import BadTokens, limits_in
 from saekit.activations.gradients import check_causal
 from saekit.activations.harvest import ActivationBatch
-from saekit.activations.manifest import MANIFEST, Manifest, Passport, Shard, checked, first_change
+from saekit.activations.manifest import MANIFEST, Manifest, Provenance, Shard, checked, first_change
 from saekit.activations.model import DTYPES
 from saekit.activations.shards import ShardWriter, unchanged
 from saekit.activations.source import ActivationSource
@@ -105,7 +105,7 @@ class _Beginning(BaseModel):
 
     model_config = ConfigDict(extra="ignore", frozen=True)
     plan: dict[str, Any]
-    passport: Passport
+    provenance: Provenance
     d_in: Count
 
 
@@ -151,11 +151,11 @@ def harvest_cache(
     """
     check_begin(path, plan.dtype, overwrite=overwrite)
     source = plan.open(device, trust_remote_code)
-    passport = source.passport("train", gradients=plan.gradients)
+    provenance = source.provenance("train", gradients=plan.gradients)
     if plan.max_norm is not None:
-        passport |= {"max_norm": plan.max_norm, "norm_limit": source.norm_limit(plan.max_norm)}
+        provenance |= {"max_norm": plan.max_norm, "norm_limit": source.norm_limit(plan.max_norm)}
     d_in = next(source.batches("train", gradients=plan.gradients, bad=BadTokens(skip=True))).x.shape[1]
-    beginning = _Beginning(plan=plan.model_dump(), passport=passport, d_in=d_in)  # type: ignore[arg-type]
+    beginning = _Beginning(plan=plan.model_dump(), provenance=provenance, d_in=d_in)  # type: ignore[arg-type]
     _check_space(expanded(path).resolve(), beginning, plan, 0, tell)
     with begun(path, plan.dtype, overwrite=overwrite) as (target, folder):
         _append(folder, beginning.model_dump())
@@ -206,7 +206,7 @@ def resume_cache(
         if changed:
             raise SaekitError(f"the harvest at '{path}' was begun with another {', '.join(changed)}")
         source = plan.open(device, trust_remote_code)
-        if field := first_change(beginning.passport, source.passport("train", gradients=plan.gradients)):
+        if field := first_change(beginning.provenance, source.provenance("train", gradients=plan.gradients)):
             raise SaekitError(
                 f"the {field} is not what it was when the harvest at '{path}' was begun; --overwrite begins anew"
             )
@@ -228,7 +228,7 @@ def _harvest(
     """Whatever is missing, and the end."""
     done = sum(line.shard["rows"] for line in lines)
     start, skipped = (Place(lines[-1].batch, lines[-1].row), lines[-1].skipped) if lines else (Place(0, 0), 0)
-    bad = BadTokens(plan.skip_bad_tokens, skipped, limits_in(beginning.passport))
+    bad = BadTokens(plan.skip_bad_tokens, skipped, limits_in(beginning.provenance))
     counts: dict[int, int] = {}  # of skipped tokens, before the newest batch of contexts and after it
     following: deque[tuple[Place, int]] = deque()
 
@@ -256,7 +256,12 @@ def _harvest(
         for whole, (first, after) in regrouped(batches() if done < plan.tokens else (), caches.SHARD_ROWS, start):
             following.append((after, counts[after.batch]))
             writer.add(whole, {"batch": first.batch, "row": first.row})
-    facts = {"passport": beginning.passport, "d_in": beginning.d_in, "dtype": plan.dtype, "gradients": plan.gradients}
+    facts = {
+        "provenance": beginning.provenance,
+        "d_in": beginning.d_in,
+        "dtype": plan.dtype,
+        "gradients": plan.gradients,
+    }
     finish(target, folder, {**facts, "skipped": bad.count, "shards": writer.shards})
     return ActivationCache.open(target)
 

@@ -66,7 +66,7 @@ class TextRules:
         return contexts._replace(kept=kept)
 
     def facts(self) -> dict[str, Any]:
-        """What a passport says of them, in the words of SAELens."""
+        """What a provenance says of them, in the words of SAELens."""
         facts: dict[str, Any] = {} if self.separator == OWN else {"sequence_separator_token": self.separator}
         if self.positions:
             facts["seqpos_slice"] = list(self.positions)

@@ -177,7 +177,7 @@ class ActivationSource:
         """The largest ‖x‖: ``max_norm`` times the median of the first 16,384 finite tokens of the training text."""
         return norm_limit(self.batches("train", SAMPLE, bad=BadTokens(skip=True)), max_norm)
 
-    def passport(self, part: Split, *, gradients: bool = False) -> dict[str, Any]:
+    def provenance(self, part: Split, *, gradients: bool = False) -> dict[str, Any]:
         """The facts by which data of this source is known again."""
         return {
             "model": self.name,

@@ -108,7 +108,7 @@ def _endless(source: ActivationSource, gradients: bool = False) -> Iterator[Cont
         warnings.warn(f"the text ran out after {total:,} tokens and begins again", SaekitWarning, stacklevel=2)
 
 
-class StreamPlace(NamedTuple):
+class StreamState(NamedTuple):
     """A place between two batches of a stream, from which it can go on.
 
     Attributes:
@@ -144,7 +144,7 @@ class ShuffledStream:
         seed: int,
         *,
         limit: int | None = None,
-        place: StreamPlace | None = None,
+        place: StreamState | None = None,
         bad: BadTokens | None = None,
     ) -> None:
         """Start to prepare batches.
@@ -159,16 +159,16 @@ class ShuffledStream:
             bad: counts the tokens that ``rows`` leaves out.
         """
         self.waited = 0.0
-        self.place = place or StreamPlace()
+        self.place = place or StreamState()
         self._rows, self._batch_size, self._buffer, self._seed = rows, batch_size, max(buffer, batch_size), seed
         self._limit, self._bad = limit, bad or BadTokens()
         self._ready: queue.Queue[_Fill | BaseException | None] = queue.Queue(maxsize=1)
         self._stop = threading.Event()
-        self._batches: Iterator[tuple[Tensor, StreamPlace]] = self._take()
+        self._batches: Iterator[tuple[Tensor, StreamState]] = self._take()
         self._thread = threading.Thread(target=self._prepare, args=[self.place], daemon=True)
         self._thread.start()
 
-    def _prepare(self, place: StreamPlace) -> None:
+    def _prepare(self, place: StreamState) -> None:
         try:
             parts = [] if place.rest is None else [place.rest]
             pieces, rows = place.pieces, place.rows
@@ -185,12 +185,12 @@ class ShuffledStream:
         except BaseException as error:  # handed to the consumer, who raises it
             self._put(error)
 
-    def _deliver(self, parts: list[Tensor], place: StreamPlace, pieces: int, rows: int) -> StreamPlace:
+    def _deliver(self, parts: list[Tensor], place: StreamState, pieces: int, rows: int) -> StreamState:
         """Permute a fill and hand on its whole batches; returns the place after them."""
         filled = torch.cat(parts) if parts else torch.empty(0, 0)
         filled = filled[torch.randperm(len(filled), generator=_generator(self._seed, place.fill))]
         whole = len(filled) // self._batch_size * self._batch_size
-        after = StreamPlace(pieces, rows, place.fill + 1, 0, self._bad.count, filled[whole:].clone())
+        after = StreamState(pieces, rows, place.fill + 1, 0, self._bad.count, filled[whole:].clone())
         if whole:
             self._put(_Fill(filled[:whole], place, after))
         return after
@@ -211,7 +211,7 @@ class ShuffledStream:
 
     def peek(self, rows: int) -> Float[Tensor, "m w"]:
         """The first ``rows`` rows, or as many as there are; no batch is taken by that."""
-        first: list[tuple[Tensor, StreamPlace]] = []
+        first: list[tuple[Tensor, StreamState]] = []
         for batch in self._batches:
             first.append(batch)
             if sum(len(each) for each, _ in first) >= rows:
@@ -219,7 +219,7 @@ class ShuffledStream:
         self._batches = chain(first, self._batches)
         return torch.cat([each for each, _ in first])[:rows]
 
-    def _take(self) -> Iterator[tuple[Tensor, StreamPlace]]:
+    def _take(self) -> Iterator[tuple[Tensor, StreamState]]:
         while True:
             start = time.perf_counter()
             item = self._ready.get()
@@ -244,5 +244,5 @@ class _Fill(NamedTuple):
     """Whole batches, one after the other, with the places of the stream before and after them."""
 
     rows: Tensor
-    before: StreamPlace
-    after: StreamPlace
+    before: StreamState
+    after: StreamState

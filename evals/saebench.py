@@ -90,6 +90,6 @@ def for_saebench(sae: SparseAutoencoder) -> SAEBenchDictionary:
         facts["prepend_bos"] = True  # SAEBench's default
     cfg = SAEBenchConfig(**{f.name: getattr(sae.cfg, f.name) for f in fields(sae.cfg)} | {"metadata": facts})
     cfg.dtype = str(sae.dtype).removeprefix("torch.")
-    judged = SAEBenchDictionary(cfg, sae.dtype, "meta")  # no memory
-    judged.load_state_dict(sae.state_dict(), assign=True)
-    return judged.train(sae.training)
+    evaluated = SAEBenchDictionary(cfg, sae.dtype, "meta")  # no memory
+    evaluated.load_state_dict(sae.state_dict(), assign=True)
+    return evaluated.train(sae.training)

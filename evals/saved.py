@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Judge:
+class Evaluator:
     """Evaluates dictionaries on the held-out part of the text they come from.
 
     Models and contexts are opened once for all dictionaries that share them. A field that is set wins over what the
@@ -88,7 +88,7 @@ class Judge:
             SaekitError: the dictionary, its model or its text is not found, or they do not fit each other.
         """
         sae = saekit.load(path, device=self.device)
-        told_by(sae)  # refused where it tells nonsense
+        validated_metadata(sae)  # refused where it tells nonsense
         cache = self.cache_of(sae)
         report = self._by_cache(sae, cache) if cache else self._by_text(sae, str(path))
         about = {"dictionary": str(path), "architecture": sae.cfg.architecture, "d_in": sae.cfg.d_in}
@@ -129,7 +129,7 @@ class Judge:
         """The largest ‖x‖ that ``max_norm`` lets in: where it is that of the training, by the number used there."""
         if self.max_norm is None:
             return None
-        own = _own(sae).get("passport") or {}
+        own = _own(sae).get("provenance") or {}
         if isinstance(origin, ActivationSource):
             here = {"model": origin.name, "hook": origin.hook, "max_norm": self.max_norm}
             if "norm_limit" in own and here.items() <= own.items():
@@ -141,7 +141,7 @@ class Judge:
 
     def cache_of(self, sae: SparseAutoencoder) -> Path | None:
         """The cache to judge by: the one that is asked for, or the only thing that the dictionary names."""
-        own = _own(sae).get("cache") if not (self.model or told_by(sae).get("model_name")) else None
+        own = _own(sae).get("cache") if not (self.model or validated_metadata(sae).get("model_name")) else None
         return self.cache or (Path(own) if own else None)
 
     def checked(self, sae: SparseAutoencoder, path: Path) -> ActivationCache:
@@ -150,26 +150,26 @@ class Judge:
         Raises:
             SaekitError: it is of another model or hook, or all of it may have been trained on.
         """
-        cache, facts, own = ActivationCache.open(path), told_by(sae), _own(sae)
+        cache, facts, own = ActivationCache.open(path), validated_metadata(sae), _own(sae)
         for fact, name in (("model", "model_name"), ("hook", "hook_name")):
-            if None not in (cache.passport.get(fact), facts.get(name)) and cache.passport[fact] != facts[name]:
+            if None not in (cache.provenance.get(fact), facts.get(name)) and cache.provenance[fact] != facts[name]:
                 raise SaekitError(
-                    f"the cache '{path}' has {fact} '{cache.passport[fact]}', the dictionary '{facts[name]}'"
+                    f"the cache '{path}' has {fact} '{cache.provenance[fact]}', the dictionary '{facts[name]}'"
                 )
-        trained_on_it = (own.get("passport") or {}).get("cache_fingerprint") == cache.fingerprint
+        trained_on_it = (own.get("provenance") or {}).get("cache_fingerprint") == cache.fingerprint
         rebuilt = own.get("cache") is not None and Path(own["cache"]).resolve() == cache.path
-        if (rebuilt or cache.passport.get("part") == "train") and not trained_on_it:
+        if (rebuilt or cache.provenance.get("part") == "train") and not trained_on_it:
             raise SaekitError(
                 f"rows of the cache '{path}' are held out for dictionaries trained on just these data; this one may "
                 f"have seen them: judge it by a model and text (--model, --hook, --dataset)"
             )
-        bos = {cache.passport.get("prepend_bos"), facts.get("prepend_bos")} - {None}
+        bos = {cache.provenance.get("prepend_bos"), facts.get("prepend_bos")} - {None}
         lacks = {*asked_for(facts, facts.get("hook_name") or "")} - {
-            *(cache.passport.get("processing") or ()),
+            *(cache.provenance.get("processing") or ()),
             "center_unembed",
         }
         differs = [*(["prepend_bos"] if len(bos) > 1 else []), *sorted(lacks)]
-        if differs and cache.passport.get("model"):
+        if differs and cache.provenance.get("model"):
             told = f"the cache '{path}' differs from what '{facts.get('model_name')}' was when it was trained on"
             warnings.warn(f"{told}: {', '.join(differs)}", SaekitWarning, stacklevel=3)
         return cache
@@ -184,7 +184,7 @@ class Judge:
         Raises:
             SaekitError: the dictionary says too little, or one of them does not exist.
         """
-        facts, passport = told_by(sae), _own(sae).get("passport") or {}
+        facts, provenance = validated_metadata(sae), _own(sae).get("provenance") or {}
         model, hook = self.model or facts.get("model_name"), self.hook or facts.get("hook_name")
         if not model:
             raise SaekitError(f"'{path}' does not say which model it belongs to; give --model and --hook, or --cache")
@@ -194,17 +194,17 @@ class Judge:
         if not hook:
             raise SaekitError(f"'{path}' does not say which hook point it belongs to; give --hook")
         wanted = model_wanted(facts, path, hook, named=self.model is not None, dtype=self.dtype)
-        dtype = self.dtype or passport.get("model_dtype") or wanted.dtype or "float32"
+        dtype = self.dtype or provenance.get("model_dtype") or wanted.dtype or "float32"
         key = (model, dtype, wanted.revision, wanted.processing)
         source = ActivationSource.open(
             model,
             hook,
             self.dataset or facts.get("dataset_path") or "python",
-            column=self.column or passport.get("column") or "text",
-            split=self.split or passport.get("dataset_split") or "train",
-            dataset_config=self.dataset_config or (None if self.dataset else passport.get("dataset_config")),
+            column=self.column or provenance.get("column") or "text",
+            split=self.split or provenance.get("dataset_split") or "train",
+            dataset_config=self.dataset_config or (None if self.dataset else provenance.get("dataset_config")),
             context_length=self.context_length or facts.get("context_size"),
-            skip_first=self.skip_first or passport.get("skip_first") or 1,
+            skip_first=self.skip_first or provenance.get("skip_first") or 1,
             prepend_bos=facts.get("prepend_bos") if self.prepend_bos is None else self.prepend_bos,
             rules=text_rules(facts),
             device=self.device,
@@ -244,7 +244,7 @@ class Judge:
         tell = self.on_contexts(path, work) if self.on_contexts is not None else None
         report = evaluate(sae, source.model, contexts, hook=source.hook, skip_first=source.skip_first, on_batch=tell)
         told = self._told(self.norm_limit(sae, source))
-        about = {**source.passport("heldout"), **self._draw(sae, source).about(), **told, **report.about}
+        about = {**source.provenance("heldout"), **self._draw(sae, source).about(), **told, **report.about}
         return Report(report.groups, about)
 
     def _told(self, limit: float | None) -> dict[str, float]:
@@ -265,7 +265,7 @@ _Id = Annotated[int, Field(ge=0, lt=2**31)]
 _Slice = Annotated[list[int | None] | tuple[int | None, ...], Field(max_length=3)]
 
 
-class _Passport(TypedDict, total=False):
+class _Provenance(TypedDict, total=False):
     __pydantic_config__ = ConfigDict(extra="allow", strict=True)  # type: ignore[misc]
     hook: _Text
     column: _Text
@@ -281,7 +281,7 @@ class _Passport(TypedDict, total=False):
 class _Own(TypedDict, total=False):
     __pydantic_config__ = ConfigDict(extra="allow", strict=True)  # type: ignore[misc]
     cache: _Text
-    passport: _Passport | None
+    provenance: _Provenance | None
     beta: float | int | None
 
 
@@ -301,7 +301,7 @@ class _Metadata(TypedDict, total=False):
     saekit: _Own | None
 
 
-def told_by(sae: SparseAutoencoder) -> dict[str, Any]:
+def validated_metadata(sae: SparseAutoencoder) -> dict[str, Any]:
     """A dictionary's metadata, which others may have written.
 
     Raises:
@@ -317,4 +317,4 @@ def told_by(sae: SparseAutoencoder) -> dict[str, Any]:
 
 def _own(sae: SparseAutoencoder) -> dict[str, Any]:
     """What saekit wrote about the training."""
-    return dict(told_by(sae).get("saekit") or {})
+    return dict(validated_metadata(sae).get("saekit") or {})

@@ -96,8 +96,8 @@ def evaluate(
 
 def skipped_first(sae: SparseAutoencoder) -> int:
     """The positions at the start of each context that this dictionary was not trained on, at least 1."""
-    passport = (sae.cfg.metadata.get("saekit") or {}).get("passport") or {}
-    return max(1, passport.get("skip_first") or 1)
+    provenance = (sae.cfg.metadata.get("saekit") or {}).get("provenance") or {}
+    return max(1, provenance.get("skip_first") or 1)
 
 
 def passes(sae: SparseAutoencoder, model: TransformerBridge) -> int:

@@ -1,9 +1,9 @@
 """The allocation rules on a batch of activations, without its dense pre-activations.
 
 ``Selection`` finds the same matches as the rules of ``saekit.allocation`` on the dense matrix, which is never held.
-With ``rough`` scores, candidates come from a bfloat16 product whose error is bounded; all pairs that the bound cannot
-rule out are scored again in full precision, and the rule decides on those. Rows in which too many are left are scored
-again as a whole. So the matches are those of exact scores, up to the order in which float32 sums are added.
+With ``approximate`` scores, candidates come from a bfloat16 product whose error is bounded; all pairs that the bound
+cannot rule out are scored again in full precision, and the rule decides on those. Rows in which too many are left are
+scored again as a whole. So the matches are those of exact scores, up to the order in which float32 sums are added.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from saekit.code import SparseCode
 from saekit.errors import SaekitError
 from saekit.kernels.influenced import InfluencedScores
 from saekit.kernels.scan import above, above_largest, largest_of_rows
-from saekit.kernels.scores import RoughScores, Scores
+from saekit.kernels.scores import ApproximateScores, Scores
 from saekit.kernels.select import largest_among, largest_in_rows
 from saekit.kernels.workspace import Workspace
 
@@ -50,7 +50,7 @@ class DenseSelection:
         influence: [n, F] of the gradients, for gradient choice.
     """
 
-    redone = 0.0
+    rescored = 0.0
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class Selection:
     """The rules on activations and an encoder; call one of them.
 
     Attributes:
-        redone: share of the rows (tokens, or features in feature choice) that were scored again in full precision.
+        rescored: share of the rows (tokens, or features in feature choice) that were scored again in full precision.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Selection:
         token_norms: Float[Tensor, "n"] | None = None,
         gradients: Float[Tensor, "n d"] | None = None,
         W_dec: Float[Tensor, "F d"] | None = None,
-        rough: bool = False,
+        approximate: bool = False,
         workspace: Workspace | None = None,
     ) -> None:
         """Take a batch, without gradients.
@@ -107,15 +107,15 @@ class Selection:
             W_enc, b_enc: the encoder; quickest where a feature's column is contiguous.
             token_norms: [n] in units of which pairs of different tokens are compared; None compares them as they are.
             gradients, W_dec: [n, d] of the model's loss and the decoder, for gradient choice.
-            rough: whether candidates come from a bfloat16 product.
+            approximate: whether candidates come from a bfloat16 product.
             workspace: buffers of earlier batches, to use again.
         """
         self.x, self.W, self.b_enc = x, W_enc.T, b_enc
         self.token_norms = None if token_norms is None else token_norms.clamp_min(1e-12)
         self.gradients, self.W_dec = gradients, W_dec
         self.workspace = Workspace() if workspace is None else workspace
-        self._kind = RoughScores if rough else Scores
-        self.redone = 0.0
+        self._kind = ApproximateScores if approximate else Scores
+        self.rescored = 0.0
 
     @cached_property
     def pre(self) -> Float[Tensor, "n F"]:
@@ -131,8 +131,8 @@ class Selection:
     def gradient_choice(self, k: int, beta: float) -> SparseCode:
         """Each token's k best features, weighed by their effect on the loss, as ``saekit.allocation.gradient_choice``.
 
-        Its scores are exact always, since the bound on rough ones would have to hold for a product of two; unless β is
-        0, where it is token choice, which looks at no gradients.
+        Its scores are exact always, since the bound on approximate ones would have to hold for a product of two;
+        unless β is 0, where it is token choice, which looks at no gradients.
         """
         check_k(k, len(self.W), beta)
         if beta == 0:
@@ -161,7 +161,7 @@ class Selection:
             # where so many lie above the bound, the total largest are among them
             if share == 0 or int((strengths >= share * least).sum()) >= total:
                 break
-            self.redone = 1.0  # the sample misled
+            self.rescored = 1.0  # the sample misled
         return code.where(largest_among(strengths, total))
 
     def _lower_bound(self, total: int, norms: Float[Tensor, "n"]) -> float:
@@ -193,14 +193,14 @@ class Selection:
 
     def _largest_of_rows(self, scores: Scores, counts: Int[Tensor, "r"]) -> SparseCode:
         """The ``counts[i]`` largest positive scores of each row i."""
-        pairs, crowded = above_largest(scores, counts)
+        pairs, overflow_rows = above_largest(scores, counts)
         pairs = pairs.where(largest_of_rows(pairs, counts))
-        if not crowded.numel():
+        if not overflow_rows.numel():
             return pairs
-        self.redone = crowded.numel() / len(counts)
+        self.rescored = overflow_rows.numel() / len(counts)
         rows, columns, values = [pairs.tokens], [pairs.features], [pairs.values]
-        for count in torch.unique(counts[crowded]).tolist():
-            for ids in torch.split(crowded[counts[crowded] == count], scores.rows_at_once):
+        for count in torch.unique(counts[overflow_rows]).tolist():
+            for ids in torch.split(overflow_rows[counts[overflow_rows] == count], scores.rows_at_once):
                 exact = scores.exact_rows(ids)
                 best = largest_in_rows(exact, count)
                 rows.append(ids[:, None].expand_as(best).flatten())

@@ -31,7 +31,7 @@ import saekit
 from saekit.activations import ActivationCache, ActivationSource
 from saekit.activations.python_source import Split
 from saekit.errors import SaekitError
-from saekit.evals import Judge, evaluate_activations
+from saekit.evals import Evaluator, evaluate_activations
 from saekit.files import replace_file
 from saekit.trainers import TrainConfig, train
 
@@ -151,7 +151,7 @@ def harvest(path: Path, part: Split, tokens: int, *, gradients: bool) -> None:
         description=f"harvesting {part} activations",
         total=tokens // (2000 if gradients else 8000),  # text tokens in a batch of contexts, nearly
     )
-    ActivationCache.write(path, batches, source.passport(part, gradients=gradients), dtype="bfloat16")
+    ActivationCache.write(path, batches, source.provenance(part, gradients=gradients), dtype="bfloat16")
 
 
 def run_all(jobs: list[Job], arguments: argparse.Namespace) -> None:
@@ -200,8 +200,8 @@ def run_one(job: Job, arguments: argparse.Namespace) -> None:
         out=arguments.out / job.name,
     )
     train(config, resume=(config.out / "config.yaml").exists(), quiet=True)
-    judge = Judge(model="embedded", tokens=arguments.ce_tokens)
-    groups = judge(config.out).groups
+    evaluator = Evaluator(model="embedded", tokens=arguments.ce_tokens)
+    groups = evaluator(config.out).groups
     heldout = ActivationCache.open(arguments.out / "heldout")
     rows = (heldout.read(start, min(start + 1024, len(heldout))).x.float() for start in range(0, len(heldout), 1024))
     groups |= evaluate_activations(saekit.load(config.out), rows).groups

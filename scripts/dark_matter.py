@@ -24,10 +24,10 @@ from studies import told
 import saekit
 from saekit.activations import ActivationBatch, ActivationCache, ActivationSource, harvest
 from saekit.errors import SaekitError
-from saekit.evals import Judge, heldout_contexts
+from saekit.evals import Evaluator, heldout_contexts
 from saekit.evals.dark_matter import without_start
 from saekit.evals.dark_matter.error_parts import fit_error, write_error_part
-from saekit.evals.dark_matter.saved import DarkMatterJudge
+from saekit.evals.dark_matter.saved import DarkMatterEvaluator
 from saekit.evals.dark_matter.synthetic import synthetic_control
 from saekit.evals.report import to_json
 from saekit.files import replace_file
@@ -113,7 +113,7 @@ class Study:
         source = ActivationSource.open(hook=HOOK)
         wanted = self.asked.tokens + min(self.asked.tokens // 7, 400_000) + BATCH
         batches = track(source.batches("train", wanted), description="harvesting", total=wanted // 8000)
-        ActivationCache.write(self.cache, batches, source.passport("train"), dtype="bfloat16", overwrite=True)
+        ActivationCache.write(self.cache, batches, source.provenance("train"), dtype="bfloat16", overwrite=True)
 
     def train(self, name: str) -> None:
         """One dictionary of the grid."""
@@ -136,20 +136,20 @@ class Study:
         train_hooks(config, EARLIER, resume=begun, overwrite=not begun)
 
     @contextmanager
-    def _judge(self, tokens: int) -> Iterator[Judge]:
+    def _evaluator(self, tokens: int) -> Iterator[Evaluator]:
         with Progress() as progress:
 
             def bar(name: str, contexts: int) -> Callable[[int], object]:
                 task = progress.add_task(name, total=contexts)
                 return lambda done: progress.advance(task, done)
 
-            yield Judge(tokens=tokens, on_contexts=bar)
+            yield Evaluator(tokens=tokens, on_contexts=bar)
 
     def take_apart(self) -> None:
         """The suite on the whole grid."""
-        with self._judge(self.asked.eval_tokens) as judge:
+        with self._evaluator(self.asked.eval_tokens) as evaluator:
             earlier = [self.out / "earlier" / hook for hook in EARLIER]
-            suite = DarkMatterJudge(judge, earlier, ce_tokens=self.asked.ce_tokens)
+            suite = DarkMatterEvaluator(evaluator, earlier, ce_tokens=self.asked.ce_tokens)
             reports, compared = suite([self.out / name for name in self.grid])
         found = {Path(path).name: report["dark_matter"] for path, report in reports.items()}
         about = next(iter(reports.values())).about
@@ -157,8 +157,10 @@ class Study:
 
     def pursue(self) -> None:
         """The same with features found by gradient pursuit, beside the encoder's on the same tokens."""
-        with self._judge(self.asked.pursuit_tokens) as judge:
-            reports, _ = DarkMatterJudge(judge, pursuit=True, ce_tokens=0)([self.out / name for name in self.closer])
+        with self._evaluator(self.asked.pursuit_tokens) as evaluator:
+            reports, _ = DarkMatterEvaluator(evaluator, pursuit=True, ce_tokens=0)(
+                [self.out / name for name in self.closer]
+            )
         self._save("pursuit", {Path(path).name: report["dark_matter"] for path, report in reports.items()})
 
     def train_on_errors(self) -> None:
@@ -173,14 +175,14 @@ class Study:
                     b = b or fit_error(sae, cache)
                     write_error_part(place / "cache", sae, cache, b, part, dtype="bfloat16")  # type: ignore[arg-type]
                 self._trained(32, 8 * D_IN, place / "cache", place / "run")
-                figures.setdefault(name, {})[part] = Judge(tokens=65_536)(place / "run").groups
+                figures.setdefault(name, {})[part] = Evaluator(tokens=65_536)(place / "run").groups
         self._save("error_parts", figures)
 
     def plant(self) -> None:
         """The control with planted errors."""
         path = self.out / self.closer[0]
         sae = saekit.load(path)
-        source = Judge().source_of(sae, str(path))
+        source = Evaluator().source_of(sae, str(path))
         contexts = heldout_contexts(source, self.asked.pursuit_tokens, without_start)
         batch = ActivationBatch.concatenate(list(harvest(source.model, source.hook, contexts.split(32))))
         figures = [

@@ -217,7 +217,7 @@ def widths(found: Found) -> list[str]:
 
 
 def tokens(found: Found) -> list[str]:
-    """Errors of larger dictionaries foretold by smaller ones'."""
+    """Errors of larger dictionaries predicted by smaller ones'."""
     rows = [
         (p["small"], p["large"], number(p["r2"]), number(p["r2_with_nonlinear"]), number(p["gain"]))
         for p in found["study"]["compared"]["token"]

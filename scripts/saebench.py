@@ -30,7 +30,7 @@ from transformer_lens.loading_from_pretrained import OFFICIAL_MODEL_NAMES
 import saekit
 from saekit.activations import ActivationSource, ContextBatch, harvest
 from saekit.errors import SaekitError
-from saekit.evals import Judge, evaluate, heldout_contexts
+from saekit.evals import Evaluator, evaluate, heldout_contexts
 from saekit.evals.downstream import edited_logits
 from saekit.evals.report import to_json
 from saekit.evals.saebench import for_saebench
@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--page", type=Path, help="page that receives the tables")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
-    found = {path: judged(path, arguments.tokens) for path in arguments.dictionaries}
+    found = {path: evaluated(path, arguments.tokens) for path in arguments.dictionaries}
     sizes = {
         f"{about['tokens']:,} tokens in {about['contexts']:,} contexts"
         for about in (columns["about"] for columns in found.values())
@@ -86,10 +86,10 @@ def main() -> None:
         MarkedPage(arguments.page, BEGIN, "SAEBench").write(text)
 
 
-def judged(path: str, tokens: int) -> dict[str, dict[str, float]]:
-    """The figures of one dictionary, by judge and by SAEBench's name; and over how many tokens."""
+def evaluated(path: str, tokens: int) -> dict[str, dict[str, float]]:
+    """The figures of one dictionary, by evaluator and by SAEBench's name; and over how many tokens."""
     sae = saekit.load(path)
-    source = Judge().source_of(sae, path)
+    source = Evaluator().source_of(sae, path)
     sae = for_saebench(sae)
     model = hooked_transformer(sae.cfg.metadata["model_name"])
     load_and_format_sae("saekit", sae, "cpu")
@@ -243,12 +243,12 @@ def by_definition(sae: SparseAutoencoder, source: ActivationSource, contexts: Co
 
 
 def table(found: dict[str, dict[str, dict[str, float]]]) -> str:
-    """Markdown: a row a figure, columns by dictionary and judge."""
+    """Markdown: a row a figure, columns by dictionary and evaluator."""
     head, lines = ["figure"], [[row] for row in ROWS]
     for path, columns in found.items():
-        for judge, figures in columns.items():
-            if judge != "about":
-                head.append(f"{path} {judge}" if judge == "SAEBench" else judge)
+        for evaluator, figures in columns.items():
+            if evaluator != "about":
+                head.append(f"{path} {evaluator}" if evaluator == "SAEBench" else evaluator)
                 for line in lines:
                     value = figures.get(line[0])
                     line.append("" if value is None else f"{value:.6g}")

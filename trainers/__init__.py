@@ -1,8 +1,8 @@
 """Training: the loop, one file a variant, losses, optimiser, checkpoints."""
 
 from saekit.trainers.config import TrainConfig
+from saekit.trainers.multi_hook import train_hooks
 from saekit.trainers.run_folder import Run
-from saekit.trainers.several import train_hooks
 from saekit.trainers.trainer import train
 from saekit.trainers.variant import Batch, Variant
 from saekit.trainers.variants import VARIANTS, add_from_packages

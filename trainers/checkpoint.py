@@ -101,6 +101,8 @@ def _load(path: Path, device: torch.device, damaged: list[str]) -> dict[str, Any
                 state = _with_tensors(facts["state"], file)
                 if not isinstance(state, dict):
                     raise ValueError("it holds no state")
+                if "passport" in state:  # as the provenance of the data was called before 0.2
+                    state["provenance"] = state.pop("passport")
                 return state
     except Exception as error:  # whoever can seal a file can write anything into it
         damaged.append(f"'{path}'")

@@ -15,12 +15,12 @@ from saekit.activations import ActivationCache, ActivationSource, ShuffledStream
 from saekit.activations.finite import BadTokens, limits_in
 from saekit.activations.harvest import harvest_hooks
 from saekit.activations.manifest import as_known
-from saekit.activations.stream import StreamPlace, cache_rows, live_rows, live_rows_of_hooks
+from saekit.activations.stream import StreamState, cache_rows, live_rows, live_rows_of_hooks
 from saekit.errors import SaekitError
 from saekit.trainers.config import TrainConfig
 from saekit.trainers.variants import VARIANTS
 
-# settings that a cache answers for, and the facts of its passport that they must equal
+# settings that a cache answers for, and the facts of its provenance that they must equal
 _FACTS = {
     "model": "model",
     "dtype": "model_dtype",
@@ -40,7 +40,7 @@ class TrainingData:
     """The activations of one run.
 
     Attributes:
-        passport: facts about their origin, as in a cache's manifest.
+        provenance: facts about their origin, as in a cache's manifest.
         rows: makes the pieces [m, d] or, with gradients, [m, 2·d] of training rows, the same ones each time, from the
             piece of a number on.
         buffer: rows to shuffle together, no more than there are.
@@ -50,7 +50,7 @@ class TrainingData:
         bad: what becomes of tokens that are NaN, infinite or too large.
     """
 
-    passport: dict[str, Any]
+    provenance: dict[str, Any]
     rows: Callable[[int], Iterator[Float[Tensor, "m w"]]]
     buffer: int
     gradients: bool
@@ -58,9 +58,9 @@ class TrainingData:
     columns: slice = field(default_factory=lambda: slice(None))
     bad: BadTokens = field(default_factory=BadTokens)
 
-    def stream(self, config: TrainConfig, place: StreamPlace | None) -> ShuffledStream:
+    def stream(self, config: TrainConfig, place: StreamState | None) -> ShuffledStream:
         """The shuffled batches of the run, from a place on."""
-        place = place or StreamPlace()
+        place = place or StreamState()
         self.bad.count = place.skipped
         return ShuffledStream(
             self.rows(place.pieces),
@@ -81,7 +81,7 @@ def training_data(
 ) -> TrainingData:
     """Open the cache that the config names, or load the model and the text.
 
-    A run that goes on keeps the limit of the norm in ``before``, its passport.
+    A run that goes on keeps the limit of the norm in ``before``, its provenance.
 
     Raises:
         SaekitError: a part is missing or does not fit another, or the text is too short for its three parts.
@@ -90,7 +90,7 @@ def training_data(
     if config.cache is not None:
         return _from_cache(config, ActivationCache.open(config.cache), gradients, before)
     source = _source(config, device, trust_remote_code)
-    return _live(config, source, source.passport("train", gradients=gradients), gradients, before)
+    return _live(config, source, source.provenance("train", gradients=gradients), gradients, before)
 
 
 def data_of_hooks(
@@ -109,9 +109,9 @@ def data_of_hooks(
     sources = [source.at(hook) for hook in hooks]
     (one,) = harvest_hooks(source.model, hooks, [next(source.contexts("calibration", 1))], bad=BadTokens(skip=True))
     widths = [batch.x.shape[1] for batch in one.batches.values()]
-    passport = source.passport("train")  # fingerprints of large models take a while
+    provenance = source.provenance("train")  # fingerprints of large models take a while
     data = [
-        _live(config, each, {**passport, "hook": each.hook}, before=was)
+        _live(config, each, {**provenance, "hook": each.hook}, before=was)
         for each, was in zip(sources, before or [None] * len(hooks), strict=True)
     ]
     bad = BadTokens(config.skip_bad_tokens, limits={hook: r for each in data for hook, r in each.bad.limits.items()})
@@ -148,14 +148,14 @@ def _source(config: TrainConfig, device: torch.device, trust_remote_code: bool) 
 def _live(
     config: TrainConfig,
     source: ActivationSource,
-    passport: dict[str, Any],
+    provenance: dict[str, Any],
     gradients: bool = False,
     before: Mapping[str, Any] | None = None,
 ) -> TrainingData:
     if config.max_norm is not None:
         limit = (before or {}).get("norm_limit") or source.norm_limit(config.max_norm)
-        passport = {**passport, "max_norm": config.max_norm, "norm_limit": limit}
-    limits = limits_in(passport)
+        provenance = {**provenance, "max_norm": config.max_norm, "norm_limit": limit}
+    limits = limits_in(provenance)
     bad = BadTokens(config.skip_bad_tokens, limits=limits)
 
     def calibration() -> Iterator[Tensor]:
@@ -163,7 +163,7 @@ def _live(
         return (batch.x.float() for batch in source.batches("calibration", config.calibration_tokens, bad=apart))
 
     return TrainingData(
-        passport,
+        provenance,
         lambda first: live_rows(source, gradients, first=first, bad=bad),
         min(config.buffer, config.tokens),
         gradients,
@@ -176,7 +176,7 @@ def _from_cache(
     config: TrainConfig, cache: ActivationCache, gradients: bool, before: Mapping[str, Any] | None
 ) -> TrainingData:
     """Part of a cache serves the calibration and is never trained on."""
-    facts = as_known(cache.passport)
+    facts = as_known(cache.provenance)
     for setting, fact in _FACTS.items():
         asked, found = getattr(config, setting), facts.get(fact)
         if setting in config.model_fields_set and None not in (asked, found) and asked != found:
@@ -188,11 +188,11 @@ def _from_cache(
             f"the cache '{config.cache}' of {len(cache):,} tokens is too small for a batch_size of {config.batch_size}"
         )
 
-    passport = {**cache.passport, "cache_fingerprint": cache.fingerprint, "held_out": cache.division.told}
+    provenance = {**cache.provenance, "cache_fingerprint": cache.fingerprint, "held_out": cache.division.told}
     limits = {}
     if config.max_norm is not None and (limit := cache.norm_limit(config.max_norm)) is not None:
         limit = (before or {}).get("norm_limit", limit)
-        passport |= {"max_norm": config.max_norm, "norm_limit": limit}
+        provenance |= {"max_norm": config.max_norm, "norm_limit": limit}
         limits = {cache.hook: limit}
     bad = BadTokens(config.skip_bad_tokens, limits=limits)
 
@@ -202,7 +202,7 @@ def _from_cache(
             yield apart.sift([batch], [cache.hook], "calibration rows")[0].x.float()
 
     return TrainingData(
-        passport,
+        provenance,
         lambda first: cache_rows(cache, config.seed, gradients, first=first, bad=bad),
         min(config.buffer, config.tokens, cache.count("train")),
         gradients,
@@ -211,13 +211,13 @@ def _from_cache(
     )
 
 
-def resolved(config: TrainConfig, passport: dict[str, Any], d_in: int) -> TrainConfig:
+def resolved(config: TrainConfig, provenance: dict[str, Any], d_in: int) -> TrainConfig:
     """The config with every default that the data decides filled in.
 
     Raises:
         SaekitError: more features a token are asked for than the width has.
     """
-    facts = {setting: passport[fact] for setting, fact in _FACTS.items() if passport.get(fact) is not None}
+    facts = {setting: provenance[fact] for setting, fact in _FACTS.items() if provenance.get(fact) is not None}
     width = config.width or round(config.expansion * d_in)
     config.check_width(width)
     dead_after = config.dead_after or max(config.batch_size, min(10_000_000, config.tokens // 10))

@@ -24,7 +24,7 @@ from saekit.trainers.loggers import files_of_loggers
 
 CONFIG, METRICS, CHECKPOINTS, DICTIONARY = "config.yaml", "metrics.jsonl", "checkpoints", "sae"
 STATISTICS, EVALUATION, REPORT = "statistics.safetensors", "eval.json", "report.html"
-BEGUN = "begun.yaml"  # of several runs, while not each has its folder yet
+PENDING = "begun.yaml"  # of several runs, while not each has its folder yet
 MAY_CHANGE = {"skip_bad_tokens", "log"}  # settings that a run may go on with otherwise
 
 
@@ -100,8 +100,8 @@ def _config_to_resume(config: TrainConfig) -> TrainConfig:
 
 def check_new(config: TrainConfig, *, overwrite: bool) -> None:
     """Raise SaekitError where a run cannot begin in ``config.out``."""
-    if config.out.is_dir() and {path.name for path in config.out.iterdir()} <= {CONFIG + PART, BEGUN + PART}:
-        remove_unfinished(config.out, [CONFIG, BEGUN])  # of a start that was killed at once
+    if config.out.is_dir() and {path.name for path in config.out.iterdir()} <= {CONFIG + PART, PENDING + PART}:
+        remove_unfinished(config.out, [CONFIG, PENDING])  # of a start that was killed at once
     check_free(config.out, overwrite=overwrite, hint="choose another --out, or pass --resume or --overwrite")
     check_writable(config.out)
 

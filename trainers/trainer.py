@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from saekit.activations.manifest import first_change
-from saekit.activations.stream import StreamPlace
+from saekit.activations.stream import StreamState
 from saekit.errors import SaekitError, SaekitWarning, first_line
 from saekit.files import check_space, replace_file
 from saekit.kernels.workspace import Workspace
@@ -28,8 +28,8 @@ from saekit.trainers.config import TrainConfig
 from saekit.trainers.data import TrainingData, resolved, training_data
 from saekit.trainers.dictionary import Units, affinity_scale, empty_dictionary, initialise, unscale
 from saekit.trainers.divergence import Divergence
-from saekit.trainers.lock_step import take_steps
 from saekit.trainers.loggers import check_installed
+from saekit.trainers.loop import take_steps
 from saekit.trainers.optimizer import DictionaryAdam, learning_rate
 from saekit.trainers.run_folder import (
     CHECKPOINTS,
@@ -91,7 +91,7 @@ def train(
         device = pick_device(config.device)
         found = load_checkpoints([config.out / CHECKPOINTS], device) if resume else None
         state = found[1][0] if found else None
-        data = training_data(config, device, trust_remote_code, state and state["passport"])
+        data = training_data(config, device, trust_remote_code, state and state["provenance"])
         stream = stack.enter_context(closing(data.stream(config, place_in(state))))
         sample = stream.peek(SAMPLE) if state is None else None
         trainer = Trainer(config, data, sample, device, state=state)  # all that can be refused has been by now
@@ -105,7 +105,7 @@ def train(
 
 def check_room(trainers: Sequence[Trainer], folder: Path) -> None:
     """Raise WriteError where the checkpoints of the runs would not find space beside each other."""
-    check_space(folder, sum(trainer.room for trainer in trainers), "the run with its checkpoints")
+    check_space(folder, sum(trainer.checkpoint_bytes for trainer in trainers), "the run with its checkpoints")
 
 
 def pick_device(name: str) -> torch.device:
@@ -156,7 +156,7 @@ class Trainer:
             assert sample is not None
             sample = sample[:, data.columns].contiguous()
             self.d_in = sample.shape[1] // 2 if data.gradients else sample.shape[1]
-        self.config = config = resolved(config, data.passport, self.d_in)
+        self.config = config = resolved(config, data.provenance, self.d_in)
         assert config.width is not None
         assert config.dead_after is not None
         self.variant = VARIANTS[config.variant](config, config.width)
@@ -175,7 +175,7 @@ class Trainer:
 
     def _check_same(self, state: dict[str, Any]) -> None:
         """Raise SaekitError where data or config are not those that a checkpoint was made with."""
-        if field := first_change(state["passport"], self.data.passport):
+        if field := first_change(state["provenance"], self.data.provenance):
             raise SaekitError(f"the data has another {field} than when the run in '{self.config.out}' was started")
         settings = _settings(self.config)
         changed = [name for name, value in state["config"].items() if settings.get(name) != value]
@@ -186,7 +186,7 @@ class Trainer:
             )
 
     @property
-    def room(self) -> int:
+    def checkpoint_bytes(self) -> int:
         """Bytes that the checkpoints and the dictionary will take beside those that are there."""
         parameters = sum(p.numel() for p in self.sae.parameters()) * 4
         there = sum(path.stat().st_size for path in checkpoints(self.config.out / CHECKPOINTS).values())
@@ -214,7 +214,7 @@ class Trainer:
             "waited_seconds": waited,
         }
 
-    def save(self, place: StreamPlace) -> None:
+    def save(self, place: StreamState) -> None:
         """Write a checkpoint; ``place`` is where the stream stands.
 
         A state that may have begun to diverge is not written: it would push out an older one.
@@ -236,7 +236,7 @@ class Trainer:
             token_norms=norms,
             gradients=gradients,
             W_dec=sae.W_dec.detach(),
-            rough=config.precision == "bf16_select",
+            approximate=config.precision == "bf16_select",
             workspace=self.workspace,
         )
         code = self.variant.allocate(Batch(select, len(x), self.statistics, self.step / config.steps))
@@ -261,7 +261,7 @@ class Trainer:
             )
         self.divergence.update(metrics["fvu"], self.step)
         self.statistics.update(code, norms)
-        return {**metrics, "grad_norm": norm, "lr": lr, "redone": select.redone}
+        return {**metrics, "grad_norm": norm, "lr": lr, "rescored": select.rescored}
 
     def _auxiliary(self, centred: Float[Tensor, "n d"], error: Float[Tensor, "n d"]) -> tuple[Tensor, int]:
         """Add the gradients of the auxiliary loss; returns it, 0 where its pool is empty, and the size of the pool."""
@@ -280,13 +280,13 @@ class Trainer:
         sae.zero_grad(set_to_none=True)
         self.variant.calibrate(sae, lambda: (self.units(x.to(self.device)) for x in self.data.calibration()))
         unscale(sae, self.units)
-        passport = self.data.passport
+        provenance = self.data.provenance
         sae.with_metadata(
-            model_name=passport.get("model"),
-            hook_name=passport.get("hook"),
-            dataset_path=passport.get("dataset"),
-            context_size=passport.get("context_length"),
-            prepend_bos=passport.get("prepend_bos"),
+            model_name=provenance.get("model"),
+            hook_name=provenance.get("hook"),
+            dataset_path=provenance.get("dataset"),
+            context_size=provenance.get("context_length"),
+            prepend_bos=provenance.get("prepend_bos"),
             saekit={
                 "variant": self.config.variant,
                 "k": self.config.k,
@@ -294,7 +294,7 @@ class Trainer:
                 "seed": self.config.seed,
                 "activation_scale": self.units.scale,
                 "cache": str(self.config.cache) if self.config.cache else None,
-                "passport": passport,
+                "provenance": provenance,
                 "skipped_tokens": self.data.bad.count,
                 "aux": self.config.aux,
                 "ran_on": self.machines,
@@ -332,7 +332,7 @@ class Trainer:
             "scale": self.units.scale,
             "centre": self.units.centre,
             "step": self.step,
-            "passport": self.data.passport,
+            "provenance": self.data.provenance,
             "config": _settings(self.config),
             "ran_on": self.machines,
         }
@@ -353,9 +353,9 @@ class Trainer:
         self.machines = before if before[-1] == self.machines[-1] else before + self.machines
 
 
-def place_in(*states: dict[str, Any] | None) -> StreamPlace | None:
+def place_in(*states: dict[str, Any] | None) -> StreamState | None:
     """Where the stream stood when checkpoints of the same step were written, their columns of it side by side."""
-    places = [StreamPlace(**state["stream"]) for state in states if state is not None]
+    places = [StreamState(**state["stream"]) for state in states if state is not None]
     if not places:
         return None
     rests = [place.rest.cpu() for place in places if place.rest is not None]

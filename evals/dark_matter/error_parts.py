@@ -55,5 +55,9 @@ def write_error_part(
                 error = linear if part == "linear" else x - sae(x) - linear
             yield batch._replace(x=error.cpu())
 
-    passport = {"error_part": part, "of_hook": cache.passport.get("hook"), "of_model": cache.passport.get("model")}
-    return ActivationCache.write(path, batches(), passport, dtype=dtype, division=cache.division)
+    provenance = {
+        "error_part": part,
+        "of_hook": cache.provenance.get("hook"),
+        "of_model": cache.provenance.get("model"),
+    }
+    return ActivationCache.write(path, batches(), provenance, dtype=dtype, division=cache.division)

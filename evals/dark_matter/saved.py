@@ -18,7 +18,7 @@ from saekit.evals.dark_matter.error_cost import error_downstream, only_tested, w
 from saekit.evals.dark_matter.study import SPLIT, ErrorStudy
 from saekit.evals.heldout import draw
 from saekit.evals.report import Report
-from saekit.evals.saved import Judge, told_by
+from saekit.evals.saved import Evaluator, validated_metadata
 from saekit.processing import applied_to
 from saekit.sae import SparseAutoencoder
 
@@ -27,18 +27,18 @@ _CONTEXTS = 16
 
 
 @dataclass(frozen=True)
-class DarkMatterJudge:
+class DarkMatterEvaluator:
     """Takes the errors of saved dictionaries of one hook point apart, on the same held-out tokens.
 
     Attributes:
-        judge: by which model and text, or cache, and how many tokens.
-        earlier: dictionaries of other hook points, to foretell the errors from.
+        evaluator: by which model and text, or cache, and how many tokens.
+        earlier: dictionaries of other hook points, to predict the errors from.
         pursuit: whether to encode by gradient pursuit too.
         ce_tokens: about so many tokens for the cross-entropies, where there is a model; 0 for none.
         seed: of the splits.
     """
 
-    judge: Judge
+    evaluator: Evaluator
     earlier: Sequence[str | Path] = ()
     pursuit: bool = False
     ce_tokens: int = 65_536
@@ -58,9 +58,9 @@ class DarkMatterJudge:
         places = [path if str(path).startswith("hf://") else Path(path).resolve() for path in paths]
         if twice := [path for path, place in zip(paths, places, strict=True) if places.count(place) > 1]:
             raise SaekitError(f"the dictionary '{twice[0]}' is named twice")
-        saes = {str(path): saekit.load(path, device=self.judge.device) for path in paths}
+        saes = {str(path): saekit.load(path, device=self.evaluator.device) for path in paths}
         first, sae = next(iter(saes.items()))
-        cache = self.judge.cache_of(sae)
+        cache = self.evaluator.cache_of(sae)
         if cache is not None:
             return self._by_cache(saes, cache)
         sources = {path: self._source(each, path) for path, each in saes.items()}
@@ -69,10 +69,10 @@ class DarkMatterJudge:
         return self._by_text(saes, sources[first])
 
     def _source(self, sae: SparseAutoencoder, path: str) -> ActivationSource:
-        own = told_by(sae).get("hook_name")
-        if own and self.judge.hook and own != self.judge.hook:
-            raise SaekitError(f"the dictionary '{path}' is of hook '{own}', not of '{self.judge.hook}'")
-        return self.judge.source_of(sae, path)
+        own = validated_metadata(sae).get("hook_name")
+        if own and self.evaluator.hook and own != self.evaluator.hook:
+            raise SaekitError(f"the dictionary '{path}' is of hook '{own}', not of '{self.evaluator.hook}'")
+        return self.evaluator.source_of(sae, path)
 
     def _earlier(self, source: ActivationSource) -> dict[str, tuple[str, SparseAutoencoder]]:
         """The dictionaries of earlier parts with their hook points.
@@ -82,8 +82,8 @@ class DarkMatterJudge:
         """
         found: dict[str, tuple[str, SparseAutoencoder]] = {}
         for path in map(str, self.earlier):
-            sae = saekit.load(path, device=self.judge.device)
-            hook, model = told_by(sae).get("hook_name"), told_by(sae).get("model_name")
+            sae = saekit.load(path, device=self.evaluator.device)
+            hook, model = validated_metadata(sae).get("hook_name"), validated_metadata(sae).get("model_name")
             if not hook:
                 raise SaekitError(f"'{path}' does not say which hook point it belongs to")
             if hook == source.hook:
@@ -103,8 +103,8 @@ class DarkMatterJudge:
     ) -> tuple[dict[str, Report], dict[str, Any]]:
         study = ErrorStudy(saes, source.hook, self._earlier(source), self.pursuit, self.seed)
         why = not_causal(source.model)
-        limit = self.judge.norm_limit(next(iter(saes.values())), source)
-        drawn = draw(source, self.judge.tokens, partial(without_start, share=SKIPPED), limit=limit)
+        limit = self.evaluator.norm_limit(next(iter(saes.values())), source)
+        drawn = draw(source, self.evaluator.tokens, partial(without_start, share=SKIPPED), limit=limit)
         contexts = drawn.contexts
         tell = self._bar(f"errors at {source.hook}", 2 * len(contexts.tokens))
 
@@ -120,7 +120,7 @@ class DarkMatterJudge:
                 cost = error_downstream(source.model, source.hook, _parts(few, tell), sae, b)
                 figures[path]["cost"] = cost
         mask = f"text positions but the first {SKIPPED:.0%} and the last"
-        about = {**source.passport("heldout"), **drawn.about(), "mask": mask}
+        about = {**source.provenance("heldout"), **drawn.about(), "mask": mask}
         if why:
             about["no_downstream"] = f"no next-token figures: {why}"
         return {path: _report(path, sae, figures[path], about) for path, sae in saes.items()}, compared
@@ -128,23 +128,25 @@ class DarkMatterJudge:
     def _by_cache(self, saes: dict[str, SparseAutoencoder], path: Path) -> tuple[dict[str, Report], dict[str, Any]]:
         if self.earlier:
             raise SaekitError("earlier parts need a model and text, not a cache")
-        caches = [self.judge.checked(sae, self.judge.cache_of(sae) or path) for sae in saes.values()]
+        caches = [self.evaluator.checked(sae, self.evaluator.cache_of(sae) or path) for sae in saes.values()]
         if any(cache.fingerprint != caches[0].fingerprint for cache in caches):
             raise SaekitError("these dictionaries are of different caches; judge each alone, or give --cache")
-        hook = str(caches[0].passport.get("hook", path))
+        hook = str(caches[0].provenance.get("hook", path))
         study = ErrorStudy(saes, hook, {}, self.pursuit, self.seed)
         sae = next(iter(saes.values()))
 
         def batches(_: list[str]) -> Iterator[Harvest]:
-            rows = self.judge.without_large(sae, caches[0], caches[0].batches("heldout", 1024))
-            return _cached(caches[0], rows, hook, self.judge.tokens)
+            rows = self.evaluator.without_large(sae, caches[0], caches[0].batches("heldout", 1024))
+            return _cached(caches[0], rows, hook, self.evaluator.tokens)
 
         figures, compared = study.run(batches)
         about = {"cache": str(path), "part": "heldout"}
         return {name: _report(name, sae, figures[name], about) for name, sae in saes.items()}, compared
 
     def _bar(self, name: str, contexts: int) -> Callable[[int], object]:
-        return self.judge.on_contexts(name, contexts) if self.judge.on_contexts is not None else lambda done: None
+        return (
+            self.evaluator.on_contexts(name, contexts) if self.evaluator.on_contexts is not None else lambda done: None
+        )
 
 
 def _after(source: ActivationSource, hooks: set[str]) -> set[str]:
@@ -184,7 +186,7 @@ def _parts(contexts: ContextBatch, tell: Callable[[int], object]) -> Iterator[Co
 
 def _cached(cache: ActivationCache, rows: Iterable[ActivationBatch], hook: str, left: int) -> Iterator[Harvest]:
     """The held-out rows of a cache, without the start of each context (rows of a plain tensor have no places)."""
-    first = SKIPPED * (cache.passport.get("context_length") or 0) if cache.passport.get("model") else 0
+    first = SKIPPED * (cache.provenance.get("context_length") or 0) if cache.provenance.get("model") else 0
     for batch in rows:
         kept = (batch.positions >= first).nonzero()[:left, 0]
         left -= len(kept)

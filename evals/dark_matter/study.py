@@ -31,7 +31,7 @@ class ErrorStudy:
     Attributes:
         dictionaries: by name; all for activations at ``hook``.
         hook: their hook point.
-        earlier: dictionaries of other hook points by name, with those: do their reconstructions foretell the errors?
+        earlier: dictionaries of other hook points by name, with those: do their reconstructions predict the errors?
         pursuit: whether to encode by gradient pursuit too.
         seed: of the splits.
         analyses: what was found of each dictionary, after ``run``.
@@ -54,7 +54,7 @@ class ErrorStudy:
         Returns:
             The figures of each dictionary (``DarkMatter.result``; l0; ``pursuit`` and ``earlier_parts`` where they were
             asked for), and those that compare dictionaries: ``width`` (FVU and FVU_nonlinear against width, for each
-            group of like L0), ``token`` (one's error foretold from another's) and ``left_out`` (which groups have no
+            group of like L0), ``token`` (one's error predicted from another's) and ``left_out`` (which groups have no
             comparison of widths, and why).
 
         Raises:
@@ -67,7 +67,7 @@ class ErrorStudy:
         self.analyses = {name: DarkMatter(width, self.seed) for name in self.dictionaries}
         pursued = {name: DarkMatter(width, self.seed) for name in self.dictionaries} if self.pursuit else {}
         parts = {name: sae.cfg.d_in for name, (_, sae) in self.earlier.items()}
-        foretold = {name: EarlierParts(parts, width) for name in self.dictionaries} if parts else {}
+        predicted = {name: EarlierParts(parts, width) for name in self.dictionaries} if parts else {}
         matches = {name: [0, 0] for name in self.dictionaries}  # of the dictionary's own encoder, and of pursuit
         tokens = 0
         for found in batches(list(dict.fromkeys([self.hook, *(hook for hook, _ in self.earlier.values())]))):
@@ -83,7 +83,7 @@ class ErrorStudy:
                     matches[name][1] += len(code.values)
                 if parts:
                     assert batch.documents is not None
-                    foretold[name].update(before, batch.x, batch.x_hat, in_test_half(batch.documents, self.seed))
+                    predicted[name].update(before, batch.x, batch.x_hat, in_test_half(batch.documents, self.seed))
         if not tokens:
             raise SaekitError("there are no activations to take apart")
         if tokens < (least := 4 * sum(parts.values())):
@@ -104,7 +104,7 @@ class ErrorStudy:
             if self.pursuit:
                 figures[name]["pursuit"] = {"l0": matches[name][1] / tokens, **pursued[name].explained(SPLIT)}
             if parts:
-                figures[name]["earlier_parts"] = foretold[name].result(analysis.b[SPLIT], analysis.moments(SPLIT))
+                figures[name]["earlier_parts"] = predicted[name].result(analysis.b[SPLIT], analysis.moments(SPLIT))
         return figures, self._compared(figures, scaling)
 
     def _batch(self, sae: SparseAutoencoder, found: Harvest) -> ErrorBatch:

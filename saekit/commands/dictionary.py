@@ -56,13 +56,13 @@ def convert(
     if lack is not None:
         if not lossy or lack not in NEAREST:
             raise refusal(source, to, lack)
-        from saekit.evals import Judge
+        from saekit.evals import Evaluator
         from saekit.trainers.trainer import pick_device
 
         facts: dict[str, Any] = {"model": model, "hook": hook, "dataset": dataset, "cache": cache, "tokens": tokens}
         facts["dataset_config"] = dataset_config
-        judge = Judge(device=str(pick_device(device)), trust_remote_code=trust_remote_code, **facts)
-        sae = nearest(sae, lack, source, judge)
+        evaluator = Evaluator(device=str(pick_device(device)), trust_remote_code=trust_remote_code, **facts)
+        sae = nearest(sae, lack, source, evaluator)
     writer.write(sae, target, overwrite=overwrite)
     print(f"dictionary: {target}")
 
@@ -81,7 +81,7 @@ def info(
         found = ActivationCache.open(path)
         facts: dict[str, Any] = {"cache": path, "tokens": len(found), "d_in": found.d_in, "dtype": found.dtype}
         facts |= {"shards": len(found.shards), "parts": found.division.rows.model_dump()}
-        facts |= {"held_out": found.division.told, "passport": found.passport}
+        facts |= {"held_out": found.division.told, "provenance": found.provenance}
     else:
         folder = local_folder(path)
         sae = saekit.load(folder if folder.exists() else path)

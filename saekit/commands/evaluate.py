@@ -8,8 +8,8 @@ from typing import Any
 
 import typer
 
+from saekit.commands.evaluating import bars, evaluated, open_evaluator, show
 from saekit.commands.help import DTYPES, among
-from saekit.commands.judging import bars, judged, open_judge, show
 from saekit.commands.report import SHOWN, report_on_several
 from saekit.errors import SaekitError, did_you_mean
 from saekit.files import check_writable, replace_file, writable_folder
@@ -47,7 +47,7 @@ def evaluate(
         autocompletion=among("standard", "dark_matter"),
     ),
     earlier: list[str] | None = typer.Option(
-        None, help="dark_matter: a dictionary of an earlier part, to foretell the errors from; may be given again"
+        None, help="dark_matter: a dictionary of an earlier part, to predict the errors from; may be given again"
     ),
     pursuit: bool = typer.Option(False, help="dark_matter: also with features chosen by gradient pursuit"),
     ce_tokens: int | None = typer.Option(
@@ -95,15 +95,15 @@ def evaluate(
         few = 65_536 if ce_tokens is None else ce_tokens
         _take_apart(dictionaries, quiet, out, figures, settings, earlier=earlier or (), pursuit=pursuit, ce_tokens=few)
         return
-    judge = open_judge(**settings)
-    reports = judged(judge, dictionaries, quiet)
+    evaluator = open_evaluator(**settings)
+    reports = evaluated(evaluator, dictionaries, quiet)
     if out is not None and len(reports) == 1:
         next(iter(reports.values())).save(out)
     elif out is not None:
         everything = {name: json.loads(report.to_json()) for name, report in reports.items()}
         replace_file(out, lambda part: part.write_text(json.dumps(everything, indent=2) + "\n"))
     if html is not None:
-        report_on_several(html, reports, judge, features_shown, quiet)
+        report_on_several(html, reports, evaluator, features_shown, quiet)
 
 
 def _check_new_file(path: Path, flag: str) -> None:
@@ -120,7 +120,7 @@ def _take_apart(
 ) -> None:
     """The suite dark_matter: prints one table and writes what was found."""
     from saekit.evals.dark_matter.figures import draw
-    from saekit.evals.dark_matter.saved import DarkMatterJudge
+    from saekit.evals.dark_matter.saved import DarkMatterEvaluator
     from saekit.evals.report import groups_in, to_json
 
     runs = {path: Path(path) for path in paths if (Path(path) / "config.yaml").is_file()}
@@ -129,9 +129,9 @@ def _take_apart(
         check_writable(run)
     if folder is not None:
         writable_folder(folder, overwrite=True)
-    judge = open_judge(**settings)
-    with bars(judge, quiet):
-        reports, compared = DarkMatterJudge(judge, **asked)(paths)
+    evaluator = open_evaluator(**settings)
+    with bars(evaluator, quiet):
+        reports, compared = DarkMatterEvaluator(evaluator, **asked)(paths)
     show(reports)
     if out is not None and len(reports) == 1:
         next(iter(reports.values())).save(out)

@@ -12,7 +12,7 @@ from saekit.formats.checks import LACKS, Lack
 from saekit.sae import SparseAutoencoder
 
 if TYPE_CHECKING:
-    from saekit.evals import Judge
+    from saekit.evals import Evaluator
 
 NEAREST: dict[Lack, str] = {  # where there is one
     "token_norm": "plain thresholds",
@@ -21,17 +21,17 @@ NEAREST: dict[Lack, str] = {  # where there is one
 }
 
 
-def nearest(sae: SparseAutoencoder, lack: Lack, path: str, judge: Judge) -> SparseAutoencoder:
+def nearest(sae: SparseAutoencoder, lack: Lack, path: str, evaluator: Evaluator) -> SparseAutoencoder:
     """The nearest dictionary without what a format lacks; prints what the change costs.
 
     Args:
         sae: the dictionary.
         lack: one of ``NEAREST``.
         path: what the user calls it.
-        judge: opens the model, hook and text to set it on (calibration text) and to compare both on (held-out text).
+        evaluator: opens model, hook and text to set it on (calibration text) and to compare both on (held-out text).
 
     Raises:
-        SaekitError: the judge finds no model or text, or they do not fit.
+        SaekitError: the evaluator finds no model or text, or they do not fit.
     """
     if lack == "zero_rows":
         silent = sae.W_dec.norm(dim=1) == 0
@@ -40,14 +40,14 @@ def nearest(sae: SparseAutoencoder, lack: Lack, path: str, judge: Judge) -> Spar
     from saekit.evals import evaluate_activations
     from saekit.trainers.calibration import with_plain_thresholds
 
-    sae = sae.to(judge.device)
+    sae = sae.to(evaluator.device)
     if lack == "token_norm":
-        found = with_plain_thresholds(sae, lambda: (b.x for b in judge.activations(sae, path, "calibration")))
+        found = with_plain_thresholds(sae, lambda: (b.x for b in evaluator.activations(sae, path, "calibration")))
     else:
-        found = _top_k(sae, max(1, round(_mean_l0(sae, judge, path))))
+        found = _top_k(sae, max(1, round(_mean_l0(sae, evaluator, path))))
     rule = f"topk, k = {found.cfg.k}" if found.cfg.k else "plain thresholds"
     for name, each in ((_rule(sae), sae), (rule, found)):
-        report = evaluate_activations(each, judge.activations(sae, path, "heldout"))
+        report = evaluate_activations(each, evaluator.activations(sae, path, "heldout"))
         l0, fvu = report["sparsity"]["l0"], report["reconstruction"]["fvu"]
         print(f"{name + ':':26} FVU {fvu:.4f} at L0 {l0:.1f} on {report['sparsity']['tokens']:,} held-out tokens")
     return found.cpu()
@@ -60,10 +60,10 @@ def _rule(sae: SparseAutoencoder) -> str:
 
 
 @torch.no_grad()
-def _mean_l0(sae: SparseAutoencoder, judge: Judge, path: str) -> float:
+def _mean_l0(sae: SparseAutoencoder, evaluator: Evaluator, path: str) -> float:
     """Active features a token, on calibration text."""
     matches = tokens = 0
-    for batch in judge.activations(sae, path, "calibration"):
+    for batch in evaluator.activations(sae, path, "calibration"):
         code = sae.encode_sparse(batch.x)
         matches, tokens = matches + len(code.values), tokens + code.n_tokens
     if not tokens:

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saekit.commands.judging import bars
+from saekit.commands.evaluating import bars
 from saekit.errors import SaekitError
 from saekit.files import in_bytes
 
 if TYPE_CHECKING:
-    from saekit.evals import Judge, Report
+    from saekit.evals import Evaluator, Report
     from saekit.evals.features import FeatureStudy
     from saekit.sae import SparseAutoencoder
 
@@ -19,56 +19,56 @@ SHOWN = 4096  # features with a page of their own, if not said otherwise
 _FIRST = 64  # contexts by which features of a wide dictionary are ranked
 
 
-def report_on_run(path: Path, judge: Judge | None, shown: int, quiet: bool) -> None:
-    """Write ``report.html`` of a run as it is saved; without a judge, with the curves of its training alone."""
+def report_on_run(path: Path, evaluator: Evaluator | None, shown: int, quiet: bool) -> None:
+    """Write ``report.html`` of a run as it is saved; without an evaluator, with the curves of its training alone."""
     import saekit
     from saekit.evals.html import Subject, write_report
     from saekit.evals.report import groups_in
     from saekit.trainers.run_folder import EVALUATION, METRICS, REPORT
 
-    sae = saekit.load(path, device=judge.device if judge is not None else "cpu")
+    sae = saekit.load(path, device=evaluator.device if evaluator is not None else "cpu")
     study: FeatureStudy | None
     why_not: str | None
-    if judge is None:
+    if evaluator is None:
         study, why_not = None, "the dictionary was not judged on text (--eval-tokens 0)"
     else:
-        study, why_not = _study(sae, str(path), judge, shown, quiet)
+        study, why_not = _study(sae, str(path), evaluator, shown, quiet)
     groups = groups_in(path / EVALUATION)
     about = groups.pop("about", {})
     subject = Subject(_name(str(path)), sae, groups, about, path / METRICS)
     _told(path / REPORT, write_report(path / REPORT, [subject], study, why_not))
 
 
-def report_on_several(out: Path, reports: Mapping[str, Report], judge: Judge, shown: int, quiet: bool) -> None:
+def report_on_several(out: Path, reports: Mapping[str, Report], evaluator: Evaluator, shown: int, quiet: bool) -> None:
     """Write the report of dictionaries that were judged: a table of all, and the first in detail."""
     import saekit
     from saekit.evals.html import Subject, write_report
 
     subjects = []
     for path, report in reports.items():
-        sae = saekit.load(path, device=judge.device)
+        sae = saekit.load(path, device=evaluator.device)
         metrics = Path(path) / "metrics.jsonl"
         groups = {**report.groups, **_dark_matter(Path(path) / "eval.json")}
         subjects.append(Subject(path, sae, groups, report.about, metrics if metrics.is_file() else None))
-    study, why_not = _study(subjects[0].sae, subjects[0].name, judge, shown, quiet)
+    study, why_not = _study(subjects[0].sae, subjects[0].name, evaluator, shown, quiet)
     _told(out, write_report(out, subjects, study, why_not))
 
 
 def _study(
-    sae: SparseAutoencoder, path: str, judge: Judge, shown: int, quiet: bool
+    sae: SparseAutoencoder, path: str, evaluator: Evaluator, shown: int, quiet: bool
 ) -> tuple[FeatureStudy | None, str | None]:
     """What the features fire on, or why that is not known."""
     from saekit.evals.features import spread_over_densities, study_features
 
-    if cache := judge.cache_of(sae):
+    if cache := evaluator.cache_of(sae):
         return None, f"it was judged by the cache '{cache}', which holds activations and no text"
     if not shown:
         return None, "--features-shown 0 asked for none"
-    source, contexts = judge.text_of(sae, path)
+    source, contexts = evaluator.text_of(sae, path)
     features = spread_over_densities(sae, source.model, contexts.rows(0, _FIRST), shown, hook=source.hook)
-    with bars(judge, quiet):
-        assert judge.on_contexts is not None
-        tell = judge.on_contexts(f"the features of {path}", len(contexts.tokens))
+    with bars(evaluator, quiet):
+        assert evaluator.on_contexts is not None
+        tell = evaluator.on_contexts(f"the features of {path}", len(contexts.tokens))
         return study_features(sae, source.model, contexts, hook=source.hook, features=features, on_batch=tell), None
 
 

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from saekit.commands.evaluating import evaluated, open_evaluator
 from saekit.commands.help import among
-from saekit.commands.judging import judged, open_judge
 from saekit.commands.report import SHOWN, report_on_run
 from saekit.errors import SaekitError
 
@@ -62,8 +62,8 @@ def train(
     from saekit.interrupt import Interrupted
     from saekit.trainers import TrainConfig, train_hooks
     from saekit.trainers import train as run_training
+    from saekit.trainers.multi_hook import hooks_in
     from saekit.trainers.run_folder import REPORT
-    from saekit.trainers.several import hooks_in
 
     hooks = flags.pop("hook") or []
     flags["log"] = flags["log"] or None
@@ -87,12 +87,14 @@ def train(
     for run in runs:
         if run.path in finished:
             print(f"the run in {run.path} was finished already")
-    judge = None
+    evaluator = None
     if eval_tokens:
-        judge = open_judge(device=runs[0].config.device, tokens=eval_tokens, trust_remote_code=trust_remote_code)
-    unjudged = [run.path for run in runs if judge and "sparsity" not in groups_in(run.path / "eval.json")]
-    if judge is not None and unjudged:
-        for path, report in judged(judge, unjudged, quiet).items():
+        evaluator = open_evaluator(
+            device=runs[0].config.device, tokens=eval_tokens, trust_remote_code=trust_remote_code
+        )
+    unevaluated = [run.path for run in runs if evaluator and "sparsity" not in groups_in(run.path / "eval.json")]
+    if evaluator is not None and unevaluated:
+        for path, report in evaluated(evaluator, unevaluated, quiet).items():
             report.join(Path(path) / "eval.json")
     for run in runs:
         print(f"run: {run.path}    dictionary: {run.path / 'sae'}")
@@ -103,8 +105,8 @@ def train(
             f"  saekit convert {one} FOLDER --to saelens --lossy"
         )
     for run in runs:  # last: whatever goes wrong here, the run is whole, and --resume draws the report again
-        if run.path in unjudged or not (run.path / REPORT).exists():
-            report_on_run(run.path, judge, features_shown, quiet)
+        if run.path in unevaluated or not (run.path / REPORT).exists():
+            report_on_run(run.path, evaluator, features_shown, quiet)
 
 
 _OWN = [p for p in inspect.signature(train).parameters.values() if p.kind is not p.VAR_KEYWORD]

@@ -137,5 +137,14 @@ def _config(cfg: dict[str, Any]) -> SAEConfig:
         k=checks.whole(cfg, "k") if architecture == "topk" else None,
         apply_b_dec_to_input=checks.flag(cfg, "apply_b_dec_to_input", True),
         input_normalization="layer_norm" if normalisation == "layer_norm" else "none",
-        metadata=dict(cfg.get("metadata") or {}),
+        metadata=_metadata(cfg),
     )
+
+
+def _metadata(cfg: dict[str, Any]) -> dict[str, Any]:
+    """What the config tells of the training; before 0.2, saekit called the provenance of the data its passport."""
+    metadata = dict(cfg.get("metadata") or {})
+    own = metadata.get("saekit")
+    if isinstance(own, dict) and "passport" in own:
+        metadata["saekit"] = {("provenance" if key == "passport" else key): value for key, value in own.items()}
+    return metadata

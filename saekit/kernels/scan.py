@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _GROUP = 16
 
 # from some rows' scores [m, p], their group maxima [m, p / 16] and their slice to a lower bound [m] for each row
-Lower = Callable[[Tensor, Tensor, slice], Tensor]
+LowerBound = Callable[[Tensor, Tensor, slice], Tensor]
 
 
 class Found(NamedTuple):
@@ -29,14 +29,14 @@ class Found(NamedTuple):
 
     Attributes:
         pairs: rows as ``tokens``, columns as ``features``, both ascending, and exact scores as ``values``.
-        crowded: [m] rows left out, since too many of their scores lie above the bound.
+        overflow_rows: [m] rows left out, since too many of their scores lie above the bound.
     """
 
     pairs: SparseCode
-    crowded: Int[Tensor, "m"]
+    overflow_rows: Int[Tensor, "m"]
 
 
-def above(scores: Scores, lower: Lower, most: Int[Tensor, "r"] | None = None) -> Found:
+def above(scores: Scores, lower_bound: LowerBound, most: Int[Tensor, "r"] | None = None) -> Found:
     """All pairs whose exact score is positive and at least the lower bound of its row, and some others.
 
     Args:
@@ -47,20 +47,20 @@ def above(scores: Scores, lower: Lower, most: Int[Tensor, "r"] | None = None) ->
     r, c = scores.shape
     step = scores.rows_at_once
     none = torch.zeros(0, dtype=torch.long, device=scores.left.device)
-    rows, columns, values, crowded = [none], [none], [scores.left.new_empty(0)], [none]
+    rows, columns, values, overflow_rows = [none], [none], [scores.left.new_empty(0)], [none]
     for start in range(0, r, step):
         part = slice(start, min(start + step, r))
         piece = scores.rows(part.start, part.stop)
         grouped = piece.view(len(piece), _GROUP, -1)
         maxima = grouped.amax(1)
-        least = lower(piece, maxima, part).clamp_min(torch.finfo(piece.dtype).tiny) - scores.margin[part]
+        least = lower_bound(piece, maxima, part).clamp_min(torch.finfo(piece.dtype).tiny) - scores.margin[part]
         bound = least.to(piece.dtype)[:, None]  # rounding is monotone: a score above it is still above it
         row, group = (maxima >= bound).nonzero().unbind(1)
         if most is not None:
             crowd = torch.bincount(row, minlength=len(piece)) > most[part]
             if crowd.any():
                 row, group = (column[~crowd[row]] for column in (row, group))
-                crowded.append(crowd.nonzero()[:, 0] + start)
+                overflow_rows.append(crowd.nonzero()[:, 0] + start)
         entries = grouped[row, :, group]
         place, member = (entries >= bound[row]).nonzero().unbind(1)
         rows.append(row[place] + start)
@@ -70,13 +70,13 @@ def above(scores: Scores, lower: Lower, most: Int[Tensor, "r"] | None = None) ->
     keys, order = (torch.cat(rows) * c + torch.cat(columns)).sort()
     value = torch.cat(values)[order] if scores.exact else scores.left.new_empty(0)
     pairs = SparseCode(keys.div(c, rounding_mode="floor"), keys % c, value, r, c)
-    return Found(pairs if scores.exact else pairs.with_values(scores.at(pairs)), torch.cat(crowded))
+    return Found(pairs if scores.exact else pairs.with_values(scores.at(pairs)), torch.cat(overflow_rows))
 
 
 def above_largest(scores: Scores, counts: Int[Tensor, "r"]) -> Found:
     """Pairs among which are the ``counts[i]`` largest positive scores of each row i.
 
-    A row with more than ten times as many groups that may hold one is left out, as crowded.
+    A row with more than ten times as many groups that may hold one is left out, as overflow.
     The counts[i]-th largest group maximum of a row bounds its counts[i]-th largest score from below.
 
     Args:
@@ -86,7 +86,7 @@ def above_largest(scores: Scores, counts: Int[Tensor, "r"]) -> Found:
 
     bins = counts.clamp_min(1).log2().ceil().long()
 
-    def lower(piece: Tensor, maxima: Tensor, part: slice) -> Tensor:
+    def lower_bound(piece: Tensor, maxima: Tensor, part: slice) -> Tensor:
         count, kind = counts[part].clamp_min(1), bins[part]
         bounds = piece.new_empty(len(piece))
         kinds = torch.unique(kind).tolist()
@@ -99,7 +99,7 @@ def above_largest(scores: Scores, counts: Int[Tensor, "r"]) -> Found:
         # in bfloat16 a score may have grown by 2⁻⁸ of itself
         return bounds if scores.exact else bounds - bounds.abs() * 2**-8 - scores.margin[part]
 
-    return above(scores, lower, most=10 * counts + 100)
+    return above(scores, lower_bound, most=10 * counts + 100)
 
 
 def _merged(maxima: Float[Tensor, "m g"], enough: int) -> Float[Tensor, "m h"]:

@@ -100,7 +100,7 @@ class Scores:
 
 
 @dataclass(frozen=True, eq=False)
-class RoughScores(Scores):
+class ApproximateScores(Scores):
     """Scores from a bfloat16 product, which is several times as fast where the processor has the instructions for it.
 
     The bound: with l and r rounded to l̃ and r̃, ⟨l, r⟩ − ⟨l̃, r̃⟩ = ⟨l − l̃, r⟩ + ⟨l̃, r − r̃⟩, so by Cauchy-Schwarz it is
@@ -126,7 +126,7 @@ class RoughScores(Scores):
         return vectors + biases + sums
 
     def rows(self, start: int, stop: int) -> Float[Tensor, "m p"]:
-        """Rough scores of some rows in bfloat16, columns filled up with -inf; the next call overwrites them."""
+        """Approximate scores of some rows in bfloat16, columns filled up with -inf; the next call overwrites them."""
         left, right = self._operands
         c = len(self.right)
         out = self.workspace("scores", (stop - start, self._padded), torch.bfloat16, self.left.device)

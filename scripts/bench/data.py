@@ -120,7 +120,7 @@ def bench_stream(folder: Path) -> dict[str, Any]:
     """A live training of the embedded model and one from a cache: seconds in all, and seconds waited."""
     found = {}
     source = ActivationSource.open(device="cpu")
-    ActivationCache.write(folder / "lm", source.batches("train", 600_000), source.passport("train"), dtype="bfloat16")
+    ActivationCache.write(folder / "lm", source.batches("train", 600_000), source.provenance("train"), dtype="bfloat16")
     for name, more in (("live", {}), ("from a cache", {"cache": folder / "lm"})):
         config = TrainConfig(
             variant="topk", tokens=409_600, width=4096, out=folder / name, log_every=1, calibration_tokens=4096, **more

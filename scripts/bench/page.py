@@ -59,23 +59,25 @@ def step_section() -> list[str]:
         prose(
             f"""All that a run does with a batch in memory: selection, reconstruction, gradients, projection,
             clipping, Adam, renormalisation, statistics. *Ratio* is to one float32 encoder product (n × d by d × F),
-            timed between the steps of the same process. *Redone* is the share of rows that the bound on bfloat16
+            timed between the steps of the same process. *Rescored* is the share of rows that the bound on bfloat16
             left undecided. Milliseconds are the median (least–most) of {runs} steps; with the auxiliary loss, a
             tenth of the features are dead. (`step.py`)"""
         ),
     ]
     for name, found in result["shapes"].items():
-        rows = [[arm, spread(f["step"]), f"{f['ratio']:.2f}", f"{f['redone']:.2%}"] for arm, f in found["arms"].items()]
-        lines += [shape_line(name, found["shape"]), table(rows, ["arm", "ms", "ratio", "redone"]) + "\n"]
+        rows = [
+            [arm, spread(f["step"]), f"{f['ratio']:.2f}", f"{f['rescored']:.2%}"] for arm, f in found["arms"].items()
+        ]
+        lines += [shape_line(name, found["shape"]), table(rows, ["arm", "ms", "ratio", "rescored"]) + "\n"]
     shown = {arm: f["stages_ms"] for arm, f in arms.items() if arm.startswith(("topk", "mutual"))}
     stages = sorted({s for f in shown.values() for s in f}, key=lambda s: -max(f.get(s, 0) for f in shown.values()))
     rows = [[s, *(f"{f.get(s, 0):.1f}" for f in shown.values())] for s in stages]
     product = {arm: f["product"]["median_ms"] for arm, f in arms.items()}["topk bf16_select"]
-    rough = arms["topk bf16_select"]["stages_ms"]["encoder product"]
+    approximate = arms["topk bf16_select"]["stages_ms"]["encoder product"]
     lines += [
         prose(
             f"""Where the time goes in shape B, in milliseconds (mean of three further steps). The bfloat16 product
-            alone takes {rough / product:.2f} of the float32 one on this processor; processors
+            alone takes {approximate / product:.2f} of the float32 one on this processor; processors
             with matrix units are unmeasured."""
         ),
         table(rows, ["stage", *shown]) + "\n",
@@ -168,14 +170,14 @@ def growth_section() -> list[str]:
     result = load("growth")
     rows = []
     for name, f in result["sizes"].items():
-        rough, exact = f["bf16_select"], f["fp32"]
+        approximate, exact = f["bf16_select"], f["fp32"]
         rows.append(
             [
                 name,
-                spread(rough),
+                spread(approximate),
                 spread(exact),
-                *(f"{b / GIB:.2f}" for b in (rough["peak_bytes"], exact["peak_bytes"], f["state_bytes"])),
-                f"{(rough['peak_bytes'] - f['torch_bytes']) / (f['state_bytes'] + f['batches_bytes']):.2f}",
+                *(f"{b / GIB:.2f}" for b in (approximate["peak_bytes"], exact["peak_bytes"], f["state_bytes"])),
+                f"{(approximate['peak_bytes'] - f['torch_bytes']) / (f['state_bytes'] + f['batches_bytes']):.2f}",
             ]
         )
     torch_alone = next(iter(result["sizes"].values()))["torch_bytes"] / GIB

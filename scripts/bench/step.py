@@ -35,7 +35,7 @@ from saekit.trainers.trainer import Trainer
 DEAD_SHARE = 0.1
 STAGES: dict[str, list[tuple[Any, str]]] = {
     "rounding to bfloat16": [(scores._Rounded, "__init__")],
-    "encoder product": [(scores.Scores, "rows"), (scores.RoughScores, "rows")],
+    "encoder product": [(scores.Scores, "rows"), (scores.ApproximateScores, "rows")],
     "exact scores of candidates": [(scores.Scores, "at")],
     "scan and choice": [
         (trainer.Selection, name) for name in ("token_choice", "mutual_choice", "feature_choice", "gradient_choice")
@@ -129,16 +129,16 @@ def measure(shape: Shape, arms: list[tuple[str, str, str]], repeats: int, device
     results = {}
     for variant, precision, aux in arms:
         bench = Bench(shape, batches, variant, precision, aux)
-        steps, products, redone = [], [], []
+        steps, products, rescored = [], [], []
         for _ in range(2 + repeats):
             products.append(seconds(partial(torch.mm, batches[0], W.T, out=product), where))
-            steps.append(seconds(lambda step=bench.step, found=redone: found.append(step()["redone"]), where))
-        steps, products, redone = steps[2:], products[2:], redone[2:]  # buffers are made in the first
+            steps.append(seconds(lambda step=bench.step, found=rescored: found.append(step()["rescored"]), where))
+        steps, products, rescored = steps[2:], products[2:], rescored[2:]  # buffers are made in the first
         with timed_stages(where) as stages:
             whole = seconds(lambda step=bench.step: [step() for _ in range(3)], where)
         figures = {"step": spread(steps), "product": spread(products)}
         figures["ratio"] = figures["step"]["median_ms"] / figures["product"]["median_ms"]
-        figures["redone"] = sum(redone) / len(redone)
+        figures["rescored"] = sum(rescored) / len(rescored)
         figures["stages_ms"] = {label: 1e3 * spent / 3 for label, spent in stages.items()}
         figures["stages_ms"]["all else"] = 1e3 * (whole - sum(stages.values())) / 3
         name = " ".join([variant, precision] + ([aux] if aux != "none" else []))

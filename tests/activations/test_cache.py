@@ -1,4 +1,4 @@
-"""Caches: what is written is read again, the passport is kept, damage is named."""
+"""Caches: what is written is read again, the provenance is kept, damage is named."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_the_parts_of_a_cache_are_disjoint_and_whole(tmp_path):
 
 def test_a_harvest_is_what_the_source_gives(tmp_path, source):
     batches = list(source.batches("train", 3000))
-    ActivationCache.write(tmp_path / "c", iter(batches), source.passport("train"), dtype="float32")
+    ActivationCache.write(tmp_path / "c", iter(batches), source.provenance("train"), dtype="float32")
     cache = ActivationCache.open(tmp_path / "c")
     assert len(cache) == 3000
     everything = cache.read(0, 3000)
@@ -47,11 +47,11 @@ def test_a_harvest_is_what_the_source_gives(tmp_path, source):
     for name in ("x", "tokens", "documents", "positions"):
         assert torch.equal(getattr(everything, name), getattr(whole, name).to(getattr(everything, name).dtype))
     assert everything.gradients is None
-    passport = json.loads((tmp_path / "c/manifest.json").read_text())["passport"]
-    assert passport["model"] == "embedded"
-    assert passport["hook"] == "blocks.1.hook_resid_post"
+    provenance = json.loads((tmp_path / "c/manifest.json").read_text())["provenance"]
+    assert provenance["model"] == "embedded"
+    assert provenance["hook"] == "blocks.1.hook_resid_post"
     for fact in ("revision", "dataset_fingerprint", "tokenizer", "context_length", "mask", "part", "prepend_bos"):
-        assert passport[fact], fact
+        assert provenance[fact], fact
 
 
 def test_nothing_is_overwritten_unasked(tmp_path):

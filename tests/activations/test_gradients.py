@@ -98,10 +98,10 @@ def test_a_hook_that_the_loss_does_not_depend_on_is_named(source, few):
 
 def test_gradients_in_a_cache(source, tmp_path):
     wanted = list(source.batches("train", 3000, gradients=True))
-    passport = source.passport("train", gradients=True)
-    cache = ActivationCache.write(tmp_path / "g", iter(wanted), passport, dtype="float32")
+    provenance = source.provenance("train", gradients=True)
+    cache = ActivationCache.write(tmp_path / "g", iter(wanted), provenance, dtype="float32")
     assert ActivationCache.open(cache.path).gradients
-    assert "cross-entropy" in cache.passport["gradients"]
+    assert "cross-entropy" in cache.provenance["gradients"]
     assert cache.read(10, 20).gradients is None
     found = cache.read(0, 3000, gradients=True)
     assert torch.equal(found.gradients, torch.cat([batch.gradients for batch in wanted]))

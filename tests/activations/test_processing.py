@@ -124,10 +124,10 @@ def test_what_cannot_be_had_is_refused_by_name(tiny, monkeypatch):
 
 
 def test_processed_models_go_on_as_others(tiny):
-    """Frozen, and told in the passport; the order of options is ours."""
+    """Frozen, and told in the provenance; the order of options is ours."""
     source = ActivationSource.open(tiny("gpt2"), processing=["fold_value_biases", "fold_ln"])
-    assert source.passport("heldout")["processing"] == ["fold_ln", "fold_value_biases"]
-    assert "processing" not in ActivationSource.open(tiny("gpt2")).passport("heldout")
+    assert source.provenance("heldout")["processing"] == ["fold_ln", "fold_value_biases"]
+    assert "processing" not in ActivationSource.open(tiny("gpt2")).provenance("heldout")
     assert not any(p.requires_grad for p in source.model.parameters())
     assert set(applied_to(source.model)) < set(OPTIONS)
     assert applied_to(SimpleNamespace(_weights_processed=True)) is None, "it does not say what"

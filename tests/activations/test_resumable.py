@@ -191,7 +191,7 @@ def test_activations_of_others_cannot_be_harvested_again(tmp_path):
 def test_a_cache_without_places_is_repaired_by_counting_tokens(source, tmp_path):
     """As written by earlier versions, or by ``ActivationCache.write``."""
     cache = ActivationCache.write(
-        tmp_path / "c", source.batches("train", 20_000), source.passport("train"), dtype="bfloat16"
+        tmp_path / "c", source.batches("train", 20_000), source.provenance("train"), dtype="bfloat16"
     )
     before = contents(tmp_path / "c")
     assert "batch" not in cache.shards[0]

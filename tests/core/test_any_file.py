@@ -262,8 +262,8 @@ def test_configs(tmp_path, examples):
 @number_of_examples("manifests")
 def test_manifests(tmp_path, monkeypatch, examples):
     monkeypatch.setattr("saekit.activations.cache.SHARD_ROWS", 40)
-    passport = {"model": "m", "hook": "blocks.1.hook_resid_post", "dataset": "d", "context_length": 64, "more": [1]}
-    cache = ActivationCache.from_tensor(tmp_path / "c", torch.randn(100, 3), passport=passport)
+    provenance = {"model": "m", "hook": "blocks.1.hook_resid_post", "dataset": "d", "context_length": 64, "more": [1]}
+    cache = ActivationCache.from_tensor(tmp_path / "c", torch.randn(100, 3), provenance=provenance)
     path = cache.path / "manifest.json"
     new = {**json.loads(path.read_text()), "seal": BLANK}
     old = {key: value for key, value in new.items() if key not in ("seal", "skipped")} | {"format": 1}
@@ -279,7 +279,7 @@ def test_manifests(tmp_path, monkeypatch, examples):
         cache = ActivationCache.open(tmp_path / "c")
         assert len(cache) == sum(shard["rows"] for shard in cache.shards)
         assert len(cache.fingerprint) == 32
-        json.dumps(cache.passport)  # as `saekit info` prints it
+        json.dumps(cache.provenance)  # as `saekit info` prints it
         assert Manifest.read(cache.path).d_in == cache.d_in
         batch = cache.read(0, min(3, len(cache)))
         assert batch.x.shape == (min(3, len(cache)), cache.d_in)
@@ -290,7 +290,7 @@ def test_manifests(tmp_path, monkeypatch, examples):
 
 
 DICTIONARIES = {
-    "topk": SAEConfig(4, 9, "topk", k=2, metadata={"model_name": "m", "saekit": {"passport": {"hook": "h"}}}),
+    "topk": SAEConfig(4, 9, "topk", k=2, metadata={"model_name": "m", "saekit": {"provenance": {"hook": "h"}}}),
     "jumprelu": SAEConfig(4, 9, "jumprelu", apply_b_dec_to_input=False),
     "standard": SAEConfig(4, 9, "standard"),
     "token_norm": SAEConfig(4, 9, "jumprelu", affinity_scale="token_norm"),

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import saekit
 from saekit import SAEConfig, SaekitError, SparseAutoencoder
-from saekit.commands.judging import judged
+from saekit.commands.evaluating import evaluated
 
 
 def features_by_hand(sae, x):
@@ -184,7 +184,7 @@ def test_missing_dictionaries_are_named(tmp_path):
 def test_paths_are_looked_at_before_any_is_judged(tmp_path):
     dictionary("topk").save(tmp_path / "good")
     with pytest.raises(SaekitError, match="no dictionary at .*goood"):
-        judged(lambda path: pytest.fail("judged"), [tmp_path / "good", tmp_path / "goood"], quiet=True)
+        evaluated(lambda path: pytest.fail("judged"), [tmp_path / "good", tmp_path / "goood"], quiet=True)
 
 
 def test_activations_of_another_width_are_refused():

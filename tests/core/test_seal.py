@@ -148,7 +148,7 @@ def weights(folder):
 
 def journal(folder):
     """Of a harvest that has written two shards."""
-    _append(folder, {"plan": {"tokens": 5}, "passport": {}, "d_in": 2})
+    _append(folder, {"plan": {"tokens": 5}, "provenance": {}, "d_in": 2})
     for number in range(2):
         name = f"shard-0000{number}.safetensors"
         (folder / name).write_bytes(b"abcde")

@@ -134,11 +134,11 @@ def test_a_dictionary_behind_a_layer_norm_is_judged(planted, saekit_main, tmp_pa
 def foreign(trained_run, tmp_path_factory):
     """The trained run as others would have written it, with plain thresholds and with TopK; and each here."""
     from saekit.commands.nearest import _top_k, nearest
-    from saekit.evals import Judge
+    from saekit.evals import Evaluator
 
     home = tmp_path_factory.mktemp("foreign")
     sae = saekit.load(trained_run)
-    thresholds = nearest(sae, "token_norm", str(trained_run), Judge(tokens=4096))
+    thresholds = nearest(sae, "token_norm", str(trained_run), Evaluator(tokens=4096))
     for name, to, each in (
         ("thresholds", "dictionary_learning", thresholds),
         ("topk", "sparsify", _top_k(saekit.load(trained_run), 16)),

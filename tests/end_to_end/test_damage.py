@@ -343,13 +343,13 @@ def test_a_cache_of_the_first_format(harvested, steps, saekit_main, kind):
         facts = write_shard(old / shard["file"], rows, torch.bfloat16, {}, sums=False)
         shards.append({key: facts[key] for key in ("file", "rows", "bytes")})
         shards[-1][kind] = checksum(old / shard["file"], kind)
-    facts = {"format": 1, **{key: manifest[key] for key in ("passport", "d_in", "dtype", "gradients")}}
+    facts = {"format": 1, **{key: manifest[key] for key in ("provenance", "d_in", "dtype", "gradients")}}
     (old / MANIFEST).write_text(json.dumps({**facts, "shards": shards}, indent=2) + "\n")
 
     before, rng, asked = everything(old), random.Random(0), {"width": 32, "tokens": 64 * 10}
     assert before["shard-00001.safetensors"] != everything(harvested)["shard-00001.safetensors"]
     like = ActivationCache.write(
-        place / "like", [cache.read(0, len(cache))], cache.passport, dtype=cache.dtype, division=at_end(len(cache))
+        place / "like", [cache.read(0, len(cache))], cache.provenance, dtype=cache.dtype, division=at_end(len(cache))
     )
     state = train(settings(place, place / "new", cache=like.path, **asked), quiet=True).sae.state_dict()
     again = train(settings(place, place / "run", cache=old, **asked), quiet=True).sae.state_dict()

@@ -17,12 +17,12 @@ from rich.console import Console
 import saekit
 from saekit import SaekitError
 from saekit.activations import ActivationCache, ContextBatch, harvest_hooks
-from saekit.evals import Judge, encode_by_pursuit, heldout_contexts, table
+from saekit.evals import Evaluator, encode_by_pursuit, heldout_contexts, table
 from saekit.evals.dark_matter import dark_matter, error_downstream, without_start
 from saekit.evals.dark_matter.error_cost import only_tested
 from saekit.evals.dark_matter.figures import draw
 from saekit.evals.dark_matter.least_squares import LinearMap
-from saekit.evals.dark_matter.saved import DarkMatterJudge
+from saekit.evals.dark_matter.saved import DarkMatterEvaluator
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -133,7 +133,7 @@ def test_several_dictionaries(run, other, tmp_path):
         narrow.b_dec.copy_(sae.b_dec)
     narrow.with_metadata(**sae.cfg.metadata).save(tmp_path / "narrow")
     paths = [str(tmp_path / "narrow"), str(run)]
-    reports, compared = DarkMatterJudge(Judge(tokens=6000), ce_tokens=0)(paths)
+    reports, compared = DarkMatterEvaluator(Evaluator(tokens=6000), ce_tokens=0)(paths)
     l0 = [reports[path]["dark_matter"]["l0"] for path in paths]
     assert max(l0) < 1.25 * min(l0), l0
     (group,), (pair,) = compared["width"], compared["token"]
@@ -148,7 +148,7 @@ def test_several_dictionaries(run, other, tmp_path):
     shown.print(table(reports))
     assert f"{fvu[0]:.4f}" in shown.file.getvalue()
     with pytest.raises(SaekitError, match="has hook 'blocks.1.hook_resid_post', .* has 'blocks.1.hook_mlp_out'"):
-        DarkMatterJudge(Judge(tokens=6000))([run, other])
+        DarkMatterEvaluator(Evaluator(tokens=6000))([run, other])
 
 
 def test_activations_alone(tmp_path, saekit_main):

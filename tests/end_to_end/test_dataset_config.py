@@ -40,7 +40,7 @@ def test_it_is_kept_with_caches_and_dictionaries(halves, saekit_main, tmp_path):
     done = saekit_main("cache", *chosen, "--tokens", 4000, "--out", tmp_path / "c")
     assert done.returncode == 0, done.stderr
     cache = ActivationCache.open(tmp_path / "c")
-    assert cache.passport["dataset_config"] == "second"
+    assert cache.provenance["dataset_config"] == "second"
     shard = tmp_path / "c" / cache.shards[0]["file"]
     before = shard.read_bytes()
     shard.unlink()

@@ -111,7 +111,7 @@ def test_contexts_begin_as_the_family_does_and_the_mask_says_so(made, bridge):
     end = own.convert_tokens_to_ids(made.family.special.get("eos_token") or made.family.special["sep_token"])
     assert torch.equal(batch.kept[:, 1:], batch.tokens[:, 1:] != end)  # the text itself holds no special token
     assert len(batch.documents.unique()) > 3
-    assert source.passport("train")["mask"].startswith("text positions; the first of each context, BOS")
+    assert source.provenance("train")["mask"].startswith("text positions; the first of each context, BOS")
 
 
 def test_cache_train_and_eval(made, bridge, saekit_main, tmp_path):

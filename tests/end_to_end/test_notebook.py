@@ -51,9 +51,9 @@ def executed(trained_run, tmp_path_factory):
 
 def test_what_it_finds_is_true(executed, trained_run):
     _, found = executed
-    judged = json.loads((trained_run / "eval.json").read_text())
+    evaluated = json.loads((trained_run / "eval.json").read_text())
     assert found["features"] == 1024
-    assert found["fvu"] == pytest.approx(judged["reconstruction"]["fvu"], rel=0.2)
+    assert found["fvu"] == pytest.approx(evaluated["reconstruction"]["fvu"], rel=0.2)
     assert 0 < found["density"] < 0.02
     assert max(found["f"]) > 0
     assert len(found["f"]) == len(found["words"]) == len(found["change"]) + 1
@@ -72,7 +72,7 @@ def test_what_it_finds_is_true(executed, trained_run):
     estimated, real = zip(*found["effects"], strict=True)
     assert len(real) == 8
     agree = sum(e * r for e, r in found["effects"]) / (sum(e * e for e in estimated) * sum(r * r for r in real)) ** 0.5
-    assert agree > 0.7, "gradients foretell what ablation does"
+    assert agree > 0.7, "gradients predict what ablation does"
     assert found["cosine"] == pytest.approx(max(found["cosines"]))
     assert found["hooks"] == [], "splices are gone"
 

@@ -104,11 +104,11 @@ def test_a_dictionary_for_saebench_is_the_same_dictionary():
     x = torch.randn(5, 8)
     before = sae(x)
     sae.with_metadata(hook_name="blocks.1.hook_resid_post")
-    judged = for_saebench(sae)
-    assert torch.equal(judged(x), before)
-    assert judged.W_dec.data_ptr() == sae.W_dec.data_ptr()
-    assert torch.allclose(judged.decode(judged.encode(x)), before, atol=1e-5)
-    cfg = judged.cfg
+    evaluated = for_saebench(sae)
+    assert torch.equal(evaluated(x), before)
+    assert evaluated.W_dec.data_ptr() == sae.W_dec.data_ptr()
+    assert torch.allclose(evaluated.decode(evaluated.encode(x)), before, atol=1e-5)
+    cfg = evaluated.cfg
     assert cfg.metadata.hook_name == "blocks.1.hook_resid_post"
     assert cfg.metadata.hook_head_index is None
     assert Path(cfg.metadata.model_name).is_dir()
@@ -127,5 +127,5 @@ def test_tokens_that_were_normalised_get_their_scale_back():
     torch.nn.init.normal_(sae.W_enc)
     torch.nn.init.normal_(sae.W_dec)
     x = 3 * torch.randn(2, 5, 8) + 1
-    judged = for_saebench(sae)
-    assert torch.allclose(judged.decode(judged.encode(x)), sae(x), atol=1e-5)
+    evaluated = for_saebench(sae)
+    assert torch.allclose(evaluated.decode(evaluated.encode(x)), sae(x), atol=1e-5)

@@ -148,7 +148,7 @@ def test_first_positions_are_not_scored(source, contexts):
     assert later["downstream"]["tokens"] == int(batch.kept[:, 9:-1].sum())
     plain = evaluate(sae, source.model, batch.tokens, hook=source.hook, kept=torch.ones_like(batch.kept))
     assert plain["sparsity"]["tokens"] == 2 * 31, "not even where a mask keeps it"
-    sae.with_metadata(saekit={"passport": {"skip_first": 9}})
+    sae.with_metadata(saekit={"provenance": {"skip_first": 9}})
     assert evaluate(sae, source.model, batch, hook=source.hook).groups == later.groups, "as it was trained"
     assert evaluate(sae, source.model, batch, hook=source.hook, skip_first=1).groups == first.groups
     assert isinstance(later, Report)

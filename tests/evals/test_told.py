@@ -17,7 +17,7 @@ import saekit
 from saekit import SAEConfig, SaekitError, SparseAutoencoder
 from saekit.activations import ActivationCache, load_model, model
 from saekit.errors import SaekitWarning
-from saekit.evals import Judge, evaluate, evaluate_activations
+from saekit.evals import Evaluator, evaluate, evaluate_activations
 from saekit.evals.features import study_features
 
 HOOK = "blocks.1.hook_resid_post"
@@ -57,7 +57,7 @@ def saved(tmp_path, gpt2, text):
 
 
 def contexts_of(path, tokens=400, **settings):
-    source, contexts = Judge(tokens=tokens, **settings).text_of(saekit.load(path), path)
+    source, contexts = Evaluator(tokens=tokens, **settings).text_of(saekit.load(path), path)
     return source, contexts
 
 
@@ -71,7 +71,7 @@ def test_a_dictionary_is_judged_on_the_processed_model_that_it_names(saved, gpt2
     path = saved(model_from_pretrained_kwargs=PROCESSED)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        report = Judge(tokens=400)(path)
+        report = Evaluator(tokens=400)(path)
     _, contexts = contexts_of(path)
     untouched = load_model(gpt2).original_model
     x = untouched(contexts.tokens, output_hidden_states=True).hidden_states[2][contexts.kept].double()
@@ -80,16 +80,18 @@ def test_a_dictionary_is_judged_on_the_processed_model_that_it_names(saved, gpt2
     assert report["reconstruction"]["fvu"] == pytest.approx(figures[0], rel=1e-3)
     assert abs(figures[1] - figures[0]) > 0.01, "without it the figure is another"
     assert report.about["processing"] == ["fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases"]
-    plain = Judge(tokens=400)(saved(model_from_pretrained_kwargs={"center_writing_weights": False, "fold_ln": None}))
+    plain = Evaluator(tokens=400)(
+        saved(model_from_pretrained_kwargs={"center_writing_weights": False, "fold_ln": None})
+    )
     assert plain["reconstruction"]["fvu"] == pytest.approx(figures[1], rel=1e-3)
     assert plain["downstream"]["ce_clean"] == pytest.approx(report["downstream"]["ce_clean"], rel=1e-4)
 
 
 def test_models_processed_otherwise_are_other_models(saved):
-    judge = Judge(tokens=100)
+    evaluator = Evaluator(tokens=100)
     for kwargs in ({}, PROCESSED, {"fold_ln": True}, {}):
-        judge(saved(model_from_pretrained_kwargs=kwargs))
-    assert len(judge._models) == 3
+        evaluator(saved(model_from_pretrained_kwargs=kwargs))
+    assert len(evaluator._models) == 3
 
 
 @pytest.mark.parametrize(("told", "asked", "expected"), [
@@ -99,7 +101,7 @@ def test_contexts_begin_with_bos_as_the_dictionary_or_the_user_says(saved, told,
     source, contexts = contexts_of(saved(prepend_bos=told), prepend_bos=asked)
     bos = source.model.tokenizer.bos_token_id
     assert bool((contexts.tokens[:, 0] == bos).all()) is expected
-    assert source.passport("heldout")["prepend_bos"] is expected
+    assert source.provenance("heldout")["prepend_bos"] is expected
     assert not contexts.kept[:, 0].any()
     assert contexts.tokens.shape[1] == 32
 
@@ -143,7 +145,7 @@ def test_positions_that_were_left_out_of_training_are_left_out(saved, tmp_path, 
         assert torch.equal(contexts.kept, plain.kept & where)
         batch, whole = (next(each.contexts("heldout")) for each in (source, contexts_of(saved(**facts))[0]))
         assert torch.equal(batch.kept, whole.kept & where)
-    assert source.passport("heldout").get("seqpos_slice") == (positions if len(expected) < 32 else None)
+    assert source.provenance("heldout").get("seqpos_slice") == (positions if len(expected) < 32 else None)
 
 
 def test_tokens_that_were_left_out_of_training_are_left_out(saved):
@@ -153,12 +155,12 @@ def test_tokens_that_were_left_out_of_training_are_left_out(saved):
     assert torch.equal(
         next(source.contexts("heldout")).kept, plain.kept & (plain.tokens != common) & (plain.tokens != 7)
     )
-    assert source.passport("heldout")["exclude_special_tokens"] == [common, 7]
+    assert source.provenance("heldout")["exclude_special_tokens"] == [common, 7]
     special, _ = contexts_of(saved(exclude_special_tokens=True))
     found = special.rules.narrowed(plain, SimpleNamespace(all_special_ids=[common]))
     assert torch.equal(found.kept, plain.kept & (plain.tokens != common))
-    assert special.passport("heldout")["exclude_special_tokens"] is True
-    assert "exclude_special_tokens" not in contexts_of(saved(exclude_special_tokens=False))[0].passport("heldout")
+    assert special.provenance("heldout")["exclude_special_tokens"] is True
+    assert "exclude_special_tokens" not in contexts_of(saved(exclude_special_tokens=False))[0].provenance("heldout")
 
 
 def test_what_stood_between_documents_stands_there(saved):
@@ -215,14 +217,14 @@ def test_saelens_before_6_tells_the_same(tmp_path, saved):
 )
 def test_what_cannot_be_honoured_is_refused_by_name(saved, facts, told):
     with pytest.raises(SaekitError, match=told):
-        Judge(tokens=100)(saved(**facts))
+        Evaluator(tokens=100)(saved(**facts))
 
 
 def test_the_users_own_model_has_the_users_own_weights(saved, gpt2):
     """Its revision and what it was loaded with are the user's affair, its processing is not."""
     kwargs = {"revision": "step1000", "load_in_8bit": True, "center_writing_weights": True}
     source, _ = contexts_of(saved(model_from_pretrained_kwargs=kwargs), model=gpt2)
-    assert source.passport("heldout")["processing"] == ["center_writing_weights"]
+    assert source.provenance("heldout")["processing"] == ["center_writing_weights"]
 
 
 def test_revision_and_dtype_are_those_that_the_dictionary_names(saved, monkeypatch):
@@ -238,7 +240,7 @@ def test_revision_and_dtype_are_those_that_the_dictionary_names(saved, monkeypat
     source, _ = contexts_of(path)
     contexts_of(path, dtype="float32")
     assert [(each["revision"], each["dtype"]) for each in asked] == [("step1000", "bfloat16"), ("step1000", "float32")]
-    assert source.passport("heldout")["model_dtype"] == "bfloat16"
+    assert source.provenance("heldout")["model_dtype"] == "bfloat16"
 
 
 @pytest.mark.parametrize(
@@ -250,7 +252,7 @@ def test_revision_and_dtype_are_those_that_the_dictionary_names(saved, monkeypat
 )
 def test_what_is_not_done_here_is_told(saved, facts, told):
     with pytest.warns(SaekitWarning, match=told):
-        Judge(tokens=100)(saved(**facts))
+        Evaluator(tokens=100)(saved(**facts))
 
 
 def test_a_model_of_the_users_that_is_processed_otherwise_is_told(saved, gpt2):
@@ -288,22 +290,22 @@ def test_a_model_of_the_users_that_is_processed_otherwise_is_told(saved, gpt2):
 
 def test_a_cache_of_another_kind_is_told(saved, gpt2, tmp_path):
     facts = {"model": gpt2, "hook": HOOK, "prepend_bos": True}
-    ActivationCache.from_tensor(tmp_path / "cache", torch.randn(4096, 32), passport=facts)
+    ActivationCache.from_tensor(tmp_path / "cache", torch.randn(4096, 32), provenance=facts)
     for told, match in (
         ({"prepend_bos": False}, "prepend_bos"),
         ({"model_from_pretrained_kwargs": PROCESSED}, "fold_ln"),
     ):
         with pytest.warns(SaekitWarning, match=f"the cache .* differs .*{match}"):
-            Judge(tokens=1024, cache=tmp_path / "cache")(saved(**told))
+            Evaluator(tokens=1024, cache=tmp_path / "cache")(saved(**told))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        Judge(tokens=1024, cache=tmp_path / "cache")(saved(prepend_bos=True))
+        Evaluator(tokens=1024, cache=tmp_path / "cache")(saved(prepend_bos=True))
 
 
 def test_judging_by_no_tokens_is_refused():
     for settings, told in (({"tokens": 0}, "tokens = 0"), ({"context_length": -4}, "context_length = -4")):
         with pytest.raises(SaekitError, match=f"{told} is no number of tokens"):
-            Judge(**settings)
+            Evaluator(**settings)
 
 
 @pytest.mark.parametrize("x", [torch.randn(3, 32), [[1.0] * 32], [torch.randn(2, 3, 32)], [np.ones((3, 32))]])

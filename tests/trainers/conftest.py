@@ -23,5 +23,5 @@ def cache(tmp_path):
 def lm_activations(source, tmp_path_factory):
     """A cache of 60,000 tokens of the embedded model."""
     path = tmp_path_factory.mktemp("lm") / "cache"
-    ActivationCache.write(path, source.batches("train", 60_000), source.passport("train"))
+    ActivationCache.write(path, source.batches("train", 60_000), source.provenance("train"))
     return path

@@ -15,7 +15,7 @@ from saekit.activations import ActivationBatch, ActivationCache, ActivationSourc
 from saekit.activations.finite import BadTokens, norm_limit
 from saekit.activations.repair import repair
 from saekit.activations.resumable import HarvestPlan, harvest_cache, resume_cache
-from saekit.evals import Judge
+from saekit.evals import Evaluator
 from saekit.trainers import TrainConfig, train, train_hooks
 from saekit.trainers.data import training_data
 from saekit.trainers.optimizer import DictionaryAdam
@@ -74,7 +74,7 @@ def contents(folder):
 def told(run):
     metadata = run.sae.cfg.metadata["saekit"]
     last = json.loads((run.path / "metrics.jsonl").read_text().splitlines()[-1])
-    return metadata["passport"], metadata["skipped_tokens"], last["skipped_tokens"]
+    return metadata["provenance"], metadata["skipped_tokens"], last["skipped_tokens"]
 
 
 def same(run, other):
@@ -118,7 +118,7 @@ def test_the_limit_is_a_multiple_of_the_median(text):
 
 def test_a_cache_holds_the_rows_that_a_live_run_gets(text, live, tmp_path):
     made = harvest_cache(tmp_path / "c", HarvestPlan(**PLAN, dataset=text, tokens=6000))
-    limit = made.passport["norm_limit"]
+    limit = made.provenance["norm_limit"]
     cached = made.read(0, 6000)
     assert (cached.x.norm(dim=1) <= limit).all()
     assert (cached.positions >= 5).all()
@@ -133,8 +133,8 @@ def test_a_cache_holds_the_rows_that_a_live_run_gets(text, live, tmp_path):
             break
     assert torch.equal(torch.cat(pieces)[:6000], cached.x)
     assert data.bad.count == skipped
-    facts = {key: made.passport[key] for key in ("max_norm", "norm_limit", "skip_first")}
-    assert facts == {key: data.passport[key] for key in facts}
+    facts = {key: made.provenance[key] for key in ("max_norm", "norm_limit", "skip_first")}
+    assert facts == {key: data.provenance[key] for key in facts}
     assert (facts["max_norm"], facts["skip_first"]) == (1.1, 5)
 
 
@@ -166,7 +166,7 @@ def test_harvests_that_go_on_and_repairs_take_the_recorded_limit(text, tmp_path,
 
 def test_a_live_run_that_is_killed_ends_as_if_it_had_not_been(live, monkeypatch, once):
     whole = train(live("whole"), quiet=True)
-    passport, skipped, logged = told(whole)
+    provenance, skipped, logged = told(whole)
     assert skipped == logged > 1000
     with monkeypatch.context() as patch:
         killed_after(patch, 10)
@@ -175,7 +175,7 @@ def test_a_live_run_that_is_killed_ends_as_if_it_had_not_been(live, monkeypatch,
     once()
     resumed = train(live("parts"), resume=True, quiet=True)
     assert same(resumed, whole)
-    assert told(resumed) == (passport, skipped, logged)
+    assert told(resumed) == (provenance, skipped, logged)
     with pytest.raises(SaekitError, match="started with max_norm = 1.1, not 2.0"):
         train(live("parts", max_norm=2.0), resume=True, quiet=True)
 
@@ -213,11 +213,11 @@ def test_a_cache_of_ones_own_with_sinks(tmp_path, monkeypatch, once):
     whole = train(
         config(tmp_path / "c", tmp_path, out=tmp_path / "whole", max_norm=10.0, checkpoint_every=7), quiet=True
     )
-    passport, skipped, logged = told(whole)
-    assert passport["norm_limit"] == pytest.approx(10 * float(x.norm(dim=1).median()), rel=0.02)
+    provenance, skipped, logged = told(whole)
+    assert provenance["norm_limit"] == pytest.approx(10 * float(x.norm(dim=1).median()), rel=0.02)
     assert 15 < skipped == logged < 60  # of 5,400 rows to train on, more than once
     plain = train(config(tmp_path / "c", tmp_path, out=tmp_path / "plain"), quiet=True)
-    assert "max_norm" not in plain.sae.cfg.metadata["saekit"]["passport"]
+    assert "max_norm" not in plain.sae.cfg.metadata["saekit"]["provenance"]
     assert (
         plain.sae.cfg.metadata["saekit"]["activation_scale"]
         < 0.8 * whole.sae.cfg.metadata["saekit"]["activation_scale"]
@@ -240,7 +240,7 @@ def test_what_a_cache_cannot_be_asked_for(text, live, tmp_path):
         with pytest.raises(SaekitError, match=f"has {setting} '.*', not '{value}' as asked"):
             training_data(cfg, torch.device("cpu"))
     run = train(live("run", cache=made.path, expansion=0.2, tokens=2560), quiet=True)
-    assert run.sae.cfg.metadata["saekit"]["passport"]["norm_limit"] == made.passport["norm_limit"]
+    assert run.sae.cfg.metadata["saekit"]["provenance"]["norm_limit"] == made.provenance["norm_limit"]
     assert run.config.max_norm == 1.1
     assert run.config.skip_first == 5
     with pytest.raises(SaekitError, match=r"has max_norm '1.1', not '3.0' as asked"):
@@ -251,18 +251,18 @@ def test_what_a_cache_cannot_be_asked_for(text, live, tmp_path):
         with pytest.raises(SaekitError, match="max_norm"):
             HarvestPlan(max_norm=wrong)
         with pytest.raises(SaekitError, match="max-norm"):
-            Judge(max_norm=wrong)
+            Evaluator(max_norm=wrong)
 
 
 def test_an_evaluation_leaves_them_out_where_it_is_asked_to(live, tmp_path, once):
     run = train(live("run", tokens=2560), quiet=True)
-    judge = Judge(tokens=2000)
-    whole = judge(run.path)
+    evaluator = Evaluator(tokens=2000)
+    whole = evaluator(run.path)
     assert whole.about["skip_first"] == 5, "as it was trained"
-    source, contexts = judge.text_of(run.sae, str(run.path))
+    source, contexts = evaluator.text_of(run.sae, str(run.path))
     assert not contexts.kept[:, :5].any()
     once()  # the number of the training it is
-    narrow = Judge(tokens=2000, max_norm=1.1, skip_first=2)
+    narrow = Evaluator(tokens=2000, max_norm=1.1, skip_first=2)
     report = narrow(run.path)
     limit = told(run)[0]["norm_limit"]
     assert (report.about["norm_limit"], report.about["max_norm"], report.about["skip_first"]) == (limit, 1.1, 2)
@@ -284,7 +284,7 @@ def test_an_evaluation_by_a_cache(tmp_path):
     ActivationCache.from_tensor(tmp_path / "c", x)
     run = train(config(tmp_path / "c", tmp_path, max_norm=10.0), quiet=True)
     with pytest.warns(UserWarning, match="hold 9.% of the variance"):
-        plain = Judge(tokens=10_000)(run.path)["reconstruction"]
-    found = Judge(tokens=10_000, max_norm=10.0)(run.path)["reconstruction"]
+        plain = Evaluator(tokens=10_000)(run.path)["reconstruction"]
+    found = Evaluator(tokens=10_000, max_norm=10.0)(run.path)["reconstruction"]
     assert plain["outliers"] == plain["tokens"] - found["tokens"] > 0
     assert found["fvu"] == found["fvu_without_outliers"] == pytest.approx(plain["fvu_without_outliers"], rel=1e-6)

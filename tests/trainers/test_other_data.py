@@ -7,7 +7,7 @@ import torch
 
 from saekit import SaekitError
 from saekit.activations import ActivationCache
-from saekit.evals import Judge
+from saekit.evals import Evaluator
 from saekit.trainers import TrainConfig, train
 from saekit.trainers.dictionary import initialise
 from saekit.trainers.geometric_median import geometric_median
@@ -109,7 +109,7 @@ def test_rows_sorted_by_class_are_judged_as_shuffled_ones(tmp_path):
     for name, rows in (("sorted", x), ("shuffled", shuffled)):
         cache = ActivationCache.from_tensor(tmp_path / name, rows)
         run = trained(cache.path, tmp_path / f"{name}-run", variant="topk", width=256, k=4)
-        groups = Judge(cache=cache.path)(run.path).groups
+        groups = Evaluator(cache=cache.path)(run.path).groups
         found.append((groups["reconstruction"]["fvu"], groups["sparsity"]["dead"]))
         truth = figures(run.sae, x)[0]
         assert found[-1][0] == pytest.approx(truth, rel=0.1), "the rows that are held out are like all rows"

@@ -13,7 +13,7 @@ from test_step import config
 import saekit
 from saekit import SaekitError
 from saekit.activations import ActivationCache
-from saekit.evals import Judge
+from saekit.evals import Evaluator
 from saekit.interrupt import Interrupted
 from saekit.trainers import TrainConfig, train
 from saekit.trainers.checkpoint import checkpoints
@@ -78,15 +78,15 @@ def test_a_checkpoint_of_another_version_is_refused(cache, tmp_path, monkeypatch
 
 def test_resuming_on_other_data_is_refused(cache, tmp_path, monkeypatch):
     x = torch.randn(6000, 3)
-    ActivationCache.from_tensor(tmp_path / "lm", x, passport={"revision": "a"})
+    ActivationCache.from_tensor(tmp_path / "lm", x, provenance={"revision": "a"})
     cfg = config(tmp_path / "lm", tmp_path)
     monkeypatch.setattr(Trainer, "finish", lambda self: None)
     train(cfg, quiet=True)
     monkeypatch.undo()
-    ActivationCache.from_tensor(tmp_path / "lm", x, passport={"revision": "b"}, overwrite=True)
+    ActivationCache.from_tensor(tmp_path / "lm", x, provenance={"revision": "b"}, overwrite=True)
     with pytest.raises(SaekitError, match="another revision"):
         train(cfg, resume=True, quiet=True)
-    ActivationCache.from_tensor(tmp_path / "lm", torch.randn(6000, 5), passport={"revision": "a"}, overwrite=True)
+    ActivationCache.from_tensor(tmp_path / "lm", torch.randn(6000, 5), provenance={"revision": "a"}, overwrite=True)
     with pytest.raises(SaekitError, match="another cache_fingerprint"):
         train(cfg, resume=True, quiet=True)
     with pytest.raises(SaekitError, match="not both"):
@@ -95,30 +95,30 @@ def test_resuming_on_other_data_is_refused(cache, tmp_path, monkeypatch):
 
 def test_a_cache_judges_only_dictionaries_that_kept_its_rows_apart(cache, tmp_path):
     train(config(cache, tmp_path), quiet=True)
-    report = Judge(cache=cache)(tmp_path / "run")
+    report = Evaluator(cache=cache)(tmp_path / "run")
     assert report["sparsity"]["tokens"] == ActivationCache.open(cache).count("heldout")
     rows = ActivationCache.open(cache).read(0, 5000).x
-    other = ActivationCache.from_tensor(tmp_path / "other", rows, passport={"part": "train"})
+    other = ActivationCache.from_tensor(tmp_path / "other", rows, provenance={"part": "train"})
     with pytest.raises(SaekitError, match="may have seen them"):
-        Judge(cache=other.path)(tmp_path / "run")
+        Evaluator(cache=other.path)(tmp_path / "run")
     mine = ActivationCache.from_tensor(tmp_path / "mine", torch.randn(200, 12))
-    assert Judge(cache=mine.path)(tmp_path / "run")["sparsity"]["tokens"] == 10
+    assert Evaluator(cache=mine.path)(tmp_path / "run")["sparsity"]["tokens"] == 10
     ActivationCache.from_tensor(cache, rows, overwrite=True)
     with pytest.raises(SaekitError, match="may have seen them"):
-        Judge(cache=cache)(tmp_path / "run")
+        Evaluator(cache=cache)(tmp_path / "run")
     run = saekit.load(tmp_path / "run").with_metadata(hook_name="blocks.0.hook_resid_post")
     run.save(tmp_path / "named")
     ActivationCache.from_tensor(
-        tmp_path / "hooked", torch.randn(100, 12), passport={"hook": "blocks.9.hook_resid_post"}
+        tmp_path / "hooked", torch.randn(100, 12), provenance={"hook": "blocks.9.hook_resid_post"}
     )
     with pytest.raises(SaekitError, match=r"has hook 'blocks.9.hook_resid_post', the dictionary 'blocks.0"):
-        Judge(cache=tmp_path / "hooked")(tmp_path / "named")
+        Evaluator(cache=tmp_path / "hooked")(tmp_path / "named")
 
 
 def test_the_written_config_is_whole_and_starts_the_same_run(cache, tmp_path):
     x = ActivationCache.open(cache).read(0, 6000).x
-    passport = {"model": "gpt2", "hook": "blocks.3.hook_resid_post", "dataset": "a.txt", "context_length": 64}
-    ActivationCache.from_tensor(tmp_path / "lm", x, passport=passport)
+    provenance = {"model": "gpt2", "hook": "blocks.3.hook_resid_post", "dataset": "a.txt", "context_length": 64}
+    ActivationCache.from_tensor(tmp_path / "lm", x, provenance=provenance)
     first = train(config(tmp_path / "lm", tmp_path, width=None, expansion=4), quiet=True)
     written = TrainConfig.from_yaml(tmp_path / "run/config.yaml")
     assert (written.model, written.hook, written.context_length) == ("gpt2", "blocks.3.hook_resid_post", 64)
@@ -150,7 +150,7 @@ def test_resuming_with_another_config_is_refused(cache, tmp_path):
 def test_what_does_not_fit_the_data_is_refused(cache, tmp_path, changes, message):
     if changes.get("cache") == "LM":
         ActivationCache.from_tensor(
-            tmp_path / "lm", torch.randn(6000, 3), passport={"hook": "blocks.0.hook_resid_post"}
+            tmp_path / "lm", torch.randn(6000, 3), provenance={"hook": "blocks.0.hook_resid_post"}
         )
         changes = {**changes, "cache": tmp_path / "lm"}
     with pytest.raises(SaekitError, match=message):

@@ -11,7 +11,7 @@ from hostile import RESUME, ends
 from safetensors.torch import save_file
 
 from saekit import SaekitError, activations
-from saekit.evals import Judge
+from saekit.evals import Evaluator
 from saekit.seal import BLANK, stamp_file
 from saekit.trainers.checkpoint import checkpoints, load_checkpoints, save_checkpoint
 
@@ -27,19 +27,19 @@ def test_odd_metadata_of_a_dictionary(odd, place, source, monkeypatch):
     for metadata in (
         {"saekit": odd},
         {"saekit": {"cache": odd}},
-        {"saekit": {"passport": odd}},
-        {"saekit": {"cache": "cache", "passport": odd}},
+        {"saekit": {"provenance": odd}},
+        {"saekit": {"cache": "cache", "provenance": odd}},
         {**known, "model_name": odd},
         {**known, "hook_name": odd},
-        {**known, "dataset_path": odd} if odd else {"saekit": {"passport": {"dataset": odd}}},
+        {**known, "dataset_path": odd} if odd else {"saekit": {"provenance": {"dataset": odd}}},
         {**known, "context_size": odd},
-        {**known, "saekit": {"passport": {"column": odd, "dataset_split": odd}}},
-        {**known, "saekit": {"passport": {"model_dtype": odd}}},
+        {**known, "saekit": {"provenance": {"column": odd, "dataset_split": odd}}},
+        {**known, "saekit": {"provenance": {"model_dtype": odd}}},
         odd,
     ):
         (place / "sae/cfg.json").write_text(json.dumps({**cfg, "metadata": metadata}))
         try:
-            Judge(tokens=100)("sae")
+            Evaluator(tokens=100)("sae")
         except SaekitError:
             continue
         except Exception as error:
@@ -52,7 +52,7 @@ def load_model(name, embedded):
     return embedded if name == "embedded" else activations.load_model(name)
 
 
-BEGUN = (
+PENDING = (
     "hooks: 5\nsettings: {}",
     "hooks: {a: b}\nsettings: {}",
     "hooks: abc\nsettings: {}",
@@ -72,7 +72,7 @@ BEGUN = (
 )
 
 
-@pytest.mark.parametrize("text", BEGUN)
+@pytest.mark.parametrize("text", PENDING)
 def test_odd_beginnings_of_several_runs(text, place, saekit_main):
     (place / "several/begun.yaml").write_text(text + "\n")
     ends(saekit_main("train", "--resume", "--out", "several", "--quiet", cwd=place), 2)

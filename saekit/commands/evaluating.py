@@ -1,4 +1,4 @@
-"""A judge of dictionaries with progress bars on the screen, for the commands that need one."""
+"""An evaluator of dictionaries with progress bars on the screen, for the commands that need one."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from saekit.evals import Judge, Report
+    from saekit.evals import Evaluator, Report
 
 
-def open_judge(*, device: str, **settings: Any) -> Judge:
-    """A judge with these settings on the device of this name."""
-    from saekit.evals import Judge
+def open_evaluator(*, device: str, **settings: Any) -> Evaluator:
+    """An evaluator with these settings on the device of this name."""
+    from saekit.evals import Evaluator
     from saekit.trainers.trainer import pick_device
 
-    return Judge(device=str(pick_device(device)), **settings)
+    return Evaluator(device=str(pick_device(device)), **settings)
 
 
 @contextmanager
-def bars(judge: Judge, quiet: bool) -> Iterator[None]:
-    """While it is entered, the judge shows how far it is."""
+def bars(evaluator: Evaluator, quiet: bool) -> Iterator[None]:
+    """While it is entered, the evaluator shows how far it is."""
     from rich.progress import Progress
 
     with Progress(disable=quiet) as progress:
@@ -30,12 +30,12 @@ def bars(judge: Judge, quiet: bool) -> Iterator[None]:
             task = progress.add_task(f"evaluating {name}", total=contexts)
             return lambda done: progress.advance(task, done)
 
-        judge.on_contexts = bar
+        evaluator.on_contexts = bar
         yield
-    judge.on_contexts = None
+    evaluator.on_contexts = None
 
 
-def judged(judge: Judge, paths: Sequence[str | Path], quiet: bool) -> dict[str, Report]:
+def evaluated(evaluator: Evaluator, paths: Sequence[str | Path], quiet: bool) -> dict[str, Report]:
     """Evaluate dictionaries and print one table; returns the reports by the dictionary's path.
 
     Raises:
@@ -45,8 +45,8 @@ def judged(judge: Judge, paths: Sequence[str | Path], quiet: bool) -> dict[str, 
 
     for path in paths:
         find(path)
-    with bars(judge, quiet):
-        reports = {str(path): judge(path) for path in paths}
+    with bars(evaluator, quiet):
+        reports = {str(path): evaluator(path) for path in paths}
     show(reports)
     return reports
 

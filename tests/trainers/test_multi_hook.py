@@ -17,7 +17,7 @@ import saekit
 from saekit import SaekitError
 from saekit.activations import ActivationSource
 from saekit.interrupt import Interrupted
-from saekit.trainers import TrainConfig, several, train, train_hooks
+from saekit.trainers import TrainConfig, multi_hook, train, train_hooks
 from saekit.trainers.checkpoint import checkpoints
 from saekit.trainers.optimizer import DictionaryAdam
 from saekit.trainers.trainer import Trainer
@@ -75,7 +75,7 @@ def test_each_hook_gets_the_dictionary_of_a_run_of_its_own(whole, config, tmp_pa
         assert {**written, "out": None} == {**expected, "out": None}
         assert written["hook"] == run.sae.cfg.metadata["hook_name"] == hook
         assert run.path == tmp_path / "whole" / hook
-        assert run.sae.cfg.metadata["saekit"]["passport"] == alone.sae.cfg.metadata["saekit"]["passport"]
+        assert run.sae.cfg.metadata["saekit"]["provenance"] == alone.sae.cfg.metadata["saekit"]["provenance"]
         figures = ("loss", "fvu", "l0", "dead_share", "grad_norm")
         lines = [
             [{name: json.loads(line)[name] for name in figures} for line in (each.path / "metrics.jsonl").open()]
@@ -166,18 +166,18 @@ def test_runs_go_on_from_the_newest_step_that_all_have(whole, config, tmp_path, 
 
 
 def test_a_start_that_was_killed_between_two_folders_is_begun_again(whole, config, tmp_path, monkeypatch):
-    prepared = several.prepared_folder
+    prepared = multi_hook.prepared_folder
 
     def killed(config, overwrite):
         if config.hook == HOOKS[1]:
             raise MemoryError
         return prepared(config, overwrite=overwrite)
 
-    monkeypatch.setattr(several, "prepared_folder", killed)
+    monkeypatch.setattr(multi_hook, "prepared_folder", killed)
     with pytest.raises(MemoryError):
         train_hooks(config("parts"), HOOKS, quiet=True)
     monkeypatch.undo()
-    assert several.hooks_in(tmp_path / "parts") == sorted(HOOKS)
+    assert multi_hook.hooks_in(tmp_path / "parts") == sorted(HOOKS)
     with pytest.raises(SaekitError, match="begun with another k"):
         train_hooks(config("parts", k=3), resume=True, quiet=True)
     resumed = train_hooks(config("parts", log="none"), resume=True, quiet=True)  # where loggers go may change

@@ -15,13 +15,13 @@ from saekit.reading import read_yaml
 from saekit.trainers.checkpoint import load_checkpoints
 from saekit.trainers.config import TrainConfig
 from saekit.trainers.data import data_of_hooks
-from saekit.trainers.lock_step import take_steps
 from saekit.trainers.loggers import check_installed
+from saekit.trainers.loop import take_steps
 from saekit.trainers.run_folder import (
-    BEGUN,
     CHECKPOINTS,
     CONFIG,
     MAY_CHANGE,
+    PENDING,
     Run,
     check_manner,
     check_new,
@@ -67,7 +67,7 @@ def train_hooks(
         Interrupted: by SIGINT or SIGTERM, after the step was finished and every state saved.
     """
     check_manner(resume, overwrite)
-    if resume and (config.out / BEGUN).is_file():  # it was killed before all folders were made: no step is lost
+    if resume and (config.out / PENDING).is_file():  # it was killed before all folders were made: no step is lost
         begun, all_hooks = _read_begun(config.out)
         asked = config.model_dump(mode="json", include=config.model_fields_set - {"out", "hook"})
         changed = [key for key, value in asked.items() if value is not None and value != getattr(begun, key)]
@@ -100,7 +100,7 @@ def train_hooks(
 
 def hooks_in(folder: Path) -> list[str]:
     """The hook points whose runs ``train_hooks`` began in a folder."""
-    begun = _read_begun(folder)[1] if (folder / BEGUN).is_file() else []
+    begun = _read_begun(folder)[1] if (folder / PENDING).is_file() else []
     return sorted({path.parent.name for path in folder.glob(f"*/{CONFIG}")} | set(begun))
 
 
@@ -116,7 +116,7 @@ def _train(
         found = load_checkpoints([config.out / CHECKPOINTS for config in configs], device) if resume else None
         states = found[1] if found else [None] * len(configs)
         hooks = [each.hook or "" for each in configs]
-        before = [state and state["passport"] for state in states]
+        before = [state and state["provenance"] for state in states]
         data = data_of_hooks(configs[0], hooks, device, trust_remote_code, before)
         stream = stack.enter_context(closing(data[0].stream(configs[0], place_in(*states))))
         sample, workspace = stream.peek(SAMPLE) if found is None else None, Workspace()
@@ -132,9 +132,9 @@ def _train(
                 for trainer in trainers:
                     stack.enter_context(prepared_folder(trainer.config, overwrite=overwrite))
             except SaekitError:  # another process is there: nothing of ours has begun
-                (home / BEGUN).unlink()
+                (home / PENDING).unlink()
                 raise
-            (home / BEGUN).unlink()
+            (home / PENDING).unlink()
         take_steps(trainers, stream, quiet)
         return [trainer.finish() for trainer in trainers]
 
@@ -144,18 +144,18 @@ def _write_begun(home: Path, configs: list[TrainConfig]) -> None:
     writable_folder(home, overwrite=True)
     settings = configs[0].model_dump(mode="json", exclude_unset=True, exclude={"hook", "out"})
     text = yaml.safe_dump({"hooks": [config.hook for config in configs], "settings": settings}, sort_keys=False)
-    replace_file(home / BEGUN, lambda path: path.write_text(text))
+    replace_file(home / PENDING, lambda path: path.write_text(text))
 
 
 def _read_begun(home: Path) -> tuple[TrainConfig, list[str]]:
     """What ``_write_begun`` wrote."""
-    found = read_yaml(home / BEGUN)
+    found = read_yaml(home / PENDING)
     hooks, settings = found.get("hooks"), found.get("settings")
     names = isinstance(hooks, list) and all(isinstance(hook, str) for hook in hooks)
     if not (
         names and isinstance(settings, dict) and settings.keys() <= TrainConfig.model_fields.keys() - {"hook", "out"}
     ):
-        raise SaekitError(f"'{home / BEGUN}' is damaged; --overwrite begins anew")
+        raise SaekitError(f"'{home / PENDING}' is damaged; --overwrite begins anew")
     return TrainConfig(**settings, out=home), list(hooks or ())
 
 

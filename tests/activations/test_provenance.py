@@ -8,8 +8,8 @@ from saekit.activations.manifest import first_change
 
 
 @pytest.mark.parametrize("prepend_bos", [False, True])
-def test_passports_of_before_first_positions_were_left_out(source, prepend_bos):
-    now = {**source.passport("train"), "prepend_bos": prepend_bos}
+def test_provenances_of_before_first_positions_were_left_out(source, prepend_bos):
+    now = {**source.provenance("train"), "prepend_bos": prepend_bos}
     old = {key: value for key, value in now.items() if key not in ("skip_first", "dataset_config")}
     old["mask"] = "text positions; BOS and document separators left out"
     assert first_change(old, now) == (None if prepend_bos else "mask"), "the same tokens, where the first was BOS"
