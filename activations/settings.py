@@ -1,0 +1,36 @@
+"""Which activations: of which model, at which hook point, on which text. One class for every command that asks."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from saekit.settings import MANY, Settings, setting
+
+
+class SourceSettings(Settings):
+    """Where activations come from, for training, caching, evaluation and repair alike."""
+
+    model: str = setting("embedded", description="'embedded', a Hugging Face folder, a GGUF file, or a name on the hub")
+    hook: str | None = setting(
+        None, own=True, description="TransformerLens hook point; the residual after half of the blocks if not given"
+    )
+    dataset: str = setting("python", description="'python', a local text/JSONL/Parquet file, or a name on the hub")
+    column: str = setting("text", description="column of the dataset that holds the text")
+    split: str = setting("train", description="split of a dataset of the hub")
+    dataset_config: str | None = setting(None, description="configuration of a dataset that has several")
+    streaming: bool = setting(True, description="read a dataset of the hub as it downloads")
+    context_length: int | None = setting(
+        None, gt=2, lt=MANY, description="tokens a context; 256 or the model's most if not given"
+    )
+    skip_first: int = setting(
+        1, ge=1, lt=MANY, description="positions at the start of each context that are not used: attention sinks"
+    )
+    max_norm: float | None = setting(
+        None,
+        gt=1,
+        description="leave out tokens of more than so many times the median norm (attention sinks), and count them",
+    )
+    prepend_bos: bool | None = setting(
+        None, description="whether contexts begin with BOS; the model's own if not given"
+    )
+    model_dtype: Literal["float32", "bfloat16", "float16"] = setting("float32", description="in which the model runs")
