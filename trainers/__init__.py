@@ -2,8 +2,8 @@
 
 from saekit.trainers.config import TrainConfig
 from saekit.trainers.multi_hook import train_hooks
+from saekit.trainers.run import train
 from saekit.trainers.run_folder import Run
-from saekit.trainers.trainer import train
 from saekit.trainers.variant import Batch, Variant
 from saekit.trainers.variants import VARIANTS, add_from_packages
 

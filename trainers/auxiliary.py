@@ -19,6 +19,7 @@ from saekit.sae import SparseAutoencoder
 from saekit.trainers.backward import gradient_of
 from saekit.trainers.losses import total_variance
 from saekit.trainers.statistics import Statistics
+from saekit.trainers.terms import Step, Term
 
 if TYPE_CHECKING:
     from saekit.trainers.config import TrainConfig
@@ -40,6 +41,28 @@ def dead_or_underutilised(statistics: Statistics, config: TrainConfig) -> Bool[T
 
 
 POOLS: dict[str, Pool | None] = {"none": None, "aux_k": dead, "aux_zipf": dead_or_underutilised}
+
+
+class Auxiliary(Term):
+    """The auxiliary loss of one run; 0 where its pool is empty."""
+
+    name = "aux"
+
+    def __init__(self, pool: Callable[[Statistics], Bool[Tensor, "F"]], k_aux: int, weight: float) -> None:
+        self.pool, self.k_aux, self.weight = pool, k_aux, weight
+        self.size = 0
+
+    def add(self, step: Step) -> Float[Tensor, ""]:
+        """Explain the step's error by the pool's features."""
+        pool = self.pool(step.statistics)
+        self.size = int(pool.sum())
+        if not self.size:
+            return step.error.new_zeros(())
+        return auxiliary_step(step.sae, step.centred, step.error, pool, self.k_aux, self.weight, step.workspace)
+
+    def figures(self) -> dict[str, float]:
+        """The size of the pool."""
+        return {"aux_pool": self.size}
 
 
 @torch.no_grad()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from saekit.code import SparseCode
 from saekit.trainers.variant import Batch, Variant
 
 if TYPE_CHECKING:
+    from saekit.code import SparseCode
     from saekit.trainers.config import TrainConfig
 
 

@@ -11,12 +11,14 @@ import yaml
 from saekit.errors import SaekitError
 from saekit.files import replace_file, writable_folder
 from saekit.kernels.workspace import Workspace
+from saekit.machine import pick_device
 from saekit.reading import read_yaml
 from saekit.trainers.checkpoint import load_checkpoints
 from saekit.trainers.config import TrainConfig
 from saekit.trainers.data import data_of_hooks
 from saekit.trainers.loggers import check_installed
 from saekit.trainers.loop import take_steps
+from saekit.trainers.run import SAMPLE, check_room
 from saekit.trainers.run_folder import (
     CHECKPOINTS,
     CONFIG,
@@ -29,7 +31,7 @@ from saekit.trainers.run_folder import (
     prepared_folder,
     resumed_folder,
 )
-from saekit.trainers.trainer import SAMPLE, Trainer, check_room, pick_device, place_in
+from saekit.trainers.trainer import Trainer, stream_state
 from saekit.trainers.variants import VARIANTS
 
 _OWN = {"hook", "out", "width", "k_aux"}  # settings that may differ: where the run is, and what follows from its d_in
@@ -118,7 +120,7 @@ def _train(
         hooks = [each.hook or "" for each in configs]
         before = [state and state["provenance"] for state in states]
         data = data_of_hooks(configs[0], hooks, device, trust_remote_code, before)
-        stream = stack.enter_context(closing(data[0].stream(configs[0], place_in(*states))))
+        stream = stack.enter_context(closing(data[0].stream(configs[0], stream_state(*states))))
         sample, workspace = stream.peek(SAMPLE) if found is None else None, Workspace()
         trainers = [
             Trainer(config, each, sample, device, workspace, state)

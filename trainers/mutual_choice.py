@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from saekit.code import SparseCode
-from saekit.sae import SparseAutoencoder
-from saekit.trainers.calibration import Heldout, global_threshold
+from typing import TYPE_CHECKING
+
 from saekit.trainers.variant import Batch, Variant
+
+if TYPE_CHECKING:
+    from saekit.code import SparseCode
+    from saekit.sae import SparseAutoencoder
+    from saekit.trainers.calibration import Heldout
 
 
 class MutualChoice(Variant):
@@ -21,4 +25,4 @@ class MutualChoice(Variant):
     def calibrate(self, sae: SparseAutoencoder, heldout: Heldout) -> None:
         """Set the threshold that gives a mean of k matches a token on held-out activations."""
         assert sae.threshold is not None
-        sae.threshold.fill_(global_threshold(sae, heldout, self.k))
+        sae.threshold.fill_(heldout.global_threshold(sae, self.k))

@@ -17,7 +17,8 @@ from saekit.trainers.checkpoint import load_checkpoints
 from saekit.trainers.data import training_data
 from saekit.trainers.geometric_median import geometric_median
 from saekit.trainers.optimizer import DictionaryAdam, learning_rate
-from saekit.trainers.trainer import SAMPLE, Trainer
+from saekit.trainers.run import SAMPLE
+from saekit.trainers.trainer import Trainer
 
 # Losses and gradients of a step are sums of up to 256 products, each rounded by 2⁻⁵³ at most: 3e-14 a step, 6e-12 in
 # 200 steps if all fall one way. What is left of this is for the growth of what was rounded before; a fault is far more.
