@@ -1,4 +1,4 @@
-"""On what a run computes, and which device it may have: sums that another machine adds in another order round otherwise."""
+"""On what a run computes, and on which device: sums that another machine adds in another order round otherwise."""
 
 from __future__ import annotations
 
