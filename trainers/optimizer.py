@@ -44,7 +44,7 @@ class DictionaryAdam:
             clip: largest norm of the gradient of all parameters together.
             learned: further parameters by name, none of the dictionary's.
         """
-        self.clip = clip
+        self.sae, self.clip = sae, clip
         self.steps = 0
         self.parameters: dict[str, Tensor] = {**dict(sae.named_parameters()), **(learned or {})}
         self.moments = {name: [torch.zeros_like(p), torch.zeros_like(p)] for name, p in self.parameters.items()}
