@@ -18,7 +18,7 @@ from saekit.commands.evaluate import evaluate
 from saekit.commands.help import explain
 from saekit.commands.once import once
 from saekit.commands.push import push
-from saekit.commands.train import add_flags, train
+from saekit.commands.train import train
 from saekit.errors import SaekitError, SaekitWarning, first_line
 
 app = typer.Typer(add_completion=True, pretty_exceptions_enable=False)
@@ -60,8 +60,6 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     warnings.showwarning = functools.partial(_show_warning, warnings.showwarning)
     try:
-        if "train" in [*arguments, *_to_complete()]:
-            add_flags()
         code = once(explain(typer.main.get_command(app))).main(arguments, prog_name="saekit", standalone_mode=False)
         print(end="", flush=True)  # a closed pipe is met here rather than while Python shuts down
         sys.exit(code)
@@ -85,11 +83,6 @@ def main() -> None:
         except OSError:
             _drop_output()
         sys.exit(code)
-
-
-def _to_complete() -> list[str]:
-    """The words of the line that a shell asks to complete."""
-    return [word for name in ("COMP_WORDS", "_TYPER_COMPLETE_ARGS") for word in os.environ.get(name, "").split()]
 
 
 def _show_warning(others: Callable[..., None], message: Warning, category: type[Warning], *where: Any) -> None:

@@ -1,14 +1,11 @@
-"""Auxiliary losses: features that are of no use are trained to explain what the others leave over.
+"""The auxiliary loss: features that are of no use are trained to explain what the others leave over.
 
-One loss, and a pool of features for each of its names: ``aux_k`` (of OpenAI's TopK, on which arXiv 2411.02124 builds)
-revives the dead ones, ``aux_zipf`` (arXiv 2411.02124) the dead and the underutilised ones. Who is underutilised is our
-reading: whose running density lies below τ times the fitted Zipf curve at its rank. With τ = 0 both pools are the same.
+``saekit.trainers.auxiliary_losses`` says which features those are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float
@@ -21,26 +18,7 @@ from saekit.trainers.losses import total_variance
 from saekit.trainers.statistics import Statistics
 from saekit.trainers.terms import Step, Term
 
-if TYPE_CHECKING:
-    from saekit.trainers.config import TrainConfig
-
 _ENTRIES = 1 << 22  # pre-activations of the pool held at a time
-
-Pool = Callable[[Statistics, "TrainConfig"], Bool[Tensor, "F"]]
-
-
-def dead(statistics: Statistics, config: TrainConfig) -> Bool[Tensor, "F"]:
-    """Features that have not fired for ``dead_after`` tokens."""
-    assert config.dead_after is not None
-    return statistics.dead(config.dead_after)
-
-
-def dead_or_underutilised(statistics: Statistics, config: TrainConfig) -> Bool[Tensor, "F"]:
-    """The dead ones and those below τ times the Zipf curve."""
-    return dead(statistics, config) | statistics.underutilised(config.tau)
-
-
-POOLS: dict[str, Pool | None] = {"none": None, "aux_k": dead, "aux_zipf": dead_or_underutilised}
 
 
 class Auxiliary(Term):

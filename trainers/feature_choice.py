@@ -7,9 +7,10 @@ for each feature, at which it fires as often as its budget says.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from saekit.trainers.variant import Batch, Variant
+from saekit.settings import setting
+from saekit.trainers.variant import Batch, BatchSettings, Variant
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,6 +24,16 @@ if TYPE_CHECKING:
 
 class FeatureChoice(Variant):
     """Budgets from the switch on; saved as ``jumprelu`` with a threshold for each feature."""
+
+    class Config(BatchSettings):
+        """The switch, and how budgets are made."""
+
+        feature_choice_fraction: float = setting(
+            0.1, gt=0, le=1, description="share of the steps, at the end, after mutual choice"
+        )
+        budgets: Literal["zipf", "uniform"] = setting("zipf", description="how features share the matches")
+        zipf_exponent: float | None = setting(None, ge=0, description="of the law; fitted if not given")
+        zipf_shift: float | None = setting(None, ge=0, description="of the law; fitted if not given")
 
     architecture = "jumprelu"
     compares_tokens = True

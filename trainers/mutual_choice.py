@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from saekit.trainers.variant import Batch, Variant
+from saekit.trainers.variant import Batch, BatchSettings, Variant
 
 if TYPE_CHECKING:
     from saekit.code import SparseCode
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 class MutualChoice(Variant):
     """Mutual choice over each batch; saved as ``jumprelu`` with the same threshold for every feature."""
 
+    Config = BatchSettings
     architecture = "jumprelu"
     compares_tokens = True
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,15 +19,16 @@ from saekit.files import replace_file
 from saekit.kernels.workspace import Workspace
 from saekit.machine import Machine, differences, this_machine
 from saekit.selection import Selection
-from saekit.trainers.auxiliary import POOLS, Auxiliary
+from saekit.trainers.auxiliary import Auxiliary
+from saekit.trainers.auxiliary_losses import AUXILIARY, AuxK
 from saekit.trainers.calibration import Heldout
 from saekit.trainers.checkpoint import checkpoints, save_checkpoint
-from saekit.trainers.config import TrainConfig
+from saekit.trainers.config import OLD_NAMES, TrainConfig
 from saekit.trainers.data import TrainingData, resolved
 from saekit.trainers.dictionary import Units, affinity_scale, empty_dictionary, initialise, unscale
 from saekit.trainers.divergence import Divergence
 from saekit.trainers.optimizer import DictionaryAdam, learning_rate
-from saekit.trainers.run_folder import CHECKPOINTS, CONFIG, DICTIONARY, MAY_CHANGE, STATISTICS, Run
+from saekit.trainers.run_folder import CHECKPOINTS, CONFIG, DICTIONARY, STATISTICS, Run
 from saekit.trainers.statistics import Statistics
 from saekit.trainers.terms import Step, Term
 from saekit.trainers.variant import Batch
@@ -92,12 +94,13 @@ class Trainer:
         """Raise SaekitError where data or config are not those that a checkpoint was made with."""
         if field := first_change(state["provenance"], self.data.provenance):
             raise SaekitError(f"the data has another {field} than when the run in '{self.config.out}' was started")
-        settings = _settings(self.config)
-        changed = [name for name, value in state["config"].items() if settings.get(name) != value]
+        settings = _lasting(self.config)
+        before = {OLD_NAMES.get(name, name): value for name, value in state["config"].items()}
+        changed = [name for name, value in before.items() if name in settings and settings[name] != value]
         if changed:
             raise SaekitError(
                 f"'{self.config.out / CONFIG}' has another {', '.join(changed)} than the checkpoint, which has "
-                + ", ".join(f"{name} = {state['config'][name]}" for name in changed)
+                + ", ".join(f"{name} = {before[name]}" for name in changed)
             )
 
     @property
@@ -199,7 +202,7 @@ class Trainer:
             prepend_bos=provenance.get("prepend_bos"),
             saekit={
                 "variant": self.config.variant,
-                "k": self.config.k,
+                "k": getattr(self.config, "k", None),
                 "training_tokens": self.statistics.tokens,
                 "seed": self.config.seed,
                 "activation_scale": self.units.scale,
@@ -245,7 +248,7 @@ class Trainer:
             "centre": self.units.centre,
             "step": self.step,
             "provenance": self.data.provenance,
-            "config": _settings(self.config),
+            "config": _lasting(self.config),
             "ran_on": self.machines,
         }
 
@@ -279,15 +282,16 @@ def stream_state(*states: dict[str, Any] | None) -> StreamState | None:
 
 def _auxiliary(config: TrainConfig) -> list[Term]:
     """The term of the run's auxiliary loss, if it has one."""
-    choose = POOLS[config.aux]
-    if choose is None:
+    kind, settings, dead_after = AUXILIARY[config.aux], config.aux_settings, config.optimizer.dead_after
+    if not (issubclass(kind, AuxK) and isinstance(settings, AuxK.Config)):
         return []
-    assert config.k_aux is not None
-    return [Auxiliary(lambda statistics: choose(statistics, config), config.k_aux, config.aux_alpha)]
+    assert settings.k_aux is not None
+    assert dead_after is not None
+    pool = partial(kind.pool, settings=settings, dead_after=dead_after)
+    return [Auxiliary(pool, settings.k_aux, settings.aux_alpha)]
 
 
-def _settings(config: TrainConfig) -> dict[str, Any]:
+def _lasting(config: TrainConfig) -> dict[str, Any]:
     """What of a config may not change while a run goes on."""
-    return config.model_dump(
-        mode="json", exclude={"out", "cache", "device", *MAY_CHANGE, "log_every", "checkpoint_every"}
-    )
+    keys = config.keys_with("decides") - config.keys_with("resumable")
+    return config.to_dict({"variant", "aux", *keys})

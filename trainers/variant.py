@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+from saekit.settings import MANY, Settings, setting
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -49,15 +51,31 @@ class Batch:
         return self.select.token_norms
 
 
+class KSettings(Settings):
+    """Of variants that are told how many features are active."""
+
+    k: int = setting(32, gt=0, lt=MANY, within_width=True, description="mean number of active features a token")
+
+
+class BatchSettings(KSettings):
+    """Of variants that compare pairs of different tokens."""
+
+    affinity_scale: Literal["none", "token_norm"] = setting(
+        "token_norm", description="what batch rules compare: pre-activations, or those over the token's norm"
+    )
+
+
 class Variant:
     """Base of all variants; one must name its ``architecture`` and define ``allocate``.
 
     Attributes:
+        Config: its settings, which become keys of ``config.yaml`` and flags of ``saekit train``.
         architecture: the inference rule of the saved dictionary: ``topk``, ``jumprelu`` (thresholds, which
             ``calibrate`` sets) or ``standard``.
         compares_tokens: whether the rule compares pairs of different tokens, so that ``affinity_scale`` matters.
     """
 
+    Config: type[Settings] = Settings
     architecture: Architecture = "topk"
     compares_tokens = False
 
@@ -72,7 +90,7 @@ class Variant:
     @property
     def k(self) -> int:
         """Mean number of active features a token, for variants that are told it."""
-        return self.config.k
+        return int(self.config.k)
 
     @classmethod
     def needs_gradients(cls, config: TrainConfig) -> bool:

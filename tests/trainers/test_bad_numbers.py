@@ -60,7 +60,7 @@ def test_a_bad_token_stops_the_run_and_a_flag_lets_it_go_on(spoilt, tmp_path, mo
     with pytest.raises(SaekitError, match="--skip-bad-tokens"):
         train(cfg, resume=True, quiet=True)
     assert list(checkpoints(cfg.out / "checkpoints")) == found
-    resumed = train(cfg.model_copy(update={"skip_bad_tokens": True}), resume=True, quiet=True)
+    resumed = train(cfg.replace(skip_bad_tokens=True), resume=True, quiet=True)
     assert resumed.config.skip_bad_tokens
     assert "skip_bad_tokens: true" in (cfg.out / "config.yaml").read_text()
     assert torch.equal(resumed.sae.W_dec, whole.sae.W_dec)

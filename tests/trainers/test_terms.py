@@ -105,7 +105,8 @@ def test_gradients_of_autograd_terms_are_those_of_dense_autograd():
         torch.testing.assert_close(got.grad, want, rtol=1e-10, atol=1e-10)
     own = torch.autograd.grad(loss(step.x, step.code.to_dense(), sae.W_dec.detach(), sae.b_dec.detach()), cost)[0]
     torch.testing.assert_close(cost.grad, own, rtol=1e-10, atol=1e-10)
-    assert value > 0 and cost.grad.abs().sum() > 0
+    assert value > 0
+    assert cost.grad.abs().sum() > 0
 
 
 def test_the_reconstruction_by_hand_is_that_by_autograd():
@@ -131,7 +132,8 @@ def test_its_loss_has_a_name_in_the_metrics_and_its_parameter_is_learned(cache, 
     for line in lines:
         assert line["loss"] == pytest.approx(line["fvu"] + 0.3 * line["sparsity"], rel=1e-5)
     cost = load_file(run.path / "statistics.safetensors")["cost"]
-    assert cost.shape == (48,) and (cost < 0).any(), "a lower price lowers the loss"
+    assert cost.shape == (48,)
+    assert (cost < 0).any(), "a lower price lowers the loss"
 
 
 def test_it_goes_on_to_the_bit_where_it_was_stopped(cache, tmp_path, priced, monkeypatch):
