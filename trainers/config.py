@@ -62,6 +62,7 @@ class TrainConfig:
                 names the nearest right thing.
         """
         values = _renamed(values)
+        given = frozenset(values)
         names = {
             "variant": _known("variant", values.pop("variant", "mutual_choice"), VARIANTS),
             "aux": _known("auxiliary loss", values.pop("aux", "none"), AUXILIARY),
@@ -75,7 +76,7 @@ class TrainConfig:
         }
         if parts["run"].out is None:  # type: ignore[attr-defined]
             parts["run"] = parts["run"].model_copy(update={"out": Path("runs") / names["variant"]})
-        vars(self).update(names, **parts, given=frozenset(values) | (names.keys() & values.keys()))
+        vars(self).update(names, **parts, given=given)
         if self.dictionary.width is not None:
             self.check_width(self.dictionary.width)
 

@@ -77,9 +77,9 @@ def test_a_strangers_settings_are_keys_and_flags(tempered, cache, tmp_path):
     config = TrainConfig(
         variant="tempered", temperature=0.5, cache=cache, width=48, k=4, tokens=1024, batch_size=256, out=tmp_path / "r"
     )
-    assert TrainConfig.from_yaml(tmp_path / "a.yaml" if (tmp_path / "a.yaml").write_text(config.to_yaml()) else None) == (
-        config
-    )
+    assert TrainConfig.from_yaml(
+        tmp_path / "a.yaml" if (tmp_path / "a.yaml").write_text(config.to_yaml()) else None
+    ) == (config)
     flag = next(each for each in train_flags() if each.name == "temperature")
     assert flag.annotation.__metadata__[0].help == "tempered: of nothing in particular [default: 1.0]"
     run = train(config, quiet=True)
@@ -192,7 +192,13 @@ def test_a_run_of_before_goes_on(cache, tmp_path, monkeypatch):
     _, (state,) = checkpoint.load_checkpoints([old / "checkpoints"], torch.device("cpu"))
     state.pop("learned")
     state["passport"] = state.pop("provenance")
-    state["config"] = {**state["config"], "dtype": state["config"].pop("model_dtype"), "beta": 1.0, "tau": 0.1, "k_aux": 6}
+    state["config"] = {
+        **state["config"],
+        "dtype": state["config"].pop("model_dtype"),
+        "beta": 1.0,
+        "tau": 0.1,
+        "k_aux": 6,
+    }
     state["config"].pop("prepend_bos")
     checkpoint.save_checkpoint(old / "checkpoints", 4, state)
     again = train(TrainConfig.from_yaml(old / "config.yaml", of_a_run=True), resume=True, quiet=True)
