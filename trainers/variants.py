@@ -11,8 +11,13 @@ from importlib.metadata import entry_points
 
 from saekit.errors import SaekitWarning
 from saekit.trainers.feature_choice import FeatureChoice
+from saekit.trainers.gated import Gated
 from saekit.trainers.gradient_topk import GradientTopK
+from saekit.trainers.hierarchical_topk import HierarchicalTopK
+from saekit.trainers.jumprelu import JumpReLU
+from saekit.trainers.matryoshka import Matryoshka
 from saekit.trainers.mutual_choice import MutualChoice
+from saekit.trainers.relu import ReLU
 from saekit.trainers.topk import TopK
 from saekit.trainers.variant import Variant
 
@@ -22,6 +27,11 @@ VARIANTS: dict[str, type[Variant]] = {
     "batch_topk": MutualChoice,  # the same rule under its other name
     "feature_choice": FeatureChoice,
     "gradient_topk": GradientTopK,
+    "relu": ReLU,
+    "jumprelu": JumpReLU,
+    "gated": Gated,
+    "matryoshka": Matryoshka,
+    "hierarchical_topk": HierarchicalTopK,
 }
 
 
