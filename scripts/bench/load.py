@@ -261,7 +261,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(".bench"), help="folder that the cache is made below [.bench]")
     parser.add_argument("--threads", type=int, help="of torch; 1 where other programs keep the processor busy [all]")
     parser.add_argument("--keep", action="store_true", help="do not delete the cache")
-    parser.add_argument("--results", type=Path, help="file of the figures [results/load.json]")
+    parser.add_argument("--results", type=Path, help="file of the figures [one in results/load/]")
     asked = parser.parse_args()
     if asked.threads:
         torch.set_num_threads(asked.threads)
