@@ -32,7 +32,8 @@ def page(package: str, folder: Path) -> Iterator[str]:
     yield f"# {package}\n"
     if public:
         yield "Public names: " + ", ".join(f"[`{name}`][{package}.{name}]" for name in public) + ".\n"
-    yield f"::: {package}\n    options: {{members: {own or 'false'}, show_root_heading: false, heading_level: 1}}\n"
+    hidden = "show_root_heading: false, show_root_toc_entry: false"
+    yield f"::: {package}\n    options: {{members: {own or 'false'}, {hidden}}}\n"
     for module in sorted(folder.glob("*.py")):
         if not module.stem.startswith("_"):
             yield f"::: {package}.{module.stem}\n"
