@@ -34,7 +34,7 @@ class Page(HTMLParser):
 def faults(site: Path) -> list[str]:
     """What is wrong with the pages of a folder."""
     pages = {path.resolve(): Page(path) for path in sorted(site.rglob("*.html"))}
-    found = []
+    wrong = []
     for path, page in pages.items():
         name = path.relative_to(site.resolve())
         for address in page.links + page.loads:
@@ -42,22 +42,22 @@ def faults(site: Path) -> list[str]:
             if scheme == "data" or (address in page.links and (scheme or host)):
                 continue
             if scheme or host:
-                found.append(f"{name}: loads {address}")
+                wrong.append(f"{name}: loads {address}")
                 continue
             start = site.resolve() if target.startswith("/") else path.parent
             there = (start / unquote(target).lstrip("/")).resolve() if target else path
             if not there.exists():
-                found.append(f"{name}: {address} is not there")
+                wrong.append(f"{name}: {address} is not there")
             elif anchor and there in pages and unquote(anchor) not in pages[there].anchors:
-                found.append(f"{name}: {address} has no such anchor")
-    return found
+                wrong.append(f"{name}: {address} has no such anchor")
+    return wrong
 
 
 def main() -> None:
     """Command line."""
-    found = faults(Path(sys.argv[1]))
-    print("\n".join(found) or "every link of the site's own leads somewhere")
-    sys.exit(bool(found))
+    wrong = faults(Path(sys.argv[1]))
+    print("\n".join(wrong) or "every link of the site's own leads somewhere")
+    sys.exit(bool(wrong))
 
 
 if __name__ == "__main__":

@@ -45,12 +45,12 @@ def activations(shape: Shape, batches: int = 4, seed: int = 0, device: str = "cp
     """Batches [n, d] of sparse sums of 2·d random directions and noise; mean norm √d."""
     generator = torch.Generator().manual_seed(seed)
     directions = torch.nn.functional.normalize(torch.randn(2 * shape.d, shape.d, generator=generator), dim=1)
-    found = []
+    made = []
     for _ in range(batches):
         strengths = torch.relu(torch.randn(shape.n, 2 * shape.d, generator=generator) - 1.5)
-        found.append(3 * strengths @ directions + 0.3 * torch.randn(shape.n, shape.d, generator=generator))
-    scale = shape.d**0.5 / float(torch.cat(found).norm(dim=1).mean())
-    return [(x * scale).to(device) for x in found]
+        made.append(3 * strengths @ directions + 0.3 * torch.randn(shape.n, shape.d, generator=generator))
+    scale = shape.d**0.5 / float(torch.cat(made).norm(dim=1).mean())
+    return [(x * scale).to(device) for x in made]
 
 
 def spread(seconds: Sequence[float]) -> dict[str, float]:

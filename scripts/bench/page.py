@@ -57,11 +57,11 @@ def step_section(result: Result) -> list[str]:
             tenth of the features are dead. (`step.py`)"""
         ),
     ]
-    for name, found in result["shapes"].items():
+    for name, shape in result["shapes"].items():
         rows = [
-            [arm, spread(f["step"]), f"{f['ratio']:.2f}", f"{f['rescored']:.2%}"] for arm, f in found["arms"].items()
+            [arm, spread(f["step"]), f"{f['ratio']:.2f}", f"{f['rescored']:.2%}"] for arm, f in shape["arms"].items()
         ]
-        lines += [shape_line(name, found["shape"]), table(rows, ["arm", "ms", "ratio", "rescored"]) + "\n"]
+        lines += [shape_line(name, shape["shape"]), table(rows, ["arm", "ms", "ratio", "rescored"]) + "\n"]
     shown = {arm: f["stages_ms"] for arm, f in arms.items() if arm.startswith(("topk", "mutual"))}
     stages = sorted({s for f in shown.values() for s in f}, key=lambda s: -max(f.get(s, 0) for f in shown.values()))
     rows = [[s, *(f"{f.get(s, 0):.1f}" for f in shown.values())] for s in stages]
@@ -89,7 +89,7 @@ def peers_section(result: Result) -> list[str]:
         ),
     ]
     head = ["trainer", "ms", "saekit bf16_select", "times as long", "as fp32", "peak GiB", "saekit"]
-    for name, found in result["shapes"].items():
+    for name, shape in result["shapes"].items():
         rows = [
             [
                 trainer,
@@ -100,9 +100,9 @@ def peers_section(result: Result) -> list[str]:
                 f"{f['peer']['peak_bytes'] / GIB:.2f}",
                 f"{f['bf16_select']['peak_bytes'] / GIB:.2f}",
             ]
-            for trainer, f in found["trainers"].items()
+            for trainer, f in shape["trainers"].items()
         ]
-        lines += [shape_line(name, found["shape"]), table(rows, head) + "\n"]
+        lines += [shape_line(name, shape["shape"]), table(rows, head) + "\n"]
     return lines
 
 

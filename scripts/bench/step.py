@@ -98,7 +98,7 @@ def seconds(work: Callable[[], Any], device: torch.device) -> float:
 @contextmanager
 def timed_stages(device: torch.device) -> Iterator[dict[str, float]]:
     """Seconds of each stage while it is entered; what a stage calls of another counts for that one alone."""
-    found: dict[str, float] = defaultdict(float)
+    spent_by: dict[str, float] = defaultdict(float)
     running: list[float] = []
 
     def timed(label: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -106,7 +106,7 @@ def timed_stages(device: torch.device) -> Iterator[dict[str, float]]:
             running.append(0.0)
             result: list[Any] = []
             spent = seconds(lambda: result.append(function(*arguments, **options)), device)
-            found[label] += spent - running.pop()
+            spent_by[label] += spent - running.pop()
             if running:
                 running[-1] += spent
             return result[0]
@@ -117,7 +117,7 @@ def timed_stages(device: torch.device) -> Iterator[dict[str, float]]:
         for label, places in STAGES.items():
             for owner, name in places:
                 stack.enter_context(mock.patch.object(owner, name, timed(label, getattr(owner, name))))
-        yield found
+        yield spent_by
 
 
 def measure(shape: Shape, arms: list[tuple[str, str, str]], repeats: int, device: str) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def measure(shape: Shape, arms: list[tuple[str, str, str]], repeats: int, device
         steps, products, rescored = [], [], []
         for _ in range(2 + repeats):
             products.append(seconds(partial(torch.mm, batches[0], W.T, out=product), where))
-            steps.append(seconds(lambda step=bench.step, found=rescored: found.append(step()["rescored"]), where))
+            steps.append(seconds(lambda step=bench.step, shares=rescored: shares.append(step()["rescored"]), where))
         steps, products, rescored = steps[2:], products[2:], rescored[2:]  # buffers are made in the first
         with timed_stages(where) as stages:
             whole = seconds(lambda step=bench.step: [step() for _ in range(3)], where)
