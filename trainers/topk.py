@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from saekit.trainers.variant import Batch, KSettings, Variant
+from saekit.trainers.variant import Batch, Variant
 
 if TYPE_CHECKING:
     from saekit.code import SparseCode
@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 class TopK(Variant):
     """Token choice; saved as ``topk``."""
 
-    Config = KSettings
     architecture = "topk"
 
     def allocate(self, batch: Batch) -> SparseCode:
