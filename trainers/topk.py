@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from saekit.code import SparseCode
+from typing import TYPE_CHECKING
+
 from saekit.trainers.variant import Batch, Variant
+
+if TYPE_CHECKING:
+    from saekit.code import SparseCode
 
 
 class TopK(Variant):

@@ -34,3 +34,6 @@ def add_from_packages() -> None:
             warnings.warn(
                 f"the variant '{point.name}' ({point.value}) cannot be loaded: {error}", SaekitWarning, stacklevel=2
             )
+
+
+add_from_packages()  # last: they import from here

@@ -57,7 +57,7 @@ def convert(
         if not lossy or lack not in NEAREST:
             raise refusal(source, to, lack)
         from saekit.evals import Evaluator
-        from saekit.trainers.trainer import pick_device
+        from saekit.machine import pick_device
 
         facts: dict[str, Any] = {"model": model, "hook": hook, "dataset": dataset, "cache": cache, "tokens": tokens}
         facts["dataset_config"] = dataset_config

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from common import machine, save, spread, table
 
 from saekit.activations import ActivationCache, ActivationSource
-from saekit.activations.harvest import ActivationBatch, harvest
+from saekit.activations.harvesting import ActivationBatch, harvest
 from saekit.activations.model import truncated
 from saekit.trainers import TrainConfig, train
 
