@@ -28,8 +28,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from common import SHAPES, Shape, activations, machine, save, spread, table
 
 from saekit.kernels import scores
-from saekit.trainers import TrainConfig, backward, optimizer, trainer
+from saekit.trainers import TrainConfig, auxiliary, backward, optimizer, terms, trainer
 from saekit.trainers.data import TrainingData
+from saekit.trainers.run import SAMPLE
 from saekit.trainers.trainer import Trainer
 
 DEAD_SHARE = 0.1
@@ -40,10 +41,10 @@ STAGES: dict[str, list[tuple[Any, str]]] = {
     "scan and choice": [
         (trainer.Selection, name) for name in ("token_choice", "mutual_choice", "feature_choice", "gradient_choice")
     ],
-    "decode": [(backward, "sum_by_token")],
+    "decode": [(terms, "sum_by_token")],
     "products at matches": [(backward, "pair_products")],
     "sums by feature": [(backward, "sum_by_feature")],
-    "auxiliary loss": [(trainer, "auxiliary_step")],
+    "auxiliary loss": [(auxiliary, "auxiliary_step")],
     "projection, clip, Adam": [(optimizer.DictionaryAdam, "step")],
     "statistics": [(trainer.Statistics, "update")],
 }
@@ -62,14 +63,14 @@ class Bench:
             batch_size=n,
             tokens=n * 1000,
             precision=precision,  # type: ignore[arg-type]
-            feature_choice_fraction=1.0,
             aux=aux,
             dead_after=10**9,
             device=batches[0].device.type,
+            **({"feature_choice_fraction": 1.0} if variant == "feature_choice" else {}),
         )
         data = TrainingData({}, lambda first: iter(()), 1, gradients, lambda: iter(()))
-        enough = itertools.islice(itertools.cycle(self.rows), -(-trainer.SAMPLE // n))
-        self.trainer = Trainer(config, data, torch.cat(list(enough))[: trainer.SAMPLE], batches[0].device)
+        enough = itertools.islice(itertools.cycle(self.rows), -(-SAMPLE // n))
+        self.trainer = Trainer(config, data, torch.cat(list(enough))[:SAMPLE], batches[0].device)
         self.d = shape.d
 
     def step(self) -> dict[str, float]:
