@@ -22,18 +22,23 @@ if TYPE_CHECKING:
     from saekit.zipf import ZipfLaw
 
 
+class BudgetSettings(BatchSettings):
+    """How budgets are made."""
+
+    budgets: Literal["zipf", "uniform"] = setting("zipf", description="how features share the matches")
+    zipf_exponent: float | None = setting(None, ge=0, description="of the law; fitted if not given")
+    zipf_shift: float | None = setting(None, ge=0, description="of the law; fitted if not given")
+
+
 class FeatureChoice(Variant):
     """Budgets from the switch on; saved as ``jumprelu`` with a threshold for each feature."""
 
-    class Config(BatchSettings):
-        """The switch, and how budgets are made."""
+    class Config(BudgetSettings):
+        """The switch."""
 
         feature_choice_fraction: float = setting(
             0.1, gt=0, le=1, description="share of the steps, at the end, after mutual choice"
         )
-        budgets: Literal["zipf", "uniform"] = setting("zipf", description="how features share the matches")
-        zipf_exponent: float | None = setting(None, ge=0, description="of the law; fitted if not given")
-        zipf_shift: float | None = setting(None, ge=0, description="of the law; fitted if not given")
 
     architecture = "jumprelu"
     compares_tokens = True
@@ -51,10 +56,19 @@ class FeatureChoice(Variant):
         n = self.config.batch_size
         return zipf_budgets(self.k * n, self.d_sae, n, exponent, shift)
 
+    @property
+    def fraction(self) -> float:
+        """Share of the steps after the switch."""
+        return float(self.config.feature_choice_fraction)
+
+    def switched(self, batch: Batch) -> bool:
+        """Whether the budgets hold; for the last step they do."""
+        last = (self.config.steps - 1) / self.config.steps
+        return batch.done >= min(1 - self.fraction, last)
+
     def allocate(self, batch: Batch) -> SparseCode:
         """Mutual choice before the switch, the budgets' largest of each column after it."""
-        last = (self.config.steps - 1) / self.config.steps
-        if batch.done < min(1 - self.config.feature_choice_fraction, last):
+        if not self.switched(batch):
             return batch.select.mutual_choice(self.k * batch.n_tokens)
         if self.budgets is None:
             self._freeze(batch.statistics)

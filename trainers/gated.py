@@ -1,8 +1,8 @@
 """Gated: one affine map decides which features are active, another how strongly (arXiv 2404.16014).
 
-Both share W_enc. With π = (x − b_dec) W_enc + b_enc, the gate, z = relu(e^r π + b) where π > 0; r and b are learned (the
-paper writes the same function with a bias of its own in each map). The losses are the paper's: reconstruction, an L1
-penalty of relu(π), and the reconstruction from relu(π) by a frozen decoder.
+Both share W_enc. With π = (x − b_dec) W_enc + b_enc, the gate, z = relu(e^r π + b) where π > 0; r and b are learned
+(the paper writes the same function with a bias of its own in each map). The losses are the paper's: reconstruction, an
+L1 penalty of relu(π), and the reconstruction from relu(π) by a frozen decoder.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from saekit.code import SparseCode
-    from saekit.sae import SparseAutoencoder
+    from saekit.sae import Architecture, SparseAutoencoder
     from saekit.trainers.calibration import Heldout
     from saekit.trainers.terms import Term
 
@@ -25,11 +25,12 @@ if TYPE_CHECKING:
 class Gated(ReLU):
     """A gate and a magnitude; saved as the ``jumprelu`` dictionary that it is."""
 
-    architecture = "jumprelu"
+    architecture: Architecture = "jumprelu"
     gate: SparseCode  # of the last batch: pairs with π > 0, and π
 
     def begin(self, sae: SparseAutoencoder) -> None:
         """Make scale and shift of the magnitudes, which begin as the gate's values."""
+        super().begin(sae)
         self.log_scale, self.shift = (sae.b_enc.detach().clone().zero_().requires_grad_() for _ in range(2))
 
     def parameters(self) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from saekit.trainers.variant import Batch, KSettings, Variant
 
 if TYPE_CHECKING:
     from saekit.code import SparseCode
+    from saekit.sae import Architecture
     from saekit.trainers.config import TrainConfig
     from saekit.trainers.terms import Term
 
@@ -29,7 +30,7 @@ class HierarchicalTopK(Variant):
             None, description="numbers of features that reconstruct alone, as 8,16,32; halves of k if not given"
         )
 
-    architecture = "topk"
+    architecture: Architecture = "topk"
 
     def __init__(self, config: TrainConfig, d_sae: int) -> None:
         super().__init__(config, d_sae)

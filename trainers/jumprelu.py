@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from saekit.code import SparseCode
-    from saekit.sae import SparseAutoencoder
+    from saekit.sae import Architecture, SparseAutoencoder
     from saekit.trainers.calibration import Heldout
     from saekit.trainers.terms import Term
 
@@ -31,7 +31,7 @@ class JumpReLU(Variant):
         bandwidth: float = setting(0.2, gt=0, description="width of the rectangle that estimates a threshold's slope")
         pre_act_weight: float = setting(3e-6, ge=0, description="weight of the loss that revives dead features")
 
-    architecture = "jumprelu"
+    architecture: Architecture = "jumprelu"
     threshold: Tensor
 
     def begin(self, sae: SparseAutoencoder) -> None:

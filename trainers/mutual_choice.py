@@ -8,7 +8,7 @@ from saekit.trainers.variant import Batch, BatchSettings, Variant
 
 if TYPE_CHECKING:
     from saekit.code import SparseCode
-    from saekit.sae import SparseAutoencoder
+    from saekit.sae import Architecture, SparseAutoencoder
     from saekit.trainers.calibration import Heldout
 
 
@@ -16,7 +16,7 @@ class MutualChoice(Variant):
     """Mutual choice over each batch; saved as ``jumprelu`` with the same threshold for every feature."""
 
     Config = BatchSettings
-    architecture = "jumprelu"
+    architecture: Architecture = "jumprelu"
     compares_tokens = True
 
     def allocate(self, batch: Batch) -> SparseCode:

@@ -16,7 +16,7 @@ _ENTRIES = 1 << 22  # pre-activations held at a time
 
 
 class L1(AutogradTerm):
-    """Σ z ‖W_dec row‖ over the tokens' summed norms, so that its weight means the same for every model (our reading)."""
+    """Σ z ‖W_dec row‖ over the tokens' summed norms: its weight means the same for every model (our reading)."""
 
     name = "l1"
 
@@ -33,7 +33,8 @@ class L1(AutogradTerm):
     ) -> Float[Tensor, ""]:
         """The weighted sum of the activations."""
         norms = W_dec.norm(dim=1)[code.features]
-        return (code.values * norms).sum() / step.centred.norm(dim=1).sum()
+        penalty: Tensor = (code.values * norms).sum() / step.centred.norm(dim=1).sum()
+        return penalty
 
 
 class L0(Term):

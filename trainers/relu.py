@@ -15,6 +15,7 @@ from saekit.trainers.variant import Batch, KSettings, Variant
 
 if TYPE_CHECKING:
     from saekit.code import SparseCode
+    from saekit.sae import Architecture, SparseAutoencoder
     from saekit.trainers.config import TrainConfig
     from saekit.trainers.terms import Term
 
@@ -29,15 +30,19 @@ class ReLU(Variant):
             None, ge=0, description="weight of the L1 penalty; driven towards k active features if not given"
         )
 
-    architecture = "standard"
+    architecture: Architecture = "standard"
 
     def __init__(self, config: TrainConfig, d_sae: int) -> None:
         super().__init__(config, d_sae)
         self.control = SparsityControl(config.l1, self.k)
 
+    def begin(self, sae: SparseAutoencoder) -> None:
+        """Make the thresholds of the rule."""
+        self.zeros = sae.b_enc.detach().clone().zero_()
+
     def allocate(self, batch: Batch) -> SparseCode:
         """All positive pairs."""
-        code = batch.select.threshold_choice(batch.select.b_enc.new_zeros(self.d_sae))
+        code = batch.select.threshold_choice(self.zeros)
         self.control.update(code.l0)
         return code
 

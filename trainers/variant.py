@@ -69,13 +69,13 @@ class Variant:
     """Base of all variants; one must name its ``architecture`` and define ``allocate``.
 
     Attributes:
-        Config: its settings, which become keys of ``config.yaml`` and flags of ``saekit train``.
+        Config: its settings, which become keys of ``config.yaml`` and flags of ``saekit train``; k alone, if not said.
         architecture: the inference rule of the saved dictionary: ``topk``, ``jumprelu`` (thresholds, which
             ``calibrate`` sets) or ``standard``.
         compares_tokens: whether the rule compares pairs of different tokens, so that ``affinity_scale`` matters.
     """
 
-    Config: type[Settings] = Settings
+    Config: type[Settings] = KSettings
     architecture: Architecture = "topk"
     compares_tokens = False
 

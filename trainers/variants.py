@@ -11,6 +11,7 @@ from importlib.metadata import entry_points
 
 from saekit.errors import SaekitWarning
 from saekit.trainers.feature_choice import FeatureChoice
+from saekit.trainers.frequency_control import FrequencyControl
 from saekit.trainers.gated import Gated
 from saekit.trainers.gradient_topk import GradientTopK
 from saekit.trainers.hierarchical_topk import HierarchicalTopK
@@ -27,6 +28,7 @@ VARIANTS: dict[str, type[Variant]] = {
     "batch_topk": MutualChoice,  # the same rule under its other name
     "feature_choice": FeatureChoice,
     "gradient_topk": GradientTopK,
+    "frequency_control": FrequencyControl,
     "relu": ReLU,
     "jumprelu": JumpReLU,
     "gated": Gated,
