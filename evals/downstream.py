@@ -16,7 +16,9 @@ from saekit.activations.model import check_hook
 from saekit.activations.tokens import PADDING
 from saekit.activations.unembedding import Unembedding
 from saekit.errors import SaekitError
+from saekit.evals.evaluation import Context, Evaluation, Figure
 from saekit.evals.intervals import DocumentSums
+from saekit.sae import SparseAutoencoder
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -134,6 +136,23 @@ def costs(
     return found
 
 
+def costs_of_reconstruction(
+    sae: SparseAutoencoder,
+    model: TransformerBridge,
+    hook: str,
+    contexts: Iterable[ContextBatch],
+    mean: Float[Tensor, "d"],
+) -> Costs:
+    """``costs`` of the ``replacements``, with the divergence of the reconstruction."""
+
+    def reconstruct(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x_hat: Tensor = sae(x.to(sae.W_dec.device))
+        return x_hat.to(x.device)
+
+    return costs(model, hook, contexts, replacements(reconstruct, mean), ["reconstructed"])
+
+
 def replacements(reconstruct: Edit, mean: Float[Tensor, "d"]) -> dict[str, Edit | None]:
     """What ``downstream`` compares: x as it is, x̂, 0 and the mean activation [d] in its place."""
     return {
@@ -179,3 +198,30 @@ def downstream(found: Costs) -> dict[str, Any]:
 def _recovered(increase: Tensor, damage: Tensor) -> Tensor:
     """1 − increase / damage; NaN where ablation does the model no damage."""
     return 1 - increase / damage.where(damage != 0, math.nan)
+
+
+class DownstreamEvaluation(Evaluation):
+    """What does the reconstruction cost the model's predictions?"""
+
+    name = "downstream"
+    title = "Downstream"
+    passes = 1
+    figures = (
+        Figure("ce_clean", "CE", "{:.3f}", "nats a token of the model as it is"),
+        Figure("ce_reconstructed", "CE with x̂", "{:.3f}", "with the reconstruction spliced in"),
+        Figure("ce_zero", "CE with 0", "{:.3f}", "with zeros in place of the activations"),
+        Figure("recovered_share", "recovered", "{:.4f}", "share of what zeros would cost that x̂ saves", headline=3),
+        Figure("kl", "KL", "{:.4f}", "nats a token from the model's own predictions"),
+        Figure("ce_mean", "CE with x̄", "{:.3f}", "with the mean activation in place of each", detail=True),
+        Figure(
+            "recovered_share_mean",
+            "recovered, x̄",
+            "{:.4f}",
+            "the share kept where x̄, not 0, is the baseline",
+            detail=True,
+        ),
+    )
+
+    def run(self, context: Context) -> dict[str, Any]:
+        """Splice and score."""
+        return downstream(context.costs)

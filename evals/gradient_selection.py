@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -18,9 +18,11 @@ from torch import Tensor
 
 from saekit.activations import ContextBatch
 from saekit.activations.gradients import Labels, with_gradients
+from saekit.activations.tokens import PADDING
 from saekit.allocation import gradient_choice, influence_of
 from saekit.errors import SaekitError
 from saekit.evals.downstream import Costs, Edit, costs
+from saekit.evals.evaluation import Context, Evaluation, Figure
 from saekit.evals.reconstruction import Reconstruction
 from saekit.sae import SparseAutoencoder
 
@@ -99,3 +101,39 @@ class _Selection:
         """The reconstructions of the next m tokens."""
         x_hat, self.left = self.left[: len(x)], self.left[len(x) :]
         return x_hat
+
+
+def trained_beta(sae: SparseAutoencoder) -> float | None:
+    """The weight of the gradient in the training of this dictionary, if it had one."""
+    beta = (sae.cfg.metadata.get("saekit") or {}).get("beta")
+    return float(beta) if beta is not None and sae.cfg.k is not None else None
+
+
+class GradientSelectionEvaluation(Evaluation):
+    """What would selection by gradients give?"""
+
+    name = "gradient_selection"
+    title = "Selection by gradients"
+    on_card = False
+    passes = 2
+    figures = (
+        Figure("ce_reconstructed_sampled", "CE sampled", "{:.3f}", "x̂ selected by gradients of sampled labels"),
+        Figure("ce_reconstructed_true_labels_leaking", "CE leaking", "{:.3f}", "of true labels: leaks them"),
+    )
+
+    def applies(self, sae: SparseAutoencoder) -> bool:
+        """To dictionaries that gradient TopK trained."""
+        return trained_beta(sae) is not None
+
+    def check(self, sae: SparseAutoencoder, contexts: ContextBatch) -> None:
+        """Contexts must have no padding."""
+        if bool((contexts.documents == PADDING).any()):
+            raise SaekitError(
+                "this dictionary selects by gradients of a whole context's loss; give contexts without padding"
+            )
+
+    def run(self, context: Context) -> dict[str, Any]:
+        """With the β of the training."""
+        beta = trained_beta(context.sae)
+        assert beta is not None
+        return dict(gradient_selection(context.sae, context.model, context.hook, context.contexts, beta, context.costs))

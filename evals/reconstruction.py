@@ -8,8 +8,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saekit.evals.evaluation import Evaluation, Figure, Seen
 from saekit.evals.intervals import DocumentSums
 from saekit.evals.outliers import Outliers
+from saekit.sae import SparseAutoencoder
+from saekit.settings import Settings
 
 _SCALARS = 6  # sums of each token: 1, ‖x − origin‖², ‖x‖², ‖x − x̂‖², the cosine and ‖x̂‖ / ‖x‖; then come x − origin
 
@@ -49,6 +52,10 @@ class Reconstruction:
         )
         self.sums.add(torch.cat([torch.stack(scalars, dim=1), shifted], dim=1), documents)
 
+    def see(self, seen: Seen) -> None:
+        """Count one batch of an evaluation."""
+        self.update(seen.x, seen.x_hat, seen.documents)
+
     def mean(self) -> Float[Tensor, "d"]:
         """x̄, the mean of the activations seen."""
         assert self.origin is not None
@@ -83,3 +90,28 @@ def _figures(sums: Float[Tensor, "... c"]) -> dict[str, Float[Tensor, "..."]]:
         "cosine": cosine / tokens,
         "norm_ratio": norm_ratio / tokens,
     }
+
+
+class ReconstructionEvaluation(Evaluation):
+    """How much of the activations is explained?"""
+
+    name = "reconstruction"
+    title = "Reconstruction"
+    figures = (
+        Figure("fvu", "FVU", "{:.4f}", "fraction of the activations' variance unexplained", headline=1),
+        Figure(
+            "fvu_without_outliers",
+            "FVU rest",
+            "{:.4f}",
+            "without tokens beyond 10 times the median norm",
+            where="outliers",
+        ),
+        Figure("outliers", "outliers", "{:,d}", "how many those are", where="outliers"),
+        Figure("outlier_variance_share", "held", "{:.1%}", "share of the variance that those hold", where="outliers"),
+        Figure("cosine", "cosine", "{:.4f}", "mean cosine of x and x̂"),
+        Figure("norm_ratio", "length", "{:.4f}", "mean of ‖x̂‖ / ‖x‖", detail=True),
+    )
+
+    def begin(self, sae: SparseAutoencoder, settings: Settings) -> Reconstruction:
+        """Sums over the errors."""
+        return Reconstruction(sae.cfg.d_in)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -16,79 +15,11 @@ from rich.text import Text
 
 from saekit import display
 from saekit.errors import SaekitError
+from saekit.evals.evaluation import Figure
+from saekit.evals.registry import EVALUATIONS, shown_figures
 from saekit.files import replace_file
 from saekit.reading import read_json
 
-# title, group, key, format, meaning
-_FIGURES = (
-    ("L0", "sparsity", "l0", "{:.1f}", "active features a token"),
-    ("dead", "sparsity", "dead", "{:,d}", "features that never fired on these tokens"),
-    (
-        "low",
-        "sparsity",
-        "underutilised",
-        "{:,d}",
-        "features below a tenth of the fitted Zipf curve, the dead among them",
-    ),
-    ("features", "sparsity", "features", "{:,d}", "width of the dictionary"),
-    ("FVU", "reconstruction", "fvu", "{:.4f}", "fraction of the activations' variance unexplained"),
-    ("FVU rest", "reconstruction", "fvu_without_outliers", "{:.4f}", "without tokens beyond 10 times the median norm"),
-    ("outliers", "reconstruction", "outliers", "{:,d}", "how many those are"),
-    ("held", "reconstruction", "outlier_variance_share", "{:.1%}", "share of the variance that those hold"),
-    ("cosine", "reconstruction", "cosine", "{:.4f}", "mean cosine of x and x̂"),
-    ("CE", "downstream", "ce_clean", "{:.3f}", "nats a token of the model as it is"),
-    ("CE with x̂", "downstream", "ce_reconstructed", "{:.3f}", "with the reconstruction spliced in"),
-    ("CE with 0", "downstream", "ce_zero", "{:.3f}", "with zeros in place of the activations"),
-    (
-        "recovered",
-        "downstream",
-        "recovered_share",
-        "{:.4f}",
-        "share of what zeros would cost that x̂ saves",
-    ),
-    ("KL", "downstream", "kl", "{:.4f}", "nats a token from the model's own predictions"),
-    (
-        "CE sampled",
-        "gradient_selection",
-        "ce_reconstructed_sampled",
-        "{:.3f}",
-        "x̂ selected by gradients of sampled labels",
-    ),
-    (
-        "CE leaking",
-        "gradient_selection",
-        "ce_reconstructed_true_labels_leaking",
-        "{:.3f}",
-        "of true labels: leaks them",
-    ),
-    ("L0", "dark_matter", "l0", "{:.1f}", "active features a token"),
-    ("FVU", "dark_matter", "document.fvu", "{:.4f}", "of x̂; all here is of the half that nothing was fitted on"),
-    ("FVU nonlin", "dark_matter", "document.plain.fvu_nonlinear", "{:.4f}", "of x̂ + linear error"),
-    ("R²", "dark_matter", "random.plain.r2", "{:.3f}", "of the error on x, mean of dimensions, split by token"),
-    ("R² doc", "dark_matter", "document.plain.r2", "{:.3f}", "the same, split by document"),
-    ("R² pooled", "dark_matter", "document.plain.r2_pooled", "{:.3f}", "the same, all dimensions together"),
-    ("R² rescaled", "dark_matter", "document.shrinkage.r2", "{:.3f}", "R² doc with x̂ at its best length"),
-    (
-        "R² ‖e‖²",
-        "dark_matter",
-        "document.norms.error.from_x_with_intercept",
-        "{:.3f}",
-        "of the error's squared norm on x",
-    ),
-    (
-        "R² ‖nonlin‖²",
-        "dark_matter",
-        "document.norms.nonlinear.from_x_with_intercept",
-        "{:.3f}",
-        "of the nonlinear error's",
-    ),
-    ("CE + linear", "dark_matter", "cost.recovered_linear", "{:.3f}", "share of x̂'s cost that x̂ + linear recovers"),
-    ("CE + nonlin", "dark_matter", "cost.recovered_nonlinear", "{:.3f}", "share that x̂ + nonlinear recovers"),
-    ("FVU pursuit", "dark_matter", "pursuit.fvu", "{:.4f}", "features chosen by gradient pursuit"),
-    ("nonlin pursuit", "dark_matter", "pursuit.plain.fvu_nonlinear", "{:.4f}", "with its linear error added"),
-    ("tokens", "dark_matter", "tokens", "{:,d}", "held-out tokens, half of them to fit on"),
-    ("tokens", "sparsity", "tokens", "{:,d}", "held-out tokens; CE and KL score those with a next one"),
-)
 WIDTH = 140  # characters of a table of several dictionaries
 _NAME = 16  # of them for a dictionary's name, which is folded where there are no more
 
@@ -126,8 +57,10 @@ class Report:
         return str(self.about.get("dictionary") or self.about.get("hook") or "Report")
 
     def _rows(self) -> list[tuple[str, str, str]]:
-        figures = [figure for figure in _FIGURES if _found(self, *figure[1:3]) is not None]
-        return [(name, _cell(self, group, key, shape, " ± "), meaning) for name, group, key, shape, meaning in figures]
+        shown = [
+            (group, figure) for group, figure in shown_figures() if value_of(self.groups, group, figure) is not None
+        ]
+        return [(figure.title, _cell(self, group, figure, " ± "), figure.meaning) for group, figure in shown]
 
     def to_dict(self) -> dict[str, Any]:
         """The groups, and ``about``."""
@@ -176,7 +109,7 @@ def to_json(value: Any) -> str:
     return json.dumps(_finite(value), indent=2, allow_nan=False)
 
 
-class Figure(NamedTuple):
+class Shown(NamedTuple):
     """One figure as people read it, its standard error ("" where there is none), and what it means."""
 
     title: str
@@ -187,14 +120,17 @@ class Figure(NamedTuple):
     meaning: str
 
 
-def figures(groups: Mapping[str, Any]) -> list[Figure]:
+def figures(groups: Mapping[str, Any], *, details: bool = False) -> list[Shown]:
     """The figures that these groups have, in the order of the table; what is no number is left out."""
     found = []
-    for title, group, key, shape, meaning in _FIGURES:
-        value = _told(groups, group, key)
-        if isinstance(value, int | float) and math.isfinite(value) and (isinstance(value, int) or "d" not in shape):
-            error = error_of(groups, group, key, shape)
-            found.append(Figure(title, group, key, shape.format(value), error, meaning))
+    for group, figure in shown_figures(details=details):
+        value = value_of(groups, group, figure)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
+            continue  # a file of others may hold anything
+        if isinstance(value, int) or "d" not in figure.shape:
+            error = error_of(groups, group, figure)
+            text = figure.shape.format(value)
+            found.append(Shown(figure.title, group, figure.key, text, error, figure.meaning))
     return found
 
 
@@ -203,18 +139,18 @@ def notes(about: Mapping[str, Any]) -> list[str]:
     return [str(about[key]) for key in ("no_downstream",) if isinstance(about.get(key), str)]
 
 
-def error_of(groups: Mapping[str, Any], group: str, key: str, shape: str) -> str:
+def error_of(groups: Mapping[str, Any], group: str, figure: Figure) -> str:
     """The standard error of a figure, in the figure's own format unless that shows nothing of it; "" without one."""
-    error = lookup(groups, f"{group}.{key}_se")
+    error = lookup(groups, f"{group}.{figure.key}_se")
     if not isinstance(error, int | float) or not 0 <= error < 1e300:  # a file of others may hold anything
         return ""
-    text = shape.format(error)
+    text = figure.shape.format(error)
     return text if error == 0 or float(text) > 0 else f"{error:.0e}"
 
 
 def over_documents(groups: Mapping[str, Any]) -> list[str]:
     """Over how many documents the standard errors are; nothing in reports without them."""
-    found = [lookup(groups, f"{group}.documents") for group in ("sparsity", "dark_matter")]
+    found = [lookup(groups, f"{group}.documents") for group in EVALUATIONS]
     counts = [count for count in found if isinstance(count, int) and 0 <= count < 1 << 53]
     if not counts:
         return []
@@ -226,22 +162,22 @@ def over_documents(groups: Mapping[str, Any]) -> list[str]:
 def table(reports: Mapping[str, Report] | Sequence[tuple[str, Report]]) -> Table:
     """One dictionary: a row a figure, with its meaning. Several: a row a dictionary, or a column if too wide."""
     rows = list(reports.items()) if isinstance(reports, Mapping) else list(reports)
-    figures = [figure for figure in _FIGURES if any(_found(report, *figure[1:3]) is not None for _, report in rows)]
+    shown = [each for each in shown_figures() if any(value_of(report.groups, *each) is not None for _, report in rows)]
     if len(rows) == 1:
         name, report = rows[0]
         result = Table(title=name, title_justify="left", caption_justify="left")
-        errors = [error_of(report.groups, group, key, shape) for _, group, key, shape, _ in figures]
+        errors = [error_of(report.groups, group, figure) for group, figure in shown]
         for title in ("figure", "value", *(["±"] if any(errors) else []), "meaning"):
             result.add_column(title, justify="right" if title in ("value", "±") else "left")
-        for (title, group, key, shape, meaning), error in zip(figures, errors, strict=True):
-            value = shape.format(_found(report, group, key))
-            result.add_row(title, value, *([error] if any(errors) else []), meaning)
+        for (group, figure), error in zip(shown, errors, strict=True):
+            value = figure.shape.format(value_of(report.groups, group, figure))
+            result.add_row(figure.title, value, *([error] if any(errors) else []), figure.meaning)
         result.caption = Text("\n".join(report._notes())) if report._notes() else None
         return result
     told = list(dict.fromkeys(note for _, report in rows for note in over_documents(report.groups)))
     told += [f"{name}: {note}" for name, report in rows for note in notes(report.about)]
     result = Table(caption=Text("\n".join(told)) if told else None, caption_justify="left")
-    cells = [[title, *(_cell(r, group, key, shape, "\n±") for _, r in rows)] for title, group, key, shape, _ in figures]
+    cells = [[figure.title, *(_cell(r, group, figure, "\n±") for _, r in rows)] for group, figure in shown]
     widths = [
         min(_NAME, max(map(cell_len, ["dictionary", *(name for name, _ in rows)]))),
         *(max(cell_len(line) for cell in column for line in cell.split("\n")) for column in cells),
@@ -260,21 +196,17 @@ def table(reports: Mapping[str, Report] | Sequence[tuple[str, Report]]) -> Table
     return result
 
 
-def _cell(report: Report, group: str, key: str, shape: str, between: str) -> str:
+def _cell(report: Report, group: str, figure: Figure, between: str) -> str:
     """A figure and its standard error."""
-    value, error = _found(report, group, key), error_of(report.groups, group, key, shape)
-    return "" if value is None else shape.format(value) + (f"{between}{error}" if error else "")
+    value, error = value_of(report.groups, group, figure), error_of(report.groups, group, figure)
+    return "" if value is None else figure.shape.format(value) + (f"{between}{error}" if error else "")
 
 
-def _found(report: Report, group: str, key: str) -> Any:
-    return _told(report.groups, group, key)
-
-
-def _told(groups: Mapping[str, Any], group: str, key: str) -> Any:
-    """The figure to show; None where it is not there, or is of outliers where there are none."""
-    if "outlier" in key and not lookup(groups, f"{group}.outliers"):
+def value_of(groups: Mapping[str, Any], group: str, figure: Figure) -> Any:
+    """The figure; None where it is not there, or means nothing."""
+    if figure.where and not lookup(groups, f"{group}.{figure.where}"):
         return None
-    return lookup(groups, f"{group}.{key}")
+    return lookup(groups, f"{group}.{figure.key}")
 
 
 def lookup(figures: Any, key: str) -> Any:

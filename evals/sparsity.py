@@ -10,7 +10,10 @@ from jaxtyping import Int
 from torch import Tensor
 
 from saekit.code import SparseCode
+from saekit.evals.evaluation import Evaluation, Figure, Seen
 from saekit.evals.intervals import DocumentSums
+from saekit.sae import SparseAutoencoder
+from saekit.settings import Settings
 from saekit.zipf import fit_zipf
 
 _UNDERUTILISED = 0.1  # share of the Zipf curve
@@ -36,6 +39,10 @@ class Sparsity:
         self.sums.add(torch.stack([torch.ones_like(each), each], dim=1), documents)
         self.l0_squares += float(each.square().sum())
         self.l0_max = max(self.l0_max, int(each.max()) if code.n_tokens else 0)
+
+    def see(self, seen: Seen) -> None:
+        """Count one batch of an evaluation."""
+        self.update(seen.code, seen.documents)
 
     def result(self) -> dict[str, Any]:
         """The figures.
@@ -92,3 +99,21 @@ def histogram(counts: Int[Tensor, "l"], bins: int = 40) -> dict[str, Any]:
     width = -(-most // bins)
     sums = [int(part.sum()) for part in torch.split(counts[: -(-most // width) * width], width)]
     return {"width": width, "counts": sums, "beyond": total - sum(sums)}
+
+
+class SparsityEvaluation(Evaluation):
+    """How many features are active?"""
+
+    name = "sparsity"
+    title = "Sparsity"
+    figures = (
+        Figure("l0", "L0", "{:.1f}", "active features a token", headline=2),
+        Figure("dead", "dead", "{:,d}", "features that never fired on these tokens", headline=4),
+        Figure("underutilised", "low", "{:,d}", "features below a tenth of the fitted Zipf curve, the dead among them"),
+        Figure("features", "features", "{:,d}", "width of the dictionary"),
+        Figure("tokens", "tokens", "{:,d}", "held-out tokens; CE and KL score those with a next one", last=True),
+    )
+
+    def begin(self, sae: SparseAutoencoder, settings: Settings) -> Sparsity:
+        """Counts of every feature."""
+        return Sparsity(sae.cfg.d_sae)

@@ -1,9 +1,9 @@
-"""The standard evaluation: sparsity, reconstruction and downstream cost, on held-out text, by the inference rule."""
+"""The standard suite: every evaluation of the registry that applies, on held-out text, by the inference rule."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,16 +12,15 @@ from torch import Tensor
 from saekit.activations import ActivationBatch, ContextBatch, harvest
 from saekit.activations.gradients import not_causal
 from saekit.activations.padding import as_contexts
-from saekit.activations.tokens import PADDING, without_first
+from saekit.activations.tokens import without_first
 from saekit.errors import SaekitError
-from saekit.evals.downstream import costs, downstream, replacements
-from saekit.evals.gradient_selection import gradient_selection
+from saekit.evals.evaluation import Accumulator, Context, Seen
 from saekit.evals.outliers import warn_of_outliers
-from saekit.evals.reconstruction import Reconstruction
+from saekit.evals.registry import evaluations, routed
 from saekit.evals.report import Report
-from saekit.evals.sparsity import Sparsity
 from saekit.processing import warn_of_processing
 from saekit.sae import SparseAutoencoder
+from saekit.settings import Settings
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -38,6 +37,7 @@ def evaluate(
     attention_mask: Bool[Tensor, "c t"] | None = None,
     batch: int = 16,
     on_batch: Callable[[int], object] | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> Report:
     """Judge a dictionary on held-out contexts.
 
@@ -52,12 +52,13 @@ def evaluate(
             dictionary was trained with, or 1.
         attention_mask: [c, t] which of plain token ids are no padding (``contexts_of``).
         batch: contexts in one forward pass.
+        settings: of the evaluations, by their flat names.
         on_batch: called with the number of contexts done, for a progress bar; each counts ``passes(sae, model)`` times.
 
     Returns:
-        A report with the groups ``sparsity``, ``reconstruction`` and ``downstream``, and ``gradient_selection`` for a
-        dictionary that gradient TopK trained. A model that is not causal has the first two alone, and ``about`` says
-        why under ``no_downstream``.
+        A report with a group for each evaluation of the registry that applies: ``sparsity``, ``reconstruction``,
+        ``downstream``, for a dictionary that gradient TopK trained ``gradient_selection``, and those of other packages.
+        A model that is not causal has those of activations alone, and ``about`` says why under ``no_downstream``.
 
     Raises:
         SaekitError: no hook is known, the dictionary does not fit the model, or there is no text.
@@ -71,10 +72,10 @@ def evaluate(
     contexts = contexts._replace(kept=without_first(contexts.kept, skip_first))
     if not contexts.kept.any():
         raise SaekitError("there is no held-out text to evaluate on")
-    if _beta(sae) is not None and bool((contexts.documents == PADDING).any()):
-        raise SaekitError(
-            "this dictionary selects by gradients of a whole context's loss; give contexts without padding"
-        )
+    asked = [(name, each) for name, each in evaluations("standard") if each.applies(sae)]
+    for _, evaluation in asked:
+        evaluation.check(sae, contexts)
+    own = routed(settings or {})
 
     def parts() -> Iterator[ContextBatch]:
         for part in contexts.split(batch):
@@ -82,15 +83,16 @@ def evaluate(
             if on_batch is not None:
                 on_batch(len(part.tokens))
 
-    sparsity, reconstruction = _explained(sae, harvest(model, hook, parts()), hook)
-    groups = {"sparsity": sparsity.result(), "reconstruction": reconstruction.result()}
+    accumulators = _seen(sae, harvest(model, hook, parts()), hook, own)
+    groups = {name: accumulator.result() for name, accumulator in accumulators.items()}
     about = {"hook": hook, "contexts": len(contexts.tokens), "context_length": contexts.tokens.shape[1]}
     if why := not_causal(model):
         return Report(groups, {**about, "no_downstream": f"no next-token figures: {why}"})
-    cost = costs(model, hook, parts(), replacements(_reconstruct(sae), reconstruction.mean()), ["reconstructed"])
-    groups["downstream"] = downstream(cost)
-    if (beta := _beta(sae)) is not None:
-        groups["gradient_selection"] = gradient_selection(sae, model, hook, parts, beta, cost)
+    shared: dict[str, Any] = {}
+    for name, evaluation in asked:
+        found = evaluation.run(Context(sae, model, hook, parts, own[name], accumulators, shared))
+        if found is not None:
+            groups[name] = {**groups.get(name, {}), **found}
     return Report(groups, about)
 
 
@@ -104,37 +106,40 @@ def passes(sae: SparseAutoencoder, model: TransformerBridge) -> int:
     """How often ``evaluate`` goes through the contexts."""
     if not_causal(model):
         return 1
-    return 2 if _beta(sae) is None else 4
-
-
-def _beta(sae: SparseAutoencoder) -> float | None:
-    """The weight of the gradient in the training of this dictionary, if it had one."""
-    beta = (sae.cfg.metadata.get("saekit") or {}).get("beta")
-    return float(beta) if beta is not None and sae.cfg.k is not None else None
+    return 1 + sum(each.passes for _, each in evaluations("standard") if each.applies(sae))
 
 
 def evaluate_activations(
-    sae: SparseAutoencoder, batches: Iterable[ActivationBatch | Float[Tensor, "m d_in"]]
+    sae: SparseAutoencoder,
+    batches: Iterable[ActivationBatch | Float[Tensor, "m d_in"]],
+    settings: Mapping[str, Any] | None = None,
 ) -> Report:
-    """Judge a dictionary on activations alone: the groups ``sparsity`` and ``reconstruction``.
+    """Judge a dictionary on activations alone: the groups of evaluations that need no model.
 
     Args:
         sae: the dictionary.
         batches: activations with the numbers of their documents, or activations alone: then each row is taken for a
             document of its own, and the standard errors are too small where neighbouring rows are alike.
+        settings: of the evaluations, by their flat names.
 
     Raises:
         SaekitError: there are none, or they have another width than the dictionary.
     """
-    sparsity, reconstruction = _explained(sae, batches, "these activations")
-    return Report({"sparsity": sparsity.result(), "reconstruction": reconstruction.result()})
+    found = _seen(sae, batches, "these activations", routed(settings or {}))
+    return Report({name: accumulator.result() for name, accumulator in found.items()})
 
 
 @torch.no_grad()
-def _explained(
-    sae: SparseAutoencoder, batches: Iterable[ActivationBatch | Float[Tensor, "m d_in"]], origin: str
-) -> tuple[Sparsity, Reconstruction]:
-    sparsity, reconstruction = Sparsity(sae.cfg.d_sae), Reconstruction(sae.cfg.d_in)
+def _seen(
+    sae: SparseAutoencoder,
+    batches: Iterable[ActivationBatch | Float[Tensor, "m d_in"]],
+    origin: str,
+    settings: Mapping[str, Settings],
+) -> dict[str, Accumulator]:
+    """All that counts over activations, after one pass over them."""
+    begun = {name: each.begin(sae, settings[name]) for name, each in evaluations("standard") if each.applies(sae)}
+    accumulators = {name: accumulator for name, accumulator in begun.items() if accumulator is not None}
+    tokens = 0
     for batch in batches:
         x, documents = (batch.x, batch.documents) if isinstance(batch, ActivationBatch) else (batch, None)
         if not isinstance(x, Tensor) or x.ndim != 2:
@@ -146,19 +151,13 @@ def _explained(
             raise SaekitError(
                 f"the dictionary does not fit: it takes width {sae.cfg.d_in}, but '{origin}' has width {x.shape[1]}"
             )
+        tokens += len(x)
         code = sae.encode_sparse(x.to(sae.W_dec.device))
-        sparsity.update(code, documents)
-        reconstruction.update(x, sae.decode(code), documents)
-    if not sparsity.tokens:
+        seen = Seen(x, code, sae.decode(code), documents)
+        for accumulator in accumulators.values():
+            accumulator.see(seen)
+    if not tokens:
         raise SaekitError("there are no activations to evaluate on")
-    warn_of_outliers(reconstruction.result())
-    return sparsity, reconstruction
-
-
-def _reconstruct(sae: SparseAutoencoder) -> Callable[[Tensor], Tensor]:
-    def reconstruct(x: Tensor) -> Tensor:
-        with torch.no_grad():
-            x_hat: Tensor = sae(x.to(sae.W_dec.device))
-        return x_hat.to(x.device)
-
-    return reconstruct
+    if "reconstruction" in accumulators:
+        warn_of_outliers(accumulators["reconstruction"].result())
+    return accumulators

@@ -11,26 +11,16 @@ from typing import Any
 
 from saekit.errors import SaekitError
 from saekit.evals.features import FeatureStudy
-from saekit.evals.report import error_of, figures, lookup, notes, over_documents
+from saekit.evals.registry import evaluations, shown_figures
+from saekit.evals.report import figures, lookup, notes, over_documents
 from saekit.evals.sparsity import histogram
 from saekit.reading import parse_json, read_bounded
 from saekit.sae import SparseAutoencoder
 from saekit.zipf import ZipfLaw
 
-_HEADLINE = (("reconstruction", "fvu"), ("sparsity", "l0"), ("downstream", "recovered_share"), ("sparsity", "dead"))
-_GROUPS = {
-    "sparsity": "Sparsity",
-    "reconstruction": "Reconstruction",
-    "downstream": "Downstream",
-    "gradient_selection": "Selection by gradients",
-    "dark_matter": "Dark matter",
-}
-_MORE = (  # what the table on the screen leaves out: group, key, title, format, meaning
-    ("reconstruction", "norm_ratio", "length", "{:.4f}", "mean of ‖x̂‖ / ‖x‖"),
-    ("downstream", "ce_mean", "CE with x̄", "{:.3f}", "with the mean activation in place of each"),
-    ("downstream", "recovered_share_mean", "recovered, x̄", "{:.4f}", "the share kept where x̄, not 0, is the baseline"),
-)
-_CURVES = ("loss", "fvu", "l0", "dead_share")
+_CURVES = ("loss", "fvu", "l0", "dead_share")  # of every run, in this order; then come the terms of its loss
+_BOOKKEEPING = {"step", "tokens", "grad_norm", "lr", "rescored", "redone", "aux_pool", "skipped_tokens"}
+_TIMES = {"seconds", "tokens_per_second", "waited_seconds", "waited_share"}  # another in a run that was interrupted
 _POINTS = 400  # of a curve
 _LONGEST = 200  # characters of a text that somebody else may have written
 
@@ -57,7 +47,9 @@ class Subject:
 def overview(subject: Subject, study: FeatureStudy | None) -> dict[str, Any]:
     """All but the pages of features, as JSON takes it."""
     found = figures(subject.groups)
-    headline = [figure for key in _HEADLINE for figure in found if (figure.group, figure.key) == key]
+    order = {(group, figure.key): figure.headline for group, figure in shown_figures() if figure.headline}
+    headline = sorted((each for each in found if each[1:3] in order), key=lambda each: order[each[1:3]])
+    more = figures(subject.groups, details=True)
     return {
         "name": _text(subject.name),
         "made": _made(subject.sae),
@@ -68,10 +60,9 @@ def overview(subject: Subject, study: FeatureStudy | None) -> dict[str, Any]:
         "tables": [
             [
                 title,
-                [[each.title, each.value, each.error, each.meaning] for each in found if each.group == group]
-                + _more(subject, group),
+                [[each.title, each.value, each.error, each.meaning] for each in [*found, *more] if each.group == group],
             ]
-            for group, title in _GROUPS.items()
+            for group, title in ((name, each.title) for name, each in evaluations())
             if any(each.group == group for each in found)
         ],
         "curves": curves(subject.metrics) if subject.metrics is not None else None,
@@ -83,8 +74,9 @@ def overview(subject: Subject, study: FeatureStudy | None) -> dict[str, Any]:
 
 def comparison(subjects: Sequence[Subject]) -> dict[str, Any]:
     """One row a dictionary, one column a figure that any of them has; those of dark matter are of other tokens."""
+    standard = {name for name, _ in evaluations("standard")}
     found = [
-        {(each.group, each.key): each for each in figures(subject.groups) if each.group != "dark_matter"}
+        {(each.group, each.key): each for each in figures(subject.groups) if each.group in standard}
         for subject in subjects
     ]
     columns = list(dict.fromkeys(key for each in found for key in each))
@@ -114,10 +106,14 @@ def curves(path: Path) -> dict[str, list[float]]:
         except SaekitError:
             continue
         if isinstance(found, dict) and all(_is_number(found.get(key)) for key in ("tokens", *_CURVES)):
-            lines.append([float(found[key]) for key in ("tokens", *_CURVES)])
+            lines.append(found)
+    if not lines:
+        return {}
     step = max(1, math.ceil(len(lines) / _POINTS))
     lines = lines[::-1][::step][::-1]  # the last is always there
-    return {key: [line[i] for line in lines] for i, key in enumerate(("tokens", *_CURVES))} if lines else {}
+    terms = [key for key in lines[-1] if key not in {*_CURVES, *_BOOKKEEPING, *_TIMES}]
+    terms = [key for key in terms if all(_is_number(line.get(key)) for line in lines)]
+    return {key: [float(line[key]) for line in lines] for key in ("tokens", *_CURVES, *terms)}
 
 
 def _made(sae: SparseAutoencoder) -> dict[str, Any]:
@@ -143,14 +139,6 @@ def _judged(subject: Subject) -> dict[str, Any] | None:
         return None
     on = subject.about.get("dataset") or subject.about.get("cache")
     return {"tokens": tokens, "text": _text(on) if isinstance(on, str) else None}
-
-
-def _more(subject: Subject, group: str) -> list[list[str]]:
-    return [
-        [title, shape.format(value), error_of(subject.groups, group, key, shape), meaning]
-        for where, key, title, shape, meaning in _MORE
-        if where == group and _is_number(value := lookup(subject.groups, f"{group}.{key}"))
-    ]
 
 
 def _density(sparsity: Any, width: int) -> dict[str, Any] | None:
