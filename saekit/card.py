@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote
 
 from saekit.errors import SaekitError
-from saekit.hub import HubPath, files_of
+from saekit.evals.report import figures, groups_in, notes, over_documents
+from saekit.formats.registry import FORMATS, files_of
+from saekit.hub import HubPath
+from saekit.loading import load
 from saekit.reading import read_json
-
-if TYPE_CHECKING:
-    from saekit.sae import SparseAutoencoder
+from saekit.sae import SparseAutoencoder
 
 _LONGEST = 200  # characters of a text from a file
 _HUB_NAME = re.compile(r"(?:[A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
@@ -28,7 +29,7 @@ _RULES = {
     "token_norm": "pre-activations, over the token's ‖x − b_dec‖, above a threshold of each feature",
 }
 _NORMALISED = {"layer_norm": "each token's layer norm, which the reconstruction undoes"}
-_GROUPS = ("sparsity", "reconstruction", "downstream")
+_SHOWN = ("sparsity", "reconstruction", "downstream")  # the groups of a report that a card shows: all their figures
 
 
 def card(folder: str | Path, place: HubPath | None = None, *, above: bool = False) -> str:
@@ -45,13 +46,10 @@ def card(folder: str | Path, place: HubPath | None = None, *, above: bool = Fals
     Raises:
         SaekitError: the folder holds no dictionary, or its report is damaged or of another one.
     """
-    import saekit
-    from saekit.formats import saelens
-
-    sae = saekit.load(folder)
+    sae = load(folder)
     files = files_of(Path(folder))
     told = _Told(sae)
-    readable = "sae_weights.safetensors" in files and saelens.lacks(sae) is None
+    readable = "sae_weights.safetensors" in files and FORMATS["saelens"].unsupported(sae) is None
     head = told.head(["sparse-autoencoder", "interpretability", *(["saelens"] if readable else [])])
     if above:
         assert place is not None
@@ -81,14 +79,15 @@ class _Told:
 
     def head(self, tags: list[str]) -> str:
         """The YAML that the hub reads."""
-        import yaml
+        from huggingface_hub import ModelCardData
 
-        facts: dict[str, Any] = {"library_name": "saekit", "tags": tags}
-        if (model := self.texts["model"]) and _on_the_hub(model):
-            facts["base_model"] = model
-        if (dataset := self.texts["dataset"]) and _on_the_hub(dataset):
-            facts["datasets"] = [dataset]
-        return f"---\n{yaml.safe_dump(facts, sort_keys=False)}---\n"
+        model, dataset = (
+            name if name and _on_the_hub(name) else None for name in (self.texts["model"], self.texts["dataset"])
+        )
+        facts = ModelCardData(
+            library_name="saekit", tags=tags, base_model=model, datasets=[dataset] if dataset else None
+        )
+        return f"---\n{facts.to_yaml()}\n---\n"
 
     def facts(self) -> str:
         """What the dictionary is and where it comes from."""
@@ -130,27 +129,24 @@ class _Told:
 
 def _figures(sae: SparseAutoencoder, files: dict[str, Path]) -> str:
     """The report's figures as a table, or that there are none."""
-    from saekit.evals.report import Report, groups_in, notes, over_documents, table
-
     if "eval.json" not in files:
         return "## Figures\n\nIt comes without an evaluation; `saekit eval` makes one."
-    found = groups_in(files["eval.json"])
-    about, groups = found["about"], {name: found[name] for name in _GROUPS if name in found}
-    damaged = SaekitError(f"'{files['eval.json']}' is no report of an evaluation; move it away")
-    if not isinstance(about, dict) or not all(isinstance(group, dict) for group in groups.values()):
-        raise damaged
+    report = groups_in(files["eval.json"])
+    about, groups = report["about"], {name: report[name] for name in _SHOWN if name in report}
     for key in ("d_in", "d_sae"):
         if about.get(key, getattr(sae.cfg, key)) != getattr(sae.cfg, key):
             raise SaekitError(f"'{files['eval.json']}' is of another dictionary: it has another {key}; move it away")
+    shown = figures(groups)
     try:
-        shown = table({"": Report(groups)})
-        rows = list(zip(*([str(cell) for cell in column.cells] for column in shown.columns), strict=True))
         tokens = f"{int(groups['sparsity']['tokens']):,}"
-    except (KeyError, ValueError, TypeError, AttributeError):
-        raise damaged from None
-    aligned = ["---:" if column.justify == "right" else "---" for column in shown.columns]
-    lines = [f"| {' | '.join(row)} |" for row in [[str(column.header) for column in shown.columns], *rows]]
-    lines[1:1] = [f"|{'|'.join(aligned)}|"]
+    except (KeyError, ValueError, TypeError):
+        raise SaekitError(f"'{files['eval.json']}' is no report of an evaluation; move it away") from None
+    columns = ["figure", "value", "±", "meaning"]
+    rows = [[figure.title, figure.value, figure.error, figure.meaning] for figure in shown]
+    rows = [columns, ["---:" if name in ("value", "±") else "---" for name in columns], *rows]
+    if not any(figure.error for figure in shown):
+        rows = [[title, value, meaning] for title, value, _, meaning in rows]
+    lines = [f"|{'|'.join(row)}|" if row[0] == "---" else f"| {' | '.join(row)} |" for row in rows]
     lines += [line for note in over_documents(groups) for line in ("", f"{note[0].upper()}{note[1:]}.")]
     origin = _described(_text(about.get("dataset")) or _text(about.get("cache")))
     held_out = "held-out " if about.get("part") == "heldout" else ""
