@@ -32,7 +32,7 @@ _NORMALISED = {"layer_norm": "each token's layer norm, which the reconstruction 
 _SHOWN = ("sparsity", "reconstruction", "downstream")  # the groups of a report that a card shows: all their figures
 
 
-def card(folder: str | Path, place: HubPath | None = None, *, above: bool = False) -> str:
+def card(folder: str | Path, hub_path: HubPath | None = None, *, above: bool = False) -> str:
     """The model card of a dictionary as Markdown with a YAML head, for ``README.md``.
 
     Texts from its files stand in the card as code, on one line and cut at 200 characters; the head takes nothing from
@@ -40,7 +40,7 @@ def card(folder: str | Path, place: HubPath | None = None, *, above: bool = Fals
 
     Args:
         folder: the dictionary's or its run's, whose ``eval.json`` gives the figures.
-        place: where it will be on the hub, for the lines that load it; the folder itself if not given.
+        hub_path: where it will be on the hub, for the lines that load it; the folder itself if not given.
         above: the card of the repository's root, for a dictionary that lies deeper: it points there.
 
     Raises:
@@ -52,11 +52,11 @@ def card(folder: str | Path, place: HubPath | None = None, *, above: bool = Fals
     readable = "sae_weights.safetensors" in files and FORMATS["saelens"].unsupported(sae) is None
     head = told.head(["sparse-autoencoder", "interpretability", *(["saelens"] if readable else [])])
     if above:
-        assert place is not None
-        inside = f"- [{_code(place.path)}]({quote(place.path)}): {told.title()}"
-        return f"{head}\n# Sparse autoencoders\n\n{inside}\n\n{_loading(place)}"
-    parts = [f"{head}\n# {told.title()}", told.facts(), _figures(sae, files), _loading(place or folder)]
-    parts += [_in_saelens(place) if readable else _unreadable(sae, place), told.missing()]
+        assert hub_path is not None
+        inside = f"- [{_code(hub_path.path)}]({quote(hub_path.path)}): {told.title()}"
+        return f"{head}\n# Sparse autoencoders\n\n{inside}\n\n{_loading(hub_path)}"
+    parts = [f"{head}\n# {told.title()}", told.facts(), _figures(sae, files), _loading(hub_path or folder)]
+    parts += [_in_saelens(hub_path) if readable else _unreadable(sae, hub_path), told.missing()]
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
@@ -155,27 +155,27 @@ def _figures(sae: SparseAutoencoder, files: dict[str, Path]) -> str:
     return "\n".join(["## Figures", "", told, "", *lines, *why])
 
 
-def _loading(place: HubPath | str | Path) -> str:
-    return f"## Use\n\n```python\nimport saekit\n\nsae = saekit.load({_string(place)})\n```"
+def _loading(hub_path: HubPath | str | Path) -> str:
+    return f"## Use\n\n```python\nimport saekit\n\nsae = saekit.load({_string(hub_path)})\n```"
 
 
-def _in_saelens(place: HubPath | None) -> str:
+def _in_saelens(hub_path: HubPath | None) -> str:
     """How SAELens loads it."""
-    if place is None:
+    if hub_path is None:
         return "SAELens opens its folder by `SAE.load_from_disk`."
-    if place.path and place.revision is None:
-        lines = ["", f"sae = SAE.from_pretrained({_string(place.repo)}, {_string(place.path)})"]
+    if hub_path.path and hub_path.revision is None:
+        lines = ["", f"sae = SAE.from_pretrained({_string(hub_path.repo)}, {_string(hub_path.path)})"]
     else:  # what it loads by name lies deeper, on the branch main
-        revision = f", revision={_string(place.revision)}" if place.revision else ""
-        inside = " + " + _string("/" + place.path) if place.path else ""
+        revision = f", revision={_string(hub_path.revision)}" if hub_path.revision else ""
+        inside = " + " + _string("/" + hub_path.path) if hub_path.path else ""
         lines = ["from huggingface_hub import snapshot_download", ""]
-        lines += [f"sae = SAE.load_from_disk(snapshot_download({_string(place.repo)}{revision}){inside})"]
+        lines += [f"sae = SAE.load_from_disk(snapshot_download({_string(hub_path.repo)}{revision}){inside})"]
     return "\n".join(["In SAELens:", "", "```python", "from sae_lens import SAE", *lines, "```"])
 
 
-def _unreadable(sae: SparseAutoencoder, place: HubPath | None) -> str:
+def _unreadable(sae: SparseAutoencoder, hub_path: HubPath | None) -> str:
     """Why SAELens cannot load it as it is."""
-    made = f"`saekit convert {place or 'FOLDER'} TARGET"
+    made = f"`saekit convert {hub_path or 'FOLDER'} TARGET"
     if sae.cfg.affinity_scale == "none":
         return f"SAELens reads what {made}` makes of it."
     return (

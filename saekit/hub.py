@@ -101,26 +101,28 @@ def download(path: str | Path) -> Path:
     """
     from huggingface_hub import try_to_load_from_cache
 
-    place = HubPath.parse(path)
+    hub_path = HubPath.parse(path)
     try:
-        about = ask(api(), place)
+        about = ask(api(), hub_path)
     except UnreachableError as error:
-        return _cached(place, error)
-    names = _needed(place, {each.rfilename for each in about.siblings or ()})
-    if all(isinstance(try_to_load_from_cache(place.repo, name, revision=about.sha), str) for name in names):
-        return _snapshot(replace(place, revision=about.sha), (), local_files_only=True) / place.path  # not a word of it
-    return _snapshot(place, names) / place.path
+        return _cached(hub_path, error)
+    names = _needed(hub_path, {each.rfilename for each in about.siblings or ()})
+    if all(isinstance(try_to_load_from_cache(hub_path.repo, name, revision=about.sha), str) for name in names):
+        return (
+            _snapshot(replace(hub_path, revision=about.sha), (), local_files_only=True) / hub_path.path
+        )  # not a word of it
+    return _snapshot(hub_path, names) / hub_path.path
 
 
-def _snapshot(place: HubPath, names: Iterable[str], **options: Any) -> Path:
+def _snapshot(hub_path: HubPath, names: Iterable[str], **options: Any) -> Path:
     """The cache's folder of a repository's commit, once these files are in it."""
     from huggingface_hub import snapshot_download
 
-    with asking(place):
+    with asking(hub_path):
         return Path(
             snapshot_download(
-                place.repo,
-                revision=place.revision,
+                hub_path.repo,
+                revision=hub_path.revision,
                 allow_patterns=[glob.escape(name) for name in names],
                 max_workers=1,  # a few files; what is cut off lacks the later ones
                 library_name="saekit",
@@ -130,15 +132,15 @@ def _snapshot(place: HubPath, names: Iterable[str], **options: Any) -> Path:
         )
 
 
-def _needed(place: HubPath, names: set[str]) -> list[str]:
+def _needed(hub_path: HubPath, names: set[str]) -> list[str]:
     """The files of a repository that the dictionary at a place consists of.
 
     Raises:
         SaekitError: there is none.
     """
-    folder, _, file = place.path.rpartition("/")
-    homes = [(place.path, ""), (place.file("sae"), "")]
-    if place.path in names:
+    folder, _, file = hub_path.path.rpartition("/")
+    homes = [(hub_path.path, ""), (hub_path.file("sae"), "")]
+    if hub_path.path in names:
         homes = [(folder, file)]
     for home, named in homes:
         for _, known in FORMATS.each():
@@ -146,7 +148,7 @@ def _needed(place: HubPath, names: set[str]) -> list[str]:
             weights = [_join(home, named or name) for name in matching]
             if names.intersection(weights) and names.issuperset(_join(home, name) for name in known.requires):
                 beside = [_join(home, name) for name in (*known.requires, *known.optional)]
-                about = [] if named else [place.file(name) for name in ABOUT]
+                about = [] if named else [hub_path.file(name) for name in ABOUT]
                 return [name for name in (*about, *beside, *weights) if name in names]
     fixed = set(weight_names())
     split = [(PurePosixPath(name), name) for name in names]
@@ -158,9 +160,9 @@ def _needed(place: HubPath, names: set[str]) -> list[str]:
         name for path, name in split if path.name not in fixed and any(fnmatchcase(path.name, p) for p in patterns)
     }
     if not there:
-        raise SaekitError(f"'{place.repo}' holds no dictionary in a known format")
-    where = f"at '{place.path}'" if place.path else "at its root"
-    raise SaekitError(f"'{place.repo}' holds no dictionary {where}{did_you_mean(place.path, sorted(there))}")
+        raise SaekitError(f"'{hub_path.repo}' holds no dictionary in a known format")
+    where = f"at '{hub_path.path}'" if hub_path.path else "at its root"
+    raise SaekitError(f"'{hub_path.repo}' holds no dictionary {where}{did_you_mean(hub_path.path, sorted(there))}")
 
 
 def _join(folder: str, name: str) -> str:
@@ -170,16 +172,16 @@ def _join(folder: str, name: str) -> str:
     return f"{folder}/{name}" if folder else name
 
 
-def _cached(place: HubPath, reason: UnreachableError) -> Path:
+def _cached(hub_path: HubPath, reason: UnreachableError) -> Path:
     """What the cache holds of a dictionary, where the hub is not to be asked."""
     try:
-        found = _snapshot(place, (), local_files_only=True) / place.path
-        format_of(found)
+        copy = _snapshot(hub_path, (), local_files_only=True) / hub_path.path
+        format_of(copy)
     except SaekitError:
-        raise SaekitError(f"{reason}, and '{place}' is not in the cache") from None
+        raise SaekitError(f"{reason}, and '{hub_path}' is not in the cache") from None
     if not reason.wanted:
-        print(f"saekit: {reason}; using the copy of '{place}' in the cache", file=sys.stderr)
-    return found
+        print(f"saekit: {reason}; using the copy of '{hub_path}' in the cache", file=sys.stderr)
+    return copy
 
 
 class UnreachableError(SaekitError):
@@ -197,14 +199,14 @@ def api() -> HfApi:
     return HfApi(library_name="saekit", library_version=__version__)
 
 
-def ask(api: HfApi, place: HubPath) -> Any:
+def ask(api: HfApi, hub_path: HubPath) -> Any:
     """What the hub says of a repository at a revision: ``sha``, ``private``, ``siblings``."""
-    with asking(place):
-        return api.model_info(place.repo, revision=place.revision, timeout=_SECONDS)
+    with asking(hub_path):
+        return api.model_info(hub_path.repo, revision=hub_path.revision, timeout=_SECONDS)
 
 
 @contextmanager
-def asking(place: HubPath, *, to_write: bool = False) -> Iterator[None]:
+def asking(hub_path: HubPath, *, to_write: bool = False) -> Iterator[None]:
     """While it is entered, what the hub's client raises becomes one line.
 
     Raises:
@@ -218,17 +220,17 @@ def asking(place: HubPath, *, to_write: bool = False) -> Iterator[None]:
     except errors.OfflineModeIsEnabled:
         raise UnreachableError("the hub is not asked (HF_HUB_OFFLINE is set)", wanted=True) from None
     except errors.GatedRepoError:
-        raise SaekitError(f"'{place.repo}' asks for an agreement before it is read; give it on its page") from None
+        raise SaekitError(f"'{hub_path.repo}' asks for an agreement before it is read; give it on its page") from None
     except errors.RepositoryNotFoundError:
         raise SaekitError(
-            f"there is no repository '{place.repo}' on the hub, or none that your token may see"
+            f"there is no repository '{hub_path.repo}' on the hub, or none that your token may see"
         ) from None
     except errors.RevisionNotFoundError:
-        raise SaekitError(f"'{place.repo}' has no revision '{place.revision}'") from None
+        raise SaekitError(f"'{hub_path.repo}' has no revision '{hub_path.revision}'") from None
     except errors.EntryNotFoundError as error:
-        raise SaekitError(f"'{place}' cannot be read: {_said(error)}") from None
+        raise SaekitError(f"'{hub_path}' cannot be read: {_said(error)}") from None
     except errors.HfHubHTTPError as error:
-        raise _refusal(error, place, to_write) from None
+        raise _refusal(error, hub_path, to_write) from None
     except SaekitError:
         raise
     except OSError as error:
@@ -241,17 +243,17 @@ def asking(place: HubPath, *, to_write: bool = False) -> Iterator[None]:
         raise UnreachableError(f"the hub cannot be reached ({first_line(error)})") from None
 
 
-def _refusal(error: Any, place: HubPath, to_write: bool) -> SaekitError:
+def _refusal(error: Any, hub_path: HubPath, to_write: bool) -> SaekitError:
     """What an answer of the hub means that is no success."""
     status = error.response.status_code
     if status in (401, 403):
         doing = "write to" if to_write else "read"
-        return SaekitError(f"your token may not {doing} '{place.repo}' ({status}); `hf auth login` takes another")
+        return SaekitError(f"your token may not {doing} '{hub_path.repo}' ({status}); `hf auth login` takes another")
     if status == 412:
-        return SaekitError(f"somebody else has written to '{place.repo}' meanwhile; look at it and try again")
+        return SaekitError(f"somebody else has written to '{hub_path.repo}' meanwhile; look at it and try again")
     if status >= 500 or status == 429:
         return UnreachableError(f"the hub does not answer ({status})")
-    return SaekitError(f"the hub refuses '{place}': {_said(error)}")
+    return SaekitError(f"the hub refuses '{hub_path}': {_said(error)}")
 
 
 def _said(error: BaseException) -> str:

@@ -49,8 +49,8 @@ def push(
     """
     from huggingface_hub import get_token
 
-    place = HubPath.parse(to)
-    if place.revision and re.fullmatch("[0-9a-f]{40}", place.revision):
+    hub_path = HubPath.parse(to)
+    if hub_path.revision and re.fullmatch("[0-9a-f]{40}", hub_path.revision):
         raise SaekitError(f"'{to}' names a commit; a dictionary is pushed to a branch")
     if get_token() is None:
         raise SaekitError("there is no token to write to the hub with; `hf auth login` or HF_TOKEN gives one")
@@ -59,49 +59,51 @@ def push(
         sae = load(folder)
         if find(folder)[0] != "saelens":
             folder = sae.save(Path(spare) / "sae")
-        _commit(api(), folder, place, private, message, overwrite)
-    return place
+        _commit(api(), folder, hub_path, private, message, overwrite)
+    return hub_path
 
 
-def _commit(hub: HfApi, folder: Path, place: HubPath, private: bool, message: str | None, overwrite: bool) -> None:
+def _commit(hub: HfApi, folder: Path, hub_path: HubPath, private: bool, message: str | None, overwrite: bool) -> None:
     """Write what belongs to a dictionary in one commit."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    files, text = files_of(folder), card(folder, place)
-    head, there = _prepared(hub, place, private)
-    weights, configs = ({place.file(name) for name in names()} for names in (weight_names, config_names))
-    ours = (weights | configs | {place.file(name) for name in ABOUT}) & there
+    files, text = files_of(folder), card(folder, hub_path)
+    head, there = _prepared(hub, hub_path, private)
+    weights, configs = ({hub_path.file(name) for name in names()} for names in (weight_names, config_names))
+    ours = (weights | configs | {hub_path.file(name) for name in ABOUT}) & there
     if ours and not overwrite:
         raise SaekitError(
-            f"'{place}' holds {min(ours)} already; choose another path, or pass --overwrite to replace what is there"
+            f"'{hub_path}' holds {min(ours)} already; choose another path, or pass --overwrite to replace what is there"
         )
     replaced = bool(weights & there)  # or configs and card stand for something else
-    added = {place.file(name): published(file) for name, file in files.items()}
-    if replaced or place.file(_CARD) not in there:
-        added[place.file(_CARD)] = text.encode()
-    if place.path and _CARD not in there:
-        added[_CARD] = card(folder, place, above=True).encode()
+    added = {hub_path.file(name): published(file) for name, file in files.items()}
+    if replaced or hub_path.file(_CARD) not in there:
+        added[hub_path.file(_CARD)] = text.encode()
+    if hub_path.path and _CARD not in there:
+        added[_CARD] = card(folder, hub_path, above=True).encode()
     operations: list[Any] = [CommitOperationAdd(name, content) for name, content in added.items()]
     stale = ours - added.keys() - (set() if replaced else configs)
     operations += [CommitOperationDelete(name) for name in sorted(stale)]
-    with asking(place, to_write=True):
+    with asking(hub_path, to_write=True):
         hub.create_commit(
-            place.repo,
+            hub_path.repo,
             operations,
-            commit_message=message or f"Dictionary {place.path or place.repo.partition('/')[2]}",
-            revision=place.revision,
+            commit_message=message or f"Dictionary {hub_path.path or hub_path.repo.partition('/')[2]}",
+            revision=hub_path.revision,
             parent_commit=head,
         )
 
 
-def _prepared(hub: HfApi, place: HubPath, private: bool) -> tuple[str | None, set[str]]:
+def _prepared(hub: HfApi, hub_path: HubPath, private: bool) -> tuple[str | None, set[str]]:
     """The last commit of a branch, made with its repository where it is missing, and the files that it holds."""
-    with asking(place, to_write=True):
-        hub.create_repo(place.repo, private=private, exist_ok=True)
-    if private and not ask(hub, replace(place, revision=None)).private:
-        raise SaekitError(f"'{place.repo}' is public already; without --private, everybody sees what is pushed there")
-    if place.revision:
-        with asking(place, to_write=True):
-            hub.create_branch(place.repo, branch=place.revision, exist_ok=True)
-    about = ask(hub, place)
+    with asking(hub_path, to_write=True):
+        hub.create_repo(hub_path.repo, private=private, exist_ok=True)
+    if private and not ask(hub, replace(hub_path, revision=None)).private:
+        raise SaekitError(
+            f"'{hub_path.repo}' is public already; without --private, everybody sees what is pushed there"
+        )
+    if hub_path.revision:
+        with asking(hub_path, to_write=True):
+            hub.create_branch(hub_path.repo, branch=hub_path.revision, exist_ok=True)
+    about = ask(hub, hub_path)
     return about.sha, {each.rfilename for each in about.siblings or ()}

@@ -18,5 +18,5 @@ def push(
     """
     from saekit.publish import push as pushed
 
-    place = pushed(dictionary, to, private=private, message=message, overwrite=overwrite)
-    print(f'pushed: {place}    to load it: saekit.load("{place}")')
+    hub_path = pushed(dictionary, to, private=private, message=message, overwrite=overwrite)
+    print(f'pushed: {hub_path}    to load it: saekit.load("{hub_path}")')

@@ -156,7 +156,7 @@ def files_of(folder: Path) -> dict[str, Path]:
     run = home.parent if home.name == "sae" and (home.parent / "config.yaml").is_file() else home
     names = (*FORMATS[name].requires, *FORMATS[name].optional, weights.name)
     files = {each: home / each for each in names if "/" not in each and (home / each).is_file()}
-    files |= {each: place / each for place in (run, home) for each in ABOUT if (place / each).is_file()}
+    files |= {each: folder / each for folder in (run, home) for each in ABOUT if (folder / each).is_file()}
     for file in files.values():
         check_inside(file, file.parent)
     return files

@@ -87,13 +87,13 @@ def _torch(path: Path) -> dict[str, Any]:
             raise SaekitError(
                 f"'{path}' holds more than tensors: its pickle would call {called[:80]!r}; it is not read"
             )
-    found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
+    loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if not isinstance(loaded, dict) or not all(isinstance(name, str) for name in loaded):
         raise SaekitError(f"'{path}' holds no tensors by name")
-    tensors = [value for value in found.values() if isinstance(value, Tensor)]
+    tensors = [value for value in loaded.values() if isinstance(value, Tensor)]
     if sum(value.numel() * value.element_size() for value in tensors) > path.stat().st_size:
         raise SaekitError(f"'{path}' is damaged: it holds less than the shapes in it say")
-    return dict(found)
+    return dict(loaded)
 
 
 def _numpy(path: Path) -> dict[str, Tensor]:

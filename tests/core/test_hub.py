@@ -16,6 +16,7 @@ from hub_stand_in import FIGURES, StandIn, make_run, stand_in
 
 import saekit
 from saekit import SaekitError, SparseAutoencoder
+from saekit.formats import FORMATS
 from saekit.publish import push
 
 pytestmark = pytest.mark.filterwarnings("ignore:Cannot enable progress bars")
@@ -277,6 +278,25 @@ def test_dictionaries_of_other_packages(name, hub, tmp_path):
     torch.testing.assert_close(pushed.W_enc, local.W_enc)
     for fact in ("model_name", "hook_name"):
         assert pushed.cfg.metadata.get(fact) == local.cfg.metadata.get(fact)
+
+
+def test_a_format_of_another_package(hub, monkeypatch):
+    """The hub's half knows of files what the registry says."""
+
+    class Renamed(type(FORMATS["saelens"])):
+        weights, requires, optional = ("theirs.safetensors",), ("theirs.json",), ("../shared.json",)
+
+        def read(self, file):
+            raise SaekitError(f"{sorted(each.name for each in file.parent.iterdir())} beside {file.parents[1].name}")
+
+    files = {"a/theirs.safetensors": b"x", "a/theirs.json": b"{}", "a/cfg.json": b"{}", "shared.json": b"[]"}
+    hub.add("me/x", files)
+    with pytest.raises(SaekitError, match="holds no dictionary in a known format"):
+        saekit.load("hf://me/x/a")
+    monkeypatch.setitem(FORMATS, "renamed", Renamed())
+    with pytest.raises(SaekitError, match=r"\['theirs.json', 'theirs.safetensors'\] beside"):
+        saekit.load("hf://me/x/a")
+    assert hub.fetched() == ["a/theirs.json", "a/theirs.safetensors", "shared.json"]
 
 
 def test_a_download_that_was_cut_off_is_no_dictionary(hub, monkeypatch):
