@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import quote
 
 from saekit.errors import SaekitError
-from saekit.evals.report import figures, groups_in, notes, over_documents
+from saekit.evals.report import figures, groups_in, lookup, notes, over_documents
 from saekit.formats.registry import FORMATS, files_of
 from saekit.hub import HubPath
 from saekit.loading import load
@@ -81,12 +81,9 @@ class _Told:
         """The YAML that the hub reads."""
         from huggingface_hub import ModelCardData
 
-        model, dataset = (
-            name if name and _on_the_hub(name) else None for name in (self.texts["model"], self.texts["dataset"])
-        )
-        facts = ModelCardData(
-            library_name="saekit", tags=tags, base_model=model, datasets=[dataset] if dataset else None
-        )
+        public = {fact: name for fact, name in self.texts.items() if name and _on_the_hub(name)}
+        datasets = [public["dataset"]] if "dataset" in public else None
+        facts = ModelCardData(library_name="saekit", tags=tags, base_model=public.get("model"), datasets=datasets)
         return f"---\n{facts.to_yaml()}\n---\n"
 
     def facts(self) -> str:
@@ -137,10 +134,9 @@ def _figures(sae: SparseAutoencoder, files: dict[str, Path]) -> str:
         if about.get(key, getattr(sae.cfg, key)) != getattr(sae.cfg, key):
             raise SaekitError(f"'{files['eval.json']}' is of another dictionary: it has another {key}; move it away")
     shown = figures(groups)
-    try:
-        tokens = f"{int(groups['sparsity']['tokens']):,}"
-    except (KeyError, ValueError, TypeError):
-        raise SaekitError(f"'{files['eval.json']}' is no report of an evaluation; move it away") from None
+    tokens = _count(lookup(groups, "sparsity.tokens"))
+    if tokens is None:
+        raise SaekitError(f"'{files['eval.json']}' is no report of an evaluation; move it away")
     columns = ["figure", "value", "±", "meaning"]
     rows = [[figure.title, figure.value, figure.error, figure.meaning] for figure in shown]
     rows = [columns, ["---:" if name in ("value", "±") else "---" for name in columns], *rows]
@@ -150,7 +146,7 @@ def _figures(sae: SparseAutoencoder, files: dict[str, Path]) -> str:
     lines += [line for note in over_documents(groups) for line in ("", f"{note[0].upper()}{note[1:]}.")]
     origin = _described(_text(about.get("dataset")) or _text(about.get("cache")))
     held_out = "held-out " if about.get("part") == "heldout" else ""
-    told = f"On {tokens} {held_out}tokens{f' of {origin}' if origin else ''}, by the rule above:"
+    told = f"On {tokens:,} {held_out}tokens{f' of {origin}' if origin else ''}, by the rule above:"
     why = [f"\n{_code(_text(note))}" for note in notes(about)]
     return "\n".join(["## Figures", "", told, "", *lines, *why])
 

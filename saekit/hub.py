@@ -7,12 +7,12 @@ a folder it checks of them, and no name of the repository becomes a path here th
 from __future__ import annotations
 
 import glob
+import posixpath
 import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
@@ -74,14 +74,9 @@ class HubPath:
         return f"{self.path}/{name}" if self.path else name
 
 
-def is_hub_path(path: str | Path) -> bool:
-    """Whether a dictionary is named by its place on the hub."""
-    return str(path).startswith(SCHEME)
-
-
 def local_folder(path: str | Path) -> Path:
     """The folder of a dictionary: itself, or where its copy from the hub lies."""
-    return download(path) if is_hub_path(path) else expanded(path)
+    return download(path) if str(path).startswith(SCHEME) else expanded(path)
 
 
 def download(path: str | Path) -> Path:
@@ -108,9 +103,8 @@ def download(path: str | Path) -> Path:
         return _cached(hub_path, error)
     names = _needed(hub_path, {each.rfilename for each in about.siblings or ()})
     if all(isinstance(try_to_load_from_cache(hub_path.repo, name, revision=about.sha), str) for name in names):
-        return (
-            _snapshot(replace(hub_path, revision=about.sha), (), local_files_only=True) / hub_path.path
-        )  # not a word of it
+        hub_path = replace(hub_path, revision=about.sha)
+        return _snapshot(hub_path, (), local_files_only=True) / hub_path.path  # without bars of progress
     return _snapshot(hub_path, names) / hub_path.path
 
 
@@ -138,38 +132,39 @@ def _needed(hub_path: HubPath, names: set[str]) -> list[str]:
     Raises:
         SaekitError: there is none.
     """
-    folder, _, file = hub_path.path.rpartition("/")
-    homes = [(hub_path.path, ""), (hub_path.file("sae"), "")]
-    if hub_path.path in names:
-        homes = [(folder, file)]
-    for home, named in homes:
+    named = hub_path.path in names  # one file of weights, rather than a folder
+    for home in [posixpath.dirname(hub_path.path)] if named else [hub_path.path, hub_path.file("sae")]:
         for _, known in FORMATS.each():
-            matching = [name for name in known.weights if not named or fnmatchcase(named, name)]
-            weights = [_join(home, named or name) for name in matching]
+            weights = [hub_path.path] if named else [_join(home, name) for name in known.weights]
+            if named and not any(map(PurePosixPath(hub_path.path).match, known.weights)):
+                continue
             if names.intersection(weights) and names.issuperset(_join(home, name) for name in known.requires):
                 beside = [_join(home, name) for name in (*known.requires, *known.optional)]
                 about = [] if named else [hub_path.file(name) for name in ABOUT]
                 return [name for name in (*about, *beside, *weights) if name in names]
-    fixed = set(weight_names())
-    split = [(PurePosixPath(name), name) for name in names]
-    there = {
-        str(path.parent.parent if path.parent.name == "sae" else path.parent) for path, _ in split if path.name in fixed
-    }
-    patterns = [name for _, known in FORMATS.each() for name in known.weights if "*" in name]
-    there |= {
-        name for path, name in split if path.name not in fixed and any(fnmatchcase(path.name, p) for p in patterns)
-    }
+    there = _dictionaries(names)
     if not there:
         raise SaekitError(f"'{hub_path.repo}' holds no dictionary in a known format")
     where = f"at '{hub_path.path}'" if hub_path.path else "at its root"
-    raise SaekitError(f"'{hub_path.repo}' holds no dictionary {where}{did_you_mean(hub_path.path, sorted(there))}")
+    raise SaekitError(f"'{hub_path.repo}' holds no dictionary {where}{did_you_mean(hub_path.path, there)}")
 
 
 def _join(folder: str, name: str) -> str:
     """A file of a repository by its folder there; ``../NAME`` is one of the folder above."""
-    if name.startswith("../"):
-        return _join(folder.rpartition("/")[0], name.removeprefix("../"))
-    return f"{folder}/{name}" if folder else name
+    return posixpath.normpath(posixpath.join(folder, name))
+
+
+def _dictionaries(names: Iterable[str]) -> list[str]:
+    """The places of dictionaries among the files of a repository."""
+    fixed = weight_names()
+    patterns = [name for _, known in FORMATS.each() for name in known.weights if "*" in name]
+    there = set()
+    for path in map(PurePosixPath, names):
+        if path.name in fixed:
+            there.add(path.parent.parent if path.parent.name == "sae" else path.parent)
+        elif any(map(path.match, patterns)):
+            there.add(path)
+    return sorted(map(str, there))
 
 
 def _cached(hub_path: HubPath, reason: UnreachableError) -> Path:
