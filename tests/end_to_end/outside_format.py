@@ -1,18 +1,18 @@
-"""A format of another package, whole: columns of numbers in one archive of numpy, for dictionaries of topk."""
+"""A format of another package, whole: one file of tensors, k among them, for dictionaries of topk."""
 
-from pathlib import Path
-
-import numpy as np
+import torch
 
 from saekit.formats import Contents, Format
-from saekit.formats.tensor_files import read_tensors
+from saekit.formats.tensor_files import read_tensors, write_safetensors
 from saekit.sae_config import SAEConfig
 
 
-class Columns(Format):
-    weights = ("columns.npz",)
+class OneFile(Format):
+    """What ``FORMATS`` and the entry point name is an instance of such a class."""
 
-    def read(self, file: Path) -> Contents:
+    weights = ("one_file.safetensors",)
+
+    def read(self, file):
         tensors = read_tensors(file, file.parent)
         k = int(tensors.pop("k"))
         d_in, d_sae = tensors["W_enc"].shape
@@ -22,8 +22,9 @@ class Columns(Format):
         return None if sae.cfg.architecture == "topk" else "thresholds"
 
     def files(self, sae):
-        arrays = {name: value.detach().cpu().numpy() for name, value in sae.state_dict().items()}
-        return {"columns.npz": lambda part: np.savez(part.open("wb"), k=sae.cfg.k, **arrays)}
+        tensors = {name: value.cpu().contiguous() for name, value in sae.state_dict().items()}
+        tensors["k"] = torch.tensor(sae.cfg.k)
+        return {"one_file.safetensors": lambda part: write_safetensors(tensors, part)}
 
 
-FORMAT = Columns()
+FORMAT = OneFile()
