@@ -1,13 +1,21 @@
 """From text to activations: tokens, hooked models, caches, and shuffled batches."""
 
-from saekit.activations.cache import ActivationCache
-from saekit.activations.harvest import ActivationBatch, Harvest, harvest, harvest_hooks
-from saekit.activations.model import load_model
-from saekit.activations.padding import contexts_of
-from saekit.activations.source import ActivationSource
-from saekit.activations.stream import ShuffledStream
-from saekit.activations.text import TextSource, open_text
-from saekit.activations.tokens import ContextBatch, pack
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from saekit.lazy import lazy
+
+if TYPE_CHECKING:
+    from saekit.activations.cache import ActivationCache
+    from saekit.activations.harvesting import ActivationBatch, Harvest, harvest, harvest_hooks
+    from saekit.activations.model import load_model
+    from saekit.activations.padding import contexts_of
+    from saekit.activations.settings import SourceSettings
+    from saekit.activations.source import ActivationSource
+    from saekit.activations.stream import ShuffledStream
+    from saekit.activations.text import TextSource, open_text
+    from saekit.activations.tokens import ContextBatch, pack
 
 __all__ = [
     "ActivationBatch",
@@ -16,6 +24,7 @@ __all__ = [
     "ContextBatch",
     "Harvest",
     "ShuffledStream",
+    "SourceSettings",
     "TextSource",
     "contexts_of",
     "harvest",
@@ -24,3 +33,21 @@ __all__ = [
     "open_text",
     "pack",
 ]
+
+_HOMES = {
+    "ActivationBatch": "harvesting",
+    "ActivationCache": "cache",
+    "ActivationSource": "source",
+    "ContextBatch": "tokens",
+    "Harvest": "harvesting",
+    "ShuffledStream": "stream",
+    "SourceSettings": "settings",
+    "TextSource": "text",
+    "contexts_of": "padding",
+    "harvest": "harvesting",
+    "harvest_hooks": "harvesting",
+    "load_model": "model",
+    "open_text": "text",
+    "pack": "tokens",
+}
+__getattr__, __dir__ = lazy(__name__, _HOMES)

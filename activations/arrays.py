@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from saekit.activations.division import blocks
-from saekit.activations.harvest import ActivationBatch
+from saekit.activations.harvesting import ActivationBatch
 from saekit.activations.model import DTYPES
 from saekit.errors import SaekitError, SaekitWarning, first_line
 from saekit.files import expanded

@@ -16,7 +16,7 @@ from torch import Tensor
 from saekit.activations.arrays import batches_of
 from saekit.activations.division import Division, Grouping
 from saekit.activations.finite import SAMPLE, check_finite, norm_limit
-from saekit.activations.harvest import ActivationBatch
+from saekit.activations.harvesting import ActivationBatch
 from saekit.activations.manifest import MANIFEST, Manifest, Shard, check_provenance
 from saekit.activations.model import DTYPES
 from saekit.activations.python_source import Split

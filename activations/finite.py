@@ -17,7 +17,7 @@ from saekit.errors import SaekitError
 from saekit.finite import not_finite
 
 if TYPE_CHECKING:
-    from saekit.activations.harvest import ActivationBatch
+    from saekit.activations.harvesting import ActivationBatch
 
 _FEW = 4096  # bad tokens before their share is looked at
 SAMPLE = 16_384  # tokens of which the median norm is taken

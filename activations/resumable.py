@@ -17,7 +17,7 @@ from saekit.activations.cache import ActivationCache
 from saekit.activations.division import Count
 from saekit.activations.finite import BadTokens, limits_in
 from saekit.activations.gradients import check_causal
-from saekit.activations.harvest import ActivationBatch
+from saekit.activations.harvesting import ActivationBatch
 from saekit.activations.manifest import MANIFEST, Manifest, Provenance, Shard, checked, first_change
 from saekit.activations.model import DTYPES
 from saekit.activations.shards import ShardWriter, unchanged

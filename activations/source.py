@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from saekit.activations.boot import text_tokenizer
 from saekit.activations.finite import SAMPLE, BadTokens, norm_limit
 from saekit.activations.gradients import LOSS
-from saekit.activations.harvest import ActivationBatch, harvest
+from saekit.activations.harvesting import ActivationBatch, harvest
 from saekit.activations.model import (
     EMBEDDED,
     check_hook,

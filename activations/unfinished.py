@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from saekit.activations.division import Division, Grouping, divided
-from saekit.activations.harvest import ActivationBatch
+from saekit.activations.harvesting import ActivationBatch
 from saekit.activations.manifest import MANIFEST, Manifest, checked
 from saekit.activations.model import DTYPES
 from saekit.activations.shards import read_shard

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from saekit.activations import ActivationSource, ContextBatch
 from saekit.activations.boot import text_tokenizer
-from saekit.activations.harvest import without_large
+from saekit.activations.harvesting import without_large
 from saekit.activations.python_source import Split
 
 STRIDE = 8  # one context in so many of the text that is drawn

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import sys
-import warnings
-from collections.abc import Callable
 from typing import Any, NoReturn
 
 import typer
@@ -18,8 +15,8 @@ from saekit.commands.evaluate import evaluate
 from saekit.commands.help import explain
 from saekit.commands.once import once
 from saekit.commands.push import push
-from saekit.commands.train import add_flags, train
-from saekit.errors import SaekitError, SaekitWarning, first_line
+from saekit.commands.train import train
+from saekit.errors import SaekitError, first_line
 
 app = typer.Typer(add_completion=True, pretty_exceptions_enable=False)
 app.command()(train)
@@ -58,10 +55,7 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != _DEBUG] or ["--help"]
     debug = _DEBUG in sys.argv
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    warnings.showwarning = functools.partial(_show_warning, warnings.showwarning)
     try:
-        if "train" in [*arguments, *_to_complete()]:
-            add_flags()
         code = once(explain(typer.main.get_command(app))).main(arguments, prog_name="saekit", standalone_mode=False)
         print(end="", flush=True)  # a closed pipe is met here rather than while Python shuts down
         sys.exit(code)
@@ -85,19 +79,6 @@ def main() -> None:
         except OSError:
             _drop_output()
         sys.exit(code)
-
-
-def _to_complete() -> list[str]:
-    """The words of the line that a shell asks to complete."""
-    return [word for name in ("COMP_WORDS", "_TYPER_COMPLETE_ARGS") for word in os.environ.get(name, "").split()]
-
-
-def _show_warning(others: Callable[..., None], message: Warning, category: type[Warning], *where: Any) -> None:
-    """Print saekit's own warnings as a line without the place in the code that they come from."""
-    if issubclass(category, SaekitWarning):
-        print(f"saekit: {message}", file=sys.stderr)
-    else:
-        others(message, category, *where)
 
 
 def _explained(error: Exception) -> tuple[str, int]:

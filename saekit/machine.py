@@ -1,4 +1,4 @@
-"""On what a run computes: sums that another machine adds in another order round otherwise."""
+"""On what a run computes, and on which device: sums that another machine adds in another order round otherwise."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+
+from saekit.errors import SaekitError, first_line
 
 Machine = dict[str, str | int]
 
@@ -43,3 +45,19 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of this name; ``auto`` is CUDA where there is one, else the CPU.
+
+    Raises:
+        SaekitError: this machine has no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise SaekitError(f"this machine has no device '{name}' ({first_line(error)}); use --device cpu") from error
+    return device

@@ -21,6 +21,7 @@ from saekit.allocation import (
     feature_choice,
     gradient_choice,
     mutual_choice,
+    threshold_choice,
     token_choice,
 )
 from saekit.code import SparseCode
@@ -79,6 +80,10 @@ class DenseSelection:
         if self.influence is None:
             raise SaekitError("gradient choice needs gradients beside the activations")
         return gradient_choice(self.pre, self.influence, k, beta)
+
+    def threshold_choice(self, thresholds: Float[Tensor, "F"]) -> SparseCode:
+        """All pairs above their feature's threshold."""
+        return threshold_choice(self.pre, thresholds, self.token_norms)
 
 
 class Selection:
@@ -177,12 +182,25 @@ class Selection:
     def feature_choice(self, budgets: Int[Tensor, "F"]) -> SparseCode:
         """Each feature's ``budgets[j]`` best tokens, as ``saekit.allocation.feature_choice``."""
         check_budgets(budgets, len(self.x), len(self.W))
-        budgets = budgets.to(self.x.device)
+        return self._by_token(self._largest_of_rows(self._scores_by_feature(), budgets.to(self.x.device)))
+
+    def threshold_choice(self, thresholds: Float[Tensor, "F"]) -> SparseCode:
+        """All pairs above their feature's threshold, as ``saekit.allocation.threshold_choice``."""
+        thresholds = thresholds.clamp(min=0)
+        bounds = thresholds * (1 - 1e-5)
+        by_feature = above(self._scores_by_feature(), partial(_bounds_of, bounds)).pairs
+        return self._by_token(by_feature.where(by_feature.values > thresholds[by_feature.tokens]))
+
+    def _scores_by_feature(self) -> Scores:
+        """What pairs are compared by, features as rows."""
         x, unit = self.x, None
         if self.token_norms is not None:
             unit = 1 / self.token_norms
             x = torch.mul(x, unit[:, None], out=self.workspace("unit", tuple(x.shape), x.dtype, x.device))
-        by_feature = self._largest_of_rows(self._kind(self.W, x, self.b_enc, unit, self.workspace), budgets)
+        return self._kind(self.W, x, self.b_enc, unit, self.workspace)
+
+    def _by_token(self, by_feature: SparseCode) -> SparseCode:
+        """Pairs of a feature and a token as those of a token and a feature, with pre-activations for values."""
         tokens, order = by_feature.features.sort(stable=True)
         values = by_feature.values[order]
         values = values if self.token_norms is None else values * self.token_norms[tokens]

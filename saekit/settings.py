@@ -50,6 +50,8 @@ def setting(
     values: tuple[str, ...] = (),
     resumable: bool = False,
     own: bool = False,
+    decides: bool = True,
+    within_width: bool = False,
     **bounds: Any,
 ) -> Any:
     """One field of a ``Settings`` class.
@@ -60,15 +62,18 @@ def setting(
         values: the values that it may have, where they are few; those of a ``Literal`` are known without.
         resumable: whether a run may go on with another value.
         own: whether runs that share a stream may differ in it.
+        decides: whether the result of a run depends on it.
+        within_width: whether it counts features, so that it is at most the width of the dictionary.
         bounds: what pydantic's ``Field`` takes: ``gt``, ``le``, ``default_factory``, ...
     """
-    facts: Any = {"values": values, "resumable": resumable, "own": own}
+    facts: Any = {"values": values, "resumable": resumable, "own": own, "decides": decides}
+    facts |= {"within_width": within_width}
     given = {} if "default_factory" in bounds else {"default": default}
     return Field(**given, description=description, json_schema_extra=facts, **bounds)
 
 
 def fact(field: FieldInfo, name: str) -> Any:
-    """What ``setting`` was told of a field: ``values``, ``resumable`` or ``own``; None for one made otherwise."""
+    """What ``setting`` was told of a field: ``values``, ``resumable``, ...; None for one made otherwise."""
     facts = field.json_schema_extra
     return facts.get(name) if isinstance(facts, dict) else None
 

@@ -1,12 +1,45 @@
 """Training: the loop, one file a variant, losses, optimiser, checkpoints."""
 
-from saekit.trainers.config import TrainConfig
-from saekit.trainers.multi_hook import train_hooks
-from saekit.trainers.run_folder import Run
-from saekit.trainers.trainer import train
-from saekit.trainers.variant import Batch, Variant
-from saekit.trainers.variants import VARIANTS, add_from_packages
+from __future__ import annotations
 
-__all__ = ["VARIANTS", "Batch", "Run", "TrainConfig", "Variant", "train", "train_hooks"]
+from typing import TYPE_CHECKING
 
-add_from_packages()  # last: they import from here
+from saekit.lazy import lazy
+
+if TYPE_CHECKING:
+    from saekit.trainers.config import TrainConfig
+    from saekit.trainers.multi_hook import train_hooks
+    from saekit.trainers.run import train
+    from saekit.trainers.run_folder import Run
+    from saekit.trainers.terms import AutogradTerm, Reconstruction, Step, Term
+    from saekit.trainers.variant import Batch, Variant
+    from saekit.trainers.variants import VARIANTS
+
+__all__ = [
+    "VARIANTS",
+    "AutogradTerm",
+    "Batch",
+    "Reconstruction",
+    "Run",
+    "Step",
+    "Term",
+    "TrainConfig",
+    "Variant",
+    "train",
+    "train_hooks",
+]
+
+_HOMES = {
+    "VARIANTS": "variants",
+    "AutogradTerm": "terms",
+    "Batch": "variant",
+    "Reconstruction": "terms",
+    "Run": "run_folder",
+    "Step": "terms",
+    "Term": "terms",
+    "TrainConfig": "config",
+    "Variant": "variant",
+    "train": "run",
+    "train_hooks": "multi_hook",
+}
+__getattr__, __dir__ = lazy(__name__, _HOMES)

@@ -1,14 +1,11 @@
-"""Auxiliary losses: features that are of no use are trained to explain what the others leave over.
+"""The auxiliary loss: features that are of no use are trained to explain what the others leave over.
 
-One loss, and a pool of features for each of its names: ``aux_k`` (of OpenAI's TopK, on which arXiv 2411.02124 builds)
-revives the dead ones, ``aux_zipf`` (arXiv 2411.02124) the dead and the underutilised ones. Who is underutilised is our
-reading: whose running density lies below τ times the fitted Zipf curve at its rank. With τ = 0 both pools are the same.
+``saekit.trainers.auxiliary_losses`` says which features those are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float
@@ -19,27 +16,31 @@ from saekit.sae import SparseAutoencoder
 from saekit.trainers.backward import gradient_of
 from saekit.trainers.losses import total_variance
 from saekit.trainers.statistics import Statistics
-
-if TYPE_CHECKING:
-    from saekit.trainers.config import TrainConfig
+from saekit.trainers.terms import Step, Term
 
 _ENTRIES = 1 << 22  # pre-activations of the pool held at a time
 
-Pool = Callable[[Statistics, "TrainConfig"], Bool[Tensor, "F"]]
 
+class Auxiliary(Term):
+    """The auxiliary loss of one run; 0 where its pool is empty."""
 
-def dead(statistics: Statistics, config: TrainConfig) -> Bool[Tensor, "F"]:
-    """Features that have not fired for ``dead_after`` tokens."""
-    assert config.dead_after is not None
-    return statistics.dead(config.dead_after)
+    name = "aux"
 
+    def __init__(self, pool: Callable[[Statistics], Bool[Tensor, "F"]], k_aux: int, weight: float) -> None:
+        self.pool, self.k_aux, self.weight = pool, k_aux, weight
+        self.size = 0
 
-def dead_or_underutilised(statistics: Statistics, config: TrainConfig) -> Bool[Tensor, "F"]:
-    """The dead ones and those below τ times the Zipf curve."""
-    return dead(statistics, config) | statistics.underutilised(config.tau)
+    def add(self, step: Step) -> Float[Tensor, ""]:
+        """Explain the step's error by the pool's features."""
+        pool = self.pool(step.statistics)
+        self.size = int(pool.sum())
+        if not self.size:
+            return step.error.new_zeros(())
+        return auxiliary_step(step.sae, step.centred, step.error, pool, self.k_aux, self.weight, step.workspace)
 
-
-POOLS: dict[str, Pool | None] = {"none": None, "aux_k": dead, "aux_zipf": dead_or_underutilised}
+    def figures(self) -> dict[str, float]:
+        """The size of the pool."""
+        return {"aux_pool": self.size}
 
 
 @torch.no_grad()

@@ -14,9 +14,28 @@ from saekit.allocation import mutual_choice
 from saekit.errors import SaekitError
 from saekit.sae import SparseAutoencoder
 
-Heldout = Callable[[], Iterable[Float[Tensor, "n d"]]]
+Batches = Callable[[], Iterable[Float[Tensor, "n d"]]]
 _CHUNK = 1 << 26  # pre-activations held at a time
 _STRIDE = 16  # one token of so many is in the sample of the first look
+
+
+class Heldout:
+    """Activations that a run does not train on, in its units, and the inference rules that they call for."""
+
+    def __init__(self, batches: Batches) -> None:
+        self.batches = batches
+
+    def __call__(self) -> Iterable[Float[Tensor, "n d"]]:
+        """The activations, the same ones each time."""
+        return self.batches()
+
+    def global_threshold(self, sae: SparseAutoencoder, k: int) -> float:
+        """As the function ``global_threshold``."""
+        return global_threshold(sae, self, k)
+
+    def feature_thresholds(self, sae: SparseAutoencoder, rates: Float[Tensor, "F"]) -> Float[Tensor, "F"]:
+        """As the function ``feature_thresholds``."""
+        return feature_thresholds(sae, self, rates)
 
 
 def _affinities(
@@ -32,13 +51,13 @@ def _affinities(
     return pre if norms is None else pre / norms.clamp_min(1e-12)[:, None]
 
 
-def _pieces(sae: SparseAutoencoder, batches: Heldout) -> Iterator[Float[Tensor, "n d"]]:
+def _pieces(sae: SparseAutoencoder, batches: Batches) -> Iterator[Float[Tensor, "n d"]]:
     for batch in filter(len, batches()):
         yield from torch.split(batch, max(1, _CHUNK // sae.cfg.d_sae))
 
 
 @torch.no_grad()
-def global_threshold(sae: SparseAutoencoder, batches: Heldout, k: int) -> float:
+def global_threshold(sae: SparseAutoencoder, batches: Batches, k: int) -> float:
     """The θ for which exactly k pairs a token have affinities above it (fewer where fewer are positive).
 
     θ lies halfway between the k·n-th and the next largest affinity of all n tokens. Each piece of the data keeps its
@@ -74,7 +93,7 @@ def global_threshold(sae: SparseAutoencoder, batches: Heldout, k: int) -> float:
 
 
 @torch.no_grad()
-def feature_thresholds(sae: SparseAutoencoder, batches: Heldout, rates: Float[Tensor, "F"]) -> Float[Tensor, "F"]:
+def feature_thresholds(sae: SparseAutoencoder, batches: Batches, rates: Float[Tensor, "F"]) -> Float[Tensor, "F"]:
     """The θ_j above which each feature's affinity lies on a share ``rates[j]`` of the tokens, to the nearest token.
 
     θ_j lies halfway between the neighbouring affinities; it is 0 where fewer are positive. A first look at tokens from
@@ -106,7 +125,7 @@ def feature_thresholds(sae: SparseAutoencoder, batches: Heldout, rates: Float[Te
 
 
 @torch.no_grad()
-def with_plain_thresholds(sae: SparseAutoencoder, batches: Heldout) -> SparseAutoencoder:
+def with_plain_thresholds(sae: SparseAutoencoder, batches: Batches) -> SparseAutoencoder:
     """The nearest dictionary whose thresholds do not follow the tokens' norms: each feature fires as often as before.
 
     Args:
@@ -141,7 +160,7 @@ def _lower_bounds(sae: SparseAutoencoder, x: Float[Tensor, "n d"], rates: Float[
 
 
 def _above(
-    sae: SparseAutoencoder, batches: Heldout, bounds: Float[Tensor, "F"]
+    sae: SparseAutoencoder, batches: Batches, bounds: Float[Tensor, "F"]
 ) -> tuple[Int[Tensor, "m"], Float[Tensor, "m"]]:
     """Features and values of all affinities above their feature's bound, by feature and then the largest first."""
     parts = []

@@ -1,214 +1,241 @@
-"""What a training run is asked to do: one flat config, from YAML, flags, or Python."""
+"""What a training run is asked to do: the settings of its parts, flat outside and each with its owner inside.
+
+A key of ``config.yaml``, a flag of ``saekit train`` and a keyword of Python have the same names. Each goes to the part
+that owns it; variants and auxiliary losses bring theirs along, those of other packages too.
+"""
 
 from __future__ import annotations
 
-import reprlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
+from saekit.activations.settings import SourceSettings
 from saekit.errors import SaekitError, did_you_mean
-from saekit.files import expanded
-from saekit.kernels.scores import has_fast_bfloat16
-from saekit.reading import is_plain, read_yaml
-from saekit.trainers.auxiliary import POOLS
-from saekit.trainers.loggers import LOGGERS
+from saekit.reading import read_yaml
+from saekit.settings import Settings, fact
+from saekit.trainers.auxiliary_losses import AUXILIARY
+from saekit.trainers.settings import DataSettings, DictionarySettings, OptimizerSettings, RunSettings
 from saekit.trainers.variants import VARIANTS
 
-_MANY = 2**31
+# parts that every run has, in the order in which they are shown
+PARTS: dict[str, type[Settings]] = {
+    "source": SourceSettings,
+    "data": DataSettings,
+    "dictionary": DictionarySettings,
+    "optimizer": OptimizerSettings,
+    "run": RunSettings,
+}
+OLD_NAMES = {"dtype": "model_dtype"}  # before 0.2
 
 
-class TrainConfig(BaseModel):
-    """A training run. Every field is a key of ``config.yaml`` and a flag of ``saekit train``.
+class TrainConfig:
+    """A training run.
 
-    Raises:
-        SaekitError: a value is impossible or a key unknown; the message names the nearest right one.
+    Attributes:
+        variant, aux: names of the allocation rule and the auxiliary loss.
+        variant_settings, aux_settings: their own settings.
+        source, data, dictionary, optimizer, run: those that every run has.
+        given: the keys that were set rather than left to their defaults.
+
+    Every setting is an attribute too: ``config.k``, ``config.out``.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    variant: str = Field("mutual_choice", description="allocation rule: " + ", ".join(VARIANTS))
-    out: Path = Field(
-        default_factory=lambda data: Path("runs") / data.get("variant", "run"),
-        description="folder of the run; runs/VARIANT if not given",
-    )
-    # where activations come from
-    model: str = Field("embedded", description="'embedded', a Hugging Face folder, a GGUF file, or a name on the hub")
-    hook: str | None = Field(
-        None, description="TransformerLens hook point; the residual after half of the blocks if not given"
-    )
-    dataset: str = Field("python", description="'python', a local text/JSONL/Parquet file, or a name on the hub")
-    column: str = Field("text", description="column of the dataset that holds the text")
-    split: str = Field("train", description="split of a dataset of the hub")
-    dataset_config: str | None = Field(None, description="configuration of a dataset that has several")
-    streaming: bool = Field(True, description="read a dataset of the hub as it downloads")
-    context_length: int | None = Field(None, gt=2, lt=_MANY, description="tokens a context; 256 or the model's most")
-    skip_first: int = Field(
-        1, ge=1, lt=_MANY, description="positions at the start of each context that are not used: attention sinks"
-    )
-    max_norm: float | None = Field(
-        None,
-        gt=1,
-        description="leave out tokens of more than so many times the median norm (attention sinks), and count them",
-    )
-    cache: Path | None = Field(None, description="train on this activation cache instead of a live harvest")
-    buffer: int = Field(131_072, gt=0, lt=_MANY, description="tokens that are shuffled together")
-    # the dictionary
-    width: int | None = Field(None, gt=0, lt=_MANY, description="number of features (d_sae)")
-    expansion: float = Field(16, gt=0, lt=1e6, description="width as a multiple of d_in, where no width is given")
-    k: int = Field(32, gt=0, lt=_MANY, description="mean number of active features a token")
-    # what variants and losses take
-    affinity_scale: Literal["none", "token_norm"] = Field(
-        "token_norm", description="what batch rules compare: pre-activations, or those over the token's norm"
-    )
-    feature_choice_fraction: float = Field(
-        0.1, gt=0, le=1, description="feature_choice: share of the steps, at the end, after mutual choice"
-    )
-    budgets: Literal["zipf", "uniform"] = Field("zipf", description="feature_choice: how features share the matches")
-    zipf_exponent: float | None = Field(None, ge=0, description="feature_choice: of the law; fitted if not given")
-    zipf_shift: float | None = Field(None, ge=0, description="feature_choice: of the law; fitted if not given")
-    beta: float = Field(1.0, ge=0, description="gradient_topk: weight of the gradient in the selection; 0 is TopK")
-    aux: str = Field("none", description="auxiliary loss: " + ", ".join(POOLS))
-    aux_alpha: float = Field(1 / 32, ge=0, description="weight of the auxiliary loss")
-    k_aux: int | None = Field(None, gt=0, lt=_MANY, description="auxiliary features a token; half of d_in if not given")
-    tau: float = Field(
-        0.1, ge=0, description="aux_zipf: below this share of the Zipf curve is underutilised; 0 is aux_k"
-    )
-    # the optimisation
-    tokens: int = Field(2_000_000, gt=0, lt=2**50, description="training tokens")
-    batch_size: int = Field(4096, gt=0, lt=_MANY, description="tokens a step")
-    lr: float | None = Field(
-        None, gt=0, description="peak learning rate of Adam; 4e-3 for up to 1,000 steps, falling with their root beyond"
-    )
-    warmup: float = Field(0.05, ge=0, le=1, description="share of the steps in which the learning rate rises")
-    decay: float = Field(0.3, ge=0, le=1, description="share of the steps, at the end, in which it falls to zero")
-    clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
-    dead_after: int | None = Field(
-        None,
-        gt=0,
-        lt=2**50,
-        description="tokens without firing that make a feature count as dead; a tenth of the run, at most 10M",
-    )
-    seed: int = Field(0, ge=0, lt=2**31, description="of every random choice")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
-    precision: Literal["fp32", "bf16_select"] = Field(
-        default_factory=lambda data: "bf16_select" if has_fast_bfloat16(data.get("device", "auto")) else "fp32",
-        description="bf16_select finds candidates by a bfloat16 product and decides in float32: the same matches, "
-        "quicker where the processor has such instructions, which decides if not given",
-    )
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the language model")
-    # housekeeping
-    skip_bad_tokens: bool = Field(False, description="leave out tokens that are NaN or infinite, and count them")
-    calibration_tokens: int = Field(262_144, gt=0, lt=2**50, description="tokens on which inference thresholds are set")
-    log_every: int = Field(10, gt=0, lt=2**50, description="steps between lines of metrics.jsonl")
-    checkpoint_every: int = Field(500, gt=0, lt=2**50, description="steps between checkpoints")
-    log: list[str] = Field(
-        default_factory=list,
-        description="where metrics go beside metrics.jsonl: "
-        + ", ".join(LOGGERS)
-        + "; none for nowhere, when resuming",
-    )
+    variant: str
+    aux: str
+    source: SourceSettings
+    data: DataSettings
+    dictionary: DictionarySettings
+    variant_settings: Settings
+    aux_settings: Settings
+    optimizer: OptimizerSettings
+    run: RunSettings
+    given: frozenset[str]
 
     def __init__(self, **values: Any) -> None:
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise SaekitError(_one_line(error)) from None
+        """Take the settings by their flat names.
 
-    @field_validator("*")
-    @classmethod
-    def _plain(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, (str, Path)) and not is_plain(str(value)):
-            raise ValueError(f"{info.field_name} = {reprlib.repr(str(value))} has characters that no name has")
-        return value
+        Raises:
+            SaekitError: a value is impossible, a key unknown or of a part that this run does not have; the message
+                names the nearest right thing.
+        """
+        values = _renamed(values)
+        given = frozenset(values)
+        names = {
+            "variant": _known("variant", values.pop("variant", "mutual_choice"), VARIANTS),
+            "aux": _known("auxiliary loss", values.pop("aux", "none"), AUXILIARY),
+        }
+        kinds = _kinds(**names)
+        if foreign := [key for key in values if not any(key in kind.model_fields for kind in kinds.values())]:
+            raise SaekitError(_belonging(foreign[0], names))
+        parts = {
+            part: kind(**{key: value for key, value in values.items() if key in kind.model_fields})
+            for part, kind in kinds.items()
+        }
+        if parts["run"].out is None:  # type: ignore[attr-defined]
+            parts["run"] = parts["run"].model_copy(update={"out": Path("runs") / names["variant"]})
+        vars(self).update(names, **parts, given=given)
+        if self.dictionary.width is not None:
+            self.check_width(self.dictionary.width)
 
-    @field_validator("log", mode="before")
-    @classmethod
-    def _loggers(cls, value: Any) -> Any:
-        names = [value] if isinstance(value, str) else value
-        if isinstance(names, list):
-            for name in names:
-                if name not in choices("log"):
-                    raise ValueError(f"unknown logger {reprlib.repr(name)}{did_you_mean(str(name), choices('log'))}")
-            return [name for name in dict.fromkeys(names) if name != "none"]
-        return value
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"a TrainConfig is not changed; replace({name}=...) makes another")
 
-    @field_validator("variant", "aux", "device")
-    @classmethod
-    def _known(cls, value: str, info: ValidationInfo) -> str:
-        known = choices(info.field_name or "")
-        what = "auxiliary loss" if info.field_name == "aux" else info.field_name
-        name = value.split(":")[0] if what == "device" else value  # cuda:1
-        if name not in known:
-            raise ValueError(f"unknown {what} '{value}'{did_you_mean(value, known)}")
-        return value
+    def __getattr__(self, key: str) -> Any:
+        for part in self._parts():
+            if key in type(part).model_fields:
+                return getattr(part, key)
+        raise AttributeError(f"this run has no setting '{key}'")
 
-    @field_validator("out", "cache")
-    @classmethod
-    def _home(cls, value: Path | None) -> Path | None:
-        return None if value is None else expanded(value)
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, TrainConfig) and self.to_dict() == other.to_dict()
 
-    @model_validator(mode="after")
-    def _fits(self) -> TrainConfig:
-        if self.width is not None:
-            self.check_width(self.width)
-        if self.tokens < self.batch_size:
-            raise ValueError(f"tokens = {self.tokens} are fewer than one batch of batch_size = {self.batch_size}")
-        if self.warmup + self.decay > 1:
-            raise ValueError(f"warmup = {self.warmup} and decay = {self.decay} overlap: together they are at most 1")
-        return self
+    def __hash__(self) -> int:
+        return hash(self.to_yaml())
 
-    def check_width(self, width: int) -> None:
-        """Raise SaekitError where more features a token are asked for than there are."""
-        for name in ("k", "k_aux"):
-            value = getattr(self, name)
-            if value is not None and value > width:
-                raise SaekitError(f"{name} = {value} is larger than the width of {width} features")
+    def __repr__(self) -> str:
+        return f"TrainConfig({', '.join(f'{key}={value!r}' for key, value in self.to_dict().items())})"
+
+    def _parts(self) -> list[Settings]:
+        return [value for value in vars(self).values() if isinstance(value, Settings)]
+
+    @property
+    def fields(self) -> dict[str, FieldInfo]:
+        """Every setting of this run by its flat name, the names of variant and auxiliary loss apart."""
+        return {key: field for part in self._parts() for key, field in type(part).model_fields.items()}
+
+    def keys_with(self, name: str) -> set[str]:
+        """The settings of which a fact holds: ``resumable``, ``own``, ``decides`` (``saekit.settings.setting``)."""
+        return {key for key, field in self.fields.items() if fact(field, name)}
+
+    @property
+    def out(self) -> Path:
+        """The run's folder."""
+        assert self.run.out is not None
+        return self.run.out
 
     @property
     def steps(self) -> int:
         """Number of optimiser steps."""
-        return self.tokens // self.batch_size
+        return self.optimizer.steps
 
     @property
     def peak_lr(self) -> float:
-        """``lr``, or 4e-3 · √(1000 / steps), at most 4e-3: short runs need large steps (our reading)."""
-        return self.lr or 4e-3 * min(1.0, (1000 / self.steps) ** 0.5)
+        """The highest learning rate, given or by the number of steps."""
+        return self.optimizer.peak_lr
+
+    def check_width(self, width: int) -> None:
+        """Raise SaekitError where more features a token are asked for than there are."""
+        for key in self.fields:
+            value = getattr(self, key)
+            if fact(self.fields[key], "within_width") and value is not None and value > width:
+                raise SaekitError(f"{key} = {value} is larger than the width of {width} features")
+
+    def replace(self, **changes: Any) -> TrainConfig:
+        """The same run with other values of some of its settings, which are taken as they are."""
+        new = object.__new__(TrainConfig)
+        vars(new).update(vars(self), given=self.given | changes.keys())
+        for part, held in vars(self).items():
+            if isinstance(held, Settings):
+                own = {key: value for key, value in changes.items() if key in type(held).model_fields}
+                vars(new)[part] = held.model_copy(update=own) if own else held
+        return new
+
+    def to_dict(self, keys: Iterable[str] | None = None) -> dict[str, Any]:
+        """All settings, or some, by their flat names, as JSON and YAML hold them."""
+        flat: dict[str, Any] = {"variant": self.variant, "aux": self.aux}
+        for part in self._parts():
+            flat |= part.model_dump(mode="json")
+        return flat if keys is None else {key: value for key, value in flat.items() if key in set(keys)}
 
     @classmethod
-    def from_yaml(cls, path: str | Path | None, **flags: Any) -> TrainConfig:
+    def from_yaml(cls, path: str | Path | None, *, of_a_run: bool = False, **flags: Any) -> TrainConfig:
         """A config from a YAML file (or none) and flags that win over it; flags of None are left out.
+
+        Args:
+            path: the file.
+            of_a_run: whether a run wrote it: before 0.2 those told the settings of all variants, which are left out.
+            flags: settings by name.
 
         Raises:
             SaekitError: the file is missing, is no mapping of keys, or names what is impossible.
         """
-        values = {} if path is None else read_yaml(path)
-        if flags.get("expansion") is not None and flags.get("width") is None:
+        values = {} if path is None else _renamed(read_yaml(path))
+        flags = {key: value for key, value in _renamed(flags).items() if value is not None}
+        if "expansion" in flags and "width" not in flags:
             values.pop("width", None)  # both name the width
-        return cls(**{**values, **{key: value for key, value in flags.items() if value is not None}})
+        if of_a_run:
+            names = {key: str({**values, **flags}.get(key, default)) for key, default in _DEFAULTS.items()}
+            if names["variant"] in VARIANTS and names["aux"] in AUXILIARY:
+                foreign = _owners().keys() - {key for kind in _kinds(**names).values() for key in kind.model_fields}
+                values = {key: value for key, value in values.items() if key not in foreign}
+        return cls(**{**values, **flags})
 
     def to_yaml(self) -> str:
         """The config as YAML; ``from_yaml`` reads it back."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        import yaml
+
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
 
-def choices(setting: str) -> tuple[str, ...]:
-    """The values that a setting may have, where they are few; a device may have a number after a colon."""
-    if setting == "device":
-        return ("auto", "cpu", "cuda", "mps")
-    if setting in ("variant", "aux", "log"):
-        return {"variant": tuple(VARIANTS), "aux": tuple(POOLS), "log": (*LOGGERS, "none")}[setting]
-    annotation = TrainConfig.model_fields[setting].annotation
-    return get_args(annotation) if get_origin(annotation) is Literal else ()
+_DEFAULTS = {"variant": "mutual_choice", "aux": "none"}
 
 
-def _one_line(error: ValidationError) -> str:
-    first = error.errors()[0]
-    name = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        return f"unknown setting '{name}'{did_you_mean(name, TrainConfig.model_fields)}"
-    if first["type"] == "value_error":
-        return str(first["ctx"]["error"])
-    return f"{name} = {reprlib.repr(first['input'])}: {first['msg'][0].lower()}{first['msg'][1:]}"
+def variants_with() -> dict[str, tuple[FieldInfo, list[str]]]:
+    """Settings of variants and auxiliary losses by key: the field, and the names of those that have it.
+
+    Raises:
+        SaekitError: two parts have a key of one name that means different things.
+    """
+    found: dict[str, tuple[FieldInfo, list[str]]] = {}
+    everywhere = {key: part for part, kind in PARTS.items() for key in kind.model_fields}
+    for kind, registry in (("variant", VARIANTS), ("auxiliary loss", AUXILIARY)):
+        seen: set[type] = set()
+        for name, owner in registry.items():
+            if owner in seen:
+                continue  # a rule under its second name
+            seen.add(owner)
+            for key, field in owner.Config.model_fields.items():
+                clash = f"the part {everywhere[key]}" if key in everywhere else key if key in _DEFAULTS else None
+                before, names = found.setdefault(key, (field, []))
+                if clash or (before.annotation, before.metadata) != (field.annotation, field.metadata):
+                    raise SaekitError(
+                        f"the setting '{key}' of the {kind} '{name}' is another one of {clash or names[0]}; rename it"
+                    )
+                names.append(name)
+    return found
+
+
+def _owners() -> dict[str, str]:
+    """Who owns a key, in words."""
+    own = {key: ", ".join(names) for key, (_, names) in variants_with().items()}
+    return {**{key: part for part, kind in PARTS.items() for key in kind.model_fields}, **own}
+
+
+def _kinds(variant: str, aux: str) -> dict[str, type[Settings]]:
+    """The settings classes of a run with these two, in the order in which they are shown."""
+    kinds = {**PARTS, "variant_settings": VARIANTS[variant].Config, "aux_settings": AUXILIARY[aux].Config}
+    order = ("source", "data", "dictionary", "variant_settings", "aux_settings", "optimizer", "run")
+    return {part: kinds[part] for part in order}
+
+
+def _belonging(key: str, names: Mapping[str, str]) -> str:
+    """Why a run with this variant and auxiliary loss does not take a key."""
+    owners = _owners()
+    if key not in owners:
+        return f"unknown setting '{key}'{did_you_mean(key, [*owners, *_DEFAULTS])}"
+    aux = any(key in kind.Config.model_fields for kind in AUXILIARY.values())
+    has = f"auxiliary loss {names['aux']}" if aux else f"variant {names['variant']}"
+    return f"{key} belongs to {owners[key]}; this run has {has}"
+
+
+def _known(what: str, name: Any, registry: Mapping[str, Any]) -> str:
+    if not isinstance(name, str) or name not in registry:
+        raise SaekitError(f"unknown {what} '{name}'{did_you_mean(str(name), registry)}")
+    return name
+
+
+def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {OLD_NAMES.get(key, key): value for key, value in values.items()}

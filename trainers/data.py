@@ -13,17 +13,18 @@ from torch import Tensor
 
 from saekit.activations import ActivationCache, ActivationSource, ShuffledStream
 from saekit.activations.finite import BadTokens, limits_in
-from saekit.activations.harvest import harvest_hooks
+from saekit.activations.harvesting import harvest_hooks
 from saekit.activations.manifest import as_known
 from saekit.activations.stream import StreamState, cache_rows, live_rows, live_rows_of_hooks
 from saekit.errors import SaekitError
+from saekit.kernels.scores import has_fast_bfloat16
 from saekit.trainers.config import TrainConfig
 from saekit.trainers.variants import VARIANTS
 
 # settings that a cache answers for, and the facts of its provenance that they must equal
 _FACTS = {
     "model": "model",
-    "dtype": "model_dtype",
+    "model_dtype": "model_dtype",
     "hook": "hook",
     "dataset": "dataset",
     "split": "dataset_split",
@@ -32,6 +33,7 @@ _FACTS = {
     "context_length": "context_length",
     "skip_first": "skip_first",
     "max_norm": "max_norm",
+    "prepend_bos": "prepend_bos",
 }
 
 
@@ -105,7 +107,7 @@ def data_of_hooks(
     Raises:
         SaekitError: as ``training_data``.
     """
-    source = _source(config.model_copy(update={"hook": hooks[0]}), device, trust_remote_code)
+    source = _source(config.replace(hook=hooks[0]), device, trust_remote_code)
     sources = [source.at(hook) for hook in hooks]
     (one,) = harvest_hooks(source.model, hooks, [next(source.contexts("calibration", 1))], bad=BadTokens(skip=True))
     widths = [batch.x.shape[1] for batch in one.batches.values()]
@@ -137,7 +139,8 @@ def _source(config: TrainConfig, device: torch.device, trust_remote_code: bool) 
         context_length=config.context_length,
         skip_first=config.skip_first,
         device=str(device),
-        dtype=config.dtype,
+        prepend_bos=config.prepend_bos,
+        dtype=config.model_dtype,
         trust_remote_code=trust_remote_code,
     )
     next(source.contexts("calibration"))  # better now than after the training
@@ -179,7 +182,7 @@ def _from_cache(
     facts = as_known(cache.provenance)
     for setting, fact in _FACTS.items():
         asked, found = getattr(config, setting), facts.get(fact)
-        if setting in config.model_fields_set and None not in (asked, found) and asked != found:
+        if setting in config.given and None not in (asked, found) and asked != found:
             raise SaekitError(f"the cache '{config.cache}' has {setting} '{found}', not '{asked}' as asked")
     if gradients:
         cache.check_gradients()
@@ -221,6 +224,9 @@ def resolved(config: TrainConfig, provenance: dict[str, Any], d_in: int) -> Trai
     width = config.width or round(config.expansion * d_in)
     config.check_width(width)
     dead_after = config.dead_after or max(config.batch_size, min(10_000_000, config.tokens // 10))
-    k_aux = config.k_aux or max(1, min(d_in // 2, width))
-    derived = {"width": width, "k_aux": k_aux, "dead_after": dead_after, "lr": config.peak_lr}
-    return config.model_copy(update={**facts, **derived})
+    derived: dict[str, Any] = {"width": width, "dead_after": dead_after, "lr": config.peak_lr}
+    if "k_aux" in config.fields:
+        derived["k_aux"] = config.k_aux or max(1, min(d_in // 2, width))
+    if config.optimizer.precision is None:
+        derived["precision"] = "bf16_select" if has_fast_bfloat16(config.device) else "fp32"
+    return config.replace(**facts, **derived)

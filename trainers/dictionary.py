@@ -48,7 +48,7 @@ def empty_dictionary(config: TrainConfig, variant: Variant, d_in: int, device: t
         d_in,
         config.width,
         variant.architecture,
-        k=config.k if variant.architecture == "topk" else None,
+        k=variant.k if variant.architecture == "topk" else None,
         affinity_scale=affinity_scale(config, variant) if variant.architecture == "jumprelu" else "none",
     )
     return SparseAutoencoder(cfg, device=device)

@@ -1,11 +1,11 @@
-"""A loss that runs away: noticed soon, and kept from being saved over a good state."""
+"""A loss that runs away is noticed soon, and not saved over a good state."""
 
 from __future__ import annotations
 
 from saekit.errors import SaekitError
 
 _RATE = 0.1  # of the running mean over steps
-_FORGET = 1.005  # by which the lowest mean grows each step: a change that stays is got used to
+_FORGET = 1.005  # growth of the remembered lowest mean a step, so that a lasting change becomes the new normal
 _SUSPECT, _DIVERGED = 3.0, 10.0  # times the lowest mean of late
 _SMALL = 0.5  # an FVU below this is no divergence, whatever it was before
 _HOPELESS = 2.0  # an FVU twice that of a dictionary which gives the mean alone
@@ -50,5 +50,5 @@ class Divergence:
         return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """The reverse of ``state_dict``."""
+        """Take up what ``state_dict`` gave."""
         vars(self).update(state)

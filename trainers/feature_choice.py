@@ -7,21 +7,38 @@ for each feature, at which it fires as often as its budget says.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from torch import Tensor
+from saekit.settings import setting
+from saekit.trainers.variant import Batch, BatchSettings, Variant
 
-from saekit.allocation import zipf_budgets
-from saekit.code import SparseCode
-from saekit.sae import SparseAutoencoder
-from saekit.trainers.calibration import Heldout, feature_thresholds
-from saekit.trainers.statistics import Statistics
-from saekit.trainers.variant import Batch, Variant
-from saekit.zipf import ZipfLaw, ranks_of
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from saekit.code import SparseCode
+    from saekit.sae import SparseAutoencoder
+    from saekit.trainers.calibration import Heldout
+    from saekit.trainers.statistics import Statistics
+    from saekit.zipf import ZipfLaw
+
+
+class BudgetSettings(BatchSettings):
+    """How budgets are made."""
+
+    budgets: Literal["zipf", "uniform"] = setting("zipf", description="how features share the matches")
+    zipf_exponent: float | None = setting(None, ge=0, description="of the law; fitted if not given")
+    zipf_shift: float | None = setting(None, ge=0, description="of the law; fitted if not given")
 
 
 class FeatureChoice(Variant):
     """Budgets from the switch on; saved as ``jumprelu`` with a threshold for each feature."""
+
+    class Config(BudgetSettings):
+        """The switch."""
+
+        feature_choice_fraction: float = setting(
+            0.1, gt=0, le=1, description="share of the steps, at the end, after mutual choice"
+        )
 
     architecture = "jumprelu"
     compares_tokens = True
@@ -34,13 +51,24 @@ class FeatureChoice(Variant):
 
     def _budgets(self, exponent: float, shift: float) -> Tensor:
         """[F] by rank, densest first; they sum to k·n."""
+        from saekit.allocation import zipf_budgets
+
         n = self.config.batch_size
         return zipf_budgets(self.k * n, self.d_sae, n, exponent, shift)
 
+    @property
+    def fraction(self) -> float:
+        """Share of the steps after the switch."""
+        return float(self.config.feature_choice_fraction)
+
+    def switched(self, batch: Batch) -> bool:
+        """Whether the budgets hold; for the last step they do."""
+        last = (self.config.steps - 1) / self.config.steps
+        return batch.done >= min(1 - self.fraction, last)
+
     def allocate(self, batch: Batch) -> SparseCode:
         """Mutual choice before the switch, the budgets' largest of each column after it."""
-        last = (self.config.steps - 1) / self.config.steps
-        if batch.done < min(1 - self.config.feature_choice_fraction, last):
+        if not self.switched(batch):
             return batch.select.mutual_choice(self.k * batch.n_tokens)
         if self.budgets is None:
             self._freeze(batch.statistics)
@@ -49,6 +77,8 @@ class FeatureChoice(Variant):
 
     def _freeze(self, statistics: Statistics) -> None:
         """Fix every feature's rank and budget by the densities so far."""
+        from saekit.zipf import ZipfLaw, ranks_of
+
         density = statistics.density
         if self.config.budgets == "uniform":
             by_rank = self._budgets(exponent=0.0, shift=0.0)
@@ -64,7 +94,7 @@ class FeatureChoice(Variant):
         """Set the thresholds at which each feature fires at its budget's rate on held-out activations."""
         assert sae.threshold is not None
         assert self.budgets is not None
-        sae.threshold.copy_(feature_thresholds(sae, heldout, self.budgets / self.config.batch_size))
+        sae.threshold.copy_(heldout.feature_thresholds(sae, self.budgets / self.config.batch_size))
 
     def facts(self) -> dict[str, Any]:
         """The law that set the budgets."""
@@ -75,6 +105,8 @@ class FeatureChoice(Variant):
         return {"budgets": self.budgets, "law": None if self.law is None else tuple(self.law)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The reverse of ``state_dict``."""
+        """Take up budgets and law."""
+        from saekit.zipf import ZipfLaw
+
         self.budgets = state["budgets"]
         self.law = None if state["law"] is None else ZipfLaw(*state["law"])

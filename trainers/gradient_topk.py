@@ -4,22 +4,28 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from saekit.code import SparseCode
-from saekit.trainers.variant import Batch, Variant
+from saekit.settings import setting
+from saekit.trainers.variant import Batch, KSettings, Variant
 
 if TYPE_CHECKING:
+    from saekit.code import SparseCode
     from saekit.trainers.config import TrainConfig
 
 
 class GradientTopK(Variant):
     """Gradient choice in training; saved as plain ``topk``, since gradients know the next token (our reading)."""
 
+    class Config(KSettings):
+        """How much gradients count."""
+
+        beta: float = setting(1.0, ge=0, description="weight of the gradient in the selection; 0 is TopK")
+
     architecture = "topk"
 
     @classmethod
     def needs_gradients(cls, config: TrainConfig) -> bool:
         """With a weight of 0 it is TopK, and nothing is asked of the model that TopK does not ask."""
-        return config.beta > 0
+        return bool(config.beta > 0)
 
     def facts(self) -> dict[str, Any]:
         """The weight of the gradient; evaluations of the gradient selection use it."""

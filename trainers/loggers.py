@@ -67,7 +67,7 @@ class WandbLogger:
             id=read_json(known)["id"],
             resume="allow",
             name=str(config.out),
-            config=config.model_dump(mode="json"),
+            config=config.to_dict(),
             dir=config.out,
             reinit="create_new",
             settings=wandb.Settings(silent=True, console="off"),

@@ -4,18 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from torch import Tensor
 
-from saekit.activations import ShuffledStream
+from saekit.activations.stream import ShuffledStream, StreamState
 from saekit.errors import SaekitError
 from saekit.interrupt import Interrupted, InterruptGuard
 from saekit.trainers.config import TrainConfig
 from saekit.trainers.progress import TrainingProgress, bars
 
-if TYPE_CHECKING:
-    from saekit.trainers.trainer import Trainer
+
+class Trainer(Protocol):
+    """What the loop drives."""
+
+    config: TrainConfig
+    step: int
+
+    def advance(self, rows: Tensor) -> dict[str, float]:
+        """One step on one batch of the stream; gives its figures."""
+
+    def line(self, latest: dict[str, float], waited: float) -> dict[str, float]:
+        """What a line of metrics tells."""
+
+    def save(self, stream: StreamState) -> None:
+        """Write a checkpoint."""
 
 
 def take_steps(trainers: Sequence[Trainer], stream: ShuffledStream, quiet: bool = False) -> None:

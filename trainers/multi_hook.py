@@ -11,16 +11,17 @@ import yaml
 from saekit.errors import SaekitError
 from saekit.files import replace_file, writable_folder
 from saekit.kernels.workspace import Workspace
+from saekit.machine import pick_device
 from saekit.reading import read_yaml
 from saekit.trainers.checkpoint import load_checkpoints
 from saekit.trainers.config import TrainConfig
 from saekit.trainers.data import data_of_hooks
 from saekit.trainers.loggers import check_installed
 from saekit.trainers.loop import take_steps
+from saekit.trainers.run import SAMPLE, check_room
 from saekit.trainers.run_folder import (
     CHECKPOINTS,
     CONFIG,
-    MAY_CHANGE,
     PENDING,
     Run,
     check_manner,
@@ -29,10 +30,8 @@ from saekit.trainers.run_folder import (
     prepared_folder,
     resumed_folder,
 )
-from saekit.trainers.trainer import SAMPLE, Trainer, check_room, pick_device, place_in
+from saekit.trainers.trainer import Trainer, stream_state
 from saekit.trainers.variants import VARIANTS
-
-_OWN = {"hook", "out", "width", "k_aux"}  # settings that may differ: where the run is, and what follows from its d_in
 
 
 def train_hooks(
@@ -69,12 +68,13 @@ def train_hooks(
     check_manner(resume, overwrite)
     if resume and (config.out / PENDING).is_file():  # it was killed before all folders were made: no step is lost
         begun, all_hooks = _read_begun(config.out)
-        asked = config.model_dump(mode="json", include=config.model_fields_set - {"out", "hook"})
-        changed = [key for key, value in asked.items() if value is not None and value != getattr(begun, key)]
-        lasting = [key for key in changed if key not in MAY_CHANGE]
+        asked = config.to_dict(config.given - {"out", "hook"})
+        told = begun.to_dict()
+        changed = [key for key, value in asked.items() if value is not None and value != told.get(key)]
+        lasting = [key for key in changed if key not in begun.keys_with("resumable")]
         if lasting or (hooks and list(hooks) != all_hooks):
             raise SaekitError(f"the runs in '{config.out}' were begun with another {', '.join(lasting) or 'hook'}")
-        begun = begun.model_copy(update={key: getattr(config, key) for key in changed})
+        begun = begun.replace(**{key: getattr(config, key) for key in changed})
         return train_hooks(begun, all_hooks, overwrite=True, quiet=quiet, trust_remote_code=trust_remote_code)
     hooks = hooks or (hooks_in(config.out) if resume else ())
     if not hooks:
@@ -82,7 +82,7 @@ def train_hooks(
     twice = [hook for number, hook in enumerate(hooks) if hook in hooks[:number]]
     if twice:
         raise SaekitError(f"the hook '{twice[0]}' is named twice")
-    configs = [config.model_copy(update={"hook": hook, "out": config.out / hook}) for hook in hooks]
+    configs = [config.replace(hook=hook, out=config.out / hook) for hook in hooks]
     with ExitStack() as stack:
         if resume:
             configs = [stack.enter_context(resumed_folder(each)) for each in configs]
@@ -118,7 +118,7 @@ def _train(
         hooks = [each.hook or "" for each in configs]
         before = [state and state["provenance"] for state in states]
         data = data_of_hooks(configs[0], hooks, device, trust_remote_code, before)
-        stream = stack.enter_context(closing(data[0].stream(configs[0], place_in(*states))))
+        stream = stack.enter_context(closing(data[0].stream(configs[0], stream_state(*states))))
         sample, workspace = stream.peek(SAMPLE) if found is None else None, Workspace()
         trainers = [
             Trainer(config, each, sample, device, workspace, state)
@@ -142,7 +142,7 @@ def _train(
 def _write_begun(home: Path, configs: list[TrainConfig]) -> None:
     """Write down what all runs are, as long as not each of them has a folder that tells it."""
     writable_folder(home, overwrite=True)
-    settings = configs[0].model_dump(mode="json", exclude_unset=True, exclude={"hook", "out"})
+    settings = configs[0].to_dict(configs[0].given - {"hook", "out"})
     text = yaml.safe_dump({"hooks": [config.hook for config in configs], "settings": settings}, sort_keys=False)
     replace_file(home / PENDING, lambda path: path.write_text(text))
 
@@ -152,11 +152,12 @@ def _read_begun(home: Path) -> tuple[TrainConfig, list[str]]:
     found = read_yaml(home / PENDING)
     hooks, settings = found.get("hooks"), found.get("settings")
     names = isinstance(hooks, list) and all(isinstance(hook, str) for hook in hooks)
-    if not (
-        names and isinstance(settings, dict) and settings.keys() <= TrainConfig.model_fields.keys() - {"hook", "out"}
-    ):
-        raise SaekitError(f"'{home / PENDING}' is damaged; --overwrite begins anew")
-    return TrainConfig(**settings, out=home), list(hooks or ())
+    try:
+        if not names or not isinstance(settings, dict) or settings.keys() & {"hook", "out"}:
+            raise SaekitError("it names no hooks or no settings")
+        return TrainConfig(**settings, out=home), list(hooks or ())
+    except (SaekitError, TypeError):
+        raise SaekitError(f"'{home / PENDING}' is damaged; --overwrite begins anew") from None
 
 
 def _check_shareable(config: TrainConfig) -> None:
@@ -167,8 +168,8 @@ def _check_shareable(config: TrainConfig) -> None:
 
 
 def _check_alike(configs: list[TrainConfig], folder: Path) -> None:
-    first = configs[0].model_dump(exclude=_OWN)
+    first, own = configs[0].to_dict(), configs[0].keys_with("own")
     for each in configs[1:]:
-        other = [key for key, value in each.model_dump(exclude=_OWN).items() if value != first[key]]
+        other = [key for key, value in each.to_dict().items() if key not in own and value != first.get(key)]
         if other:
             raise SaekitError(f"the runs in '{folder}' differ in {', '.join(other)}, so they cannot go on together")

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from saekit.code import SparseCode
-from saekit.sae import SparseAutoencoder
-from saekit.trainers.calibration import Heldout, global_threshold
-from saekit.trainers.variant import Batch, Variant
+from typing import TYPE_CHECKING
+
+from saekit.trainers.variant import Batch, BatchSettings, Variant
+
+if TYPE_CHECKING:
+    from saekit.code import SparseCode
+    from saekit.sae import Architecture, SparseAutoencoder
+    from saekit.trainers.calibration import Heldout
 
 
 class MutualChoice(Variant):
     """Mutual choice over each batch; saved as ``jumprelu`` with the same threshold for every feature."""
 
-    architecture = "jumprelu"
+    Config = BatchSettings
+    architecture: Architecture = "jumprelu"
     compares_tokens = True
 
     def allocate(self, batch: Batch) -> SparseCode:
@@ -21,4 +26,4 @@ class MutualChoice(Variant):
     def calibrate(self, sae: SparseAutoencoder, heldout: Heldout) -> None:
         """Set the threshold that gives a mean of k matches a token on held-out activations."""
         assert sae.threshold is not None
-        sae.threshold.fill_(global_threshold(sae, heldout, self.k))
+        sae.threshold.fill_(heldout.global_threshold(sae, self.k))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch.optim.adam import adam
 
 from saekit.sae import SparseAutoencoder
 
+DICTIONARY = ("W_enc", "b_enc", "W_dec", "b_dec")
 _BLOCK = 1 << 19  # numbers of one tensor that are updated at a time, so that they stay in the processor's cache
 
 
@@ -22,20 +23,44 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float, decay: floa
 
 
 class DictionaryAdam:
-    """Adam on all parameters; the decoder's gradient is projected and its rows are renormalised after each step.
+    """Adam on all parameters, learned ones of the variant too; the decoder's rows keep unit norm.
+
+    Its gradient is projected, and its rows are renormalised after each step.
 
     The arithmetic is torch's own. Matrices are updated in blocks of rows, so that what is read again is still in the
     cache: as fast as compiled code, without a compiler.
 
     Attributes:
         steps: taken so far.
+        parameters: all that it updates, by name.
         moments: first and second moment of every parameter, by its name.
     """
 
-    def __init__(self, sae: SparseAutoencoder, clip: float) -> None:
+    def __init__(self, sae: SparseAutoencoder, clip: float, learned: Mapping[str, Tensor] | None = None) -> None:
+        """Begin with moments of zero.
+
+        Args:
+            sae: the dictionary.
+            clip: largest norm of the gradient of all parameters together.
+            learned: further parameters by name, none of the dictionary's.
+        """
         self.sae, self.clip = sae, clip
         self.steps = 0
-        self.moments = {name: [torch.zeros_like(p), torch.zeros_like(p)] for name, p in sae.named_parameters()}
+        self.parameters: dict[str, Tensor] = {**dict(sae.named_parameters()), **(learned or {})}
+        self.moments = {name: [torch.zeros_like(p), torch.zeros_like(p)] for name, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def begin_step(self, *, overwritten: bool) -> None:
+        """Make every ``grad`` ready for a step.
+
+        Args:
+            overwritten: whether the first term writes those of the dictionary, so that they need no zeros.
+        """
+        for name, parameter in self.parameters.items():
+            if parameter.grad is None:
+                parameter.grad = torch.empty_like(parameter)
+            if not (overwritten and name in DICTIONARY):
+                parameter.grad.zero_()
 
     @torch.no_grad()
     def step(self, lr: float) -> float:
@@ -46,8 +71,8 @@ class DictionaryAdam:
         norm = float(self._project())
         if not norm < float("inf"):
             return norm
-        scale = torch.tensor(norm / self.clip, device=self.sae.W_dec.device) if norm > self.clip else None
-        for name, parameter in self.sae.named_parameters():
+        scale = torch.tensor(norm / self.clip, device=self.parameters["W_dec"].device) if norm > self.clip else None
+        for name, parameter in self.parameters.items():
             assert parameter.grad is not None
             for W, grad, first, second in _blocks(parameter, parameter.grad, *self.moments[name]):
                 self._adam(W, grad, first, second, lr, scale)
@@ -58,8 +83,8 @@ class DictionaryAdam:
 
     def _project(self) -> Tensor:
         """Take from the decoder's gradient what lies along its rows, whose norm is fixed; returns the norm of all."""
-        squares = torch.zeros((), dtype=self.sae.W_dec.dtype, device=self.sae.W_dec.device)
-        for name, parameter in self.sae.named_parameters():
+        squares = self.parameters["W_dec"].new_zeros(())
+        for name, parameter in self.parameters.items():
             for W, grad in _blocks(parameter, parameter.grad):
                 if name == "W_dec":
                     grad.addcmul_((grad * W).sum(1, keepdim=True), W, value=-1)
@@ -91,7 +116,7 @@ class DictionaryAdam:
         return {"steps": self.steps, "moments": self.moments}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The reverse of ``state_dict``."""
+        """Take up what ``state_dict`` gave."""
         self.steps = int(state["steps"])
         for name, moments in state["moments"].items():
             for mine, other in zip(self.moments[name], moments, strict=True):

@@ -25,7 +25,6 @@ from saekit.trainers.loggers import files_of_loggers
 CONFIG, METRICS, CHECKPOINTS, DICTIONARY = "config.yaml", "metrics.jsonl", "checkpoints", "sae"
 STATISTICS, EVALUATION, REPORT = "statistics.safetensors", "eval.json", "report.html"
 PENDING = "begun.yaml"  # of several runs, while not each has its folder yet
-MAY_CHANGE = {"skip_bad_tokens", "log"}  # settings that a run may go on with otherwise
 
 
 @dataclass(frozen=True)
@@ -85,17 +84,17 @@ def resumed_folder(config: TrainConfig) -> Iterator[TrainConfig]:
 
 def _config_to_resume(config: TrainConfig) -> TrainConfig:
     written = config.out / CONFIG
-    before = TrainConfig.from_yaml(written)
-    asked = {key: getattr(config, key) for key in TrainConfig.model_fields if key in config.model_fields_set - {"out"}}
-    changed = [key for key, value in asked.items() if value is not None and value != getattr(before, key)]
-    if lasting := [key for key in changed if key not in MAY_CHANGE]:
+    before = TrainConfig.from_yaml(written, of_a_run=True)
+    asked = {key: getattr(config, key) for key in config.given - {"out"}}
+    changed = [key for key, value in asked.items() if value is not None and value != getattr(before, key, None)]
+    if lasting := [key for key in before.to_dict() if key in set(changed) - before.keys_with("resumable")]:
         told = ", ".join(f"{key} = {getattr(before, key)}, not {asked[key]}" for key in lasting)
         raise SaekitError(f"the run in '{config.out}' was started with {told}")
     remove_unfinished(config.out, [CONFIG, METRICS, STATISTICS, EVALUATION, REPORT, f"{DICTIONARY}/*"])
-    new = before.model_copy(update={key: asked[key] for key in changed})
+    new = before.replace(**{key: asked[key] for key in changed})
     if changed:
         replace_file(written, lambda path: path.write_text(new.to_yaml()))
-    return new.model_copy(update={"out": config.out})
+    return new.replace(out=config.out)
 
 
 def check_new(config: TrainConfig, *, overwrite: bool) -> None:

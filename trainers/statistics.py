@@ -44,7 +44,7 @@ class Statistics:
 
     @property
     def smallest_kept(self) -> Float[Tensor, "F"]:
-        """See the class."""
+        """[F] Running mean of the smallest affinity at which each feature was active; NaN for one that never was."""
         return self._kept / self._kept_weight
 
     def update(self, code: SparseCode, token_norms: Float[Tensor, "n"] | None = None) -> None:
@@ -91,5 +91,5 @@ class Statistics:
         return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, int | float | Tensor]) -> None:
-        """The reverse of ``state_dict``."""
+        """Take up what ``state_dict`` gave."""
         vars(self).update(state)

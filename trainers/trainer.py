@@ -1,12 +1,10 @@
-"""One training run: activations in, a saved dictionary out."""
+"""One training run: a dictionary, its optimiser and statistics, and the step that moves them."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
-from contextlib import ExitStack, closing
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,112 +14,26 @@ from torch import Tensor
 
 from saekit.activations.manifest import first_change
 from saekit.activations.stream import StreamState
-from saekit.errors import SaekitError, SaekitWarning, first_line
-from saekit.files import check_space, replace_file
+from saekit.errors import SaekitError, SaekitWarning
+from saekit.files import replace_file
 from saekit.kernels.workspace import Workspace
 from saekit.machine import Machine, differences, this_machine
 from saekit.selection import Selection
-from saekit.trainers.auxiliary import POOLS, auxiliary_step
-from saekit.trainers.backward import reconstruction_step
-from saekit.trainers.checkpoint import checkpoints, load_checkpoints, save_checkpoint
-from saekit.trainers.config import TrainConfig
-from saekit.trainers.data import TrainingData, resolved, training_data
+from saekit.trainers.auxiliary import Auxiliary
+from saekit.trainers.auxiliary_losses import AUXILIARY, AuxK
+from saekit.trainers.calibration import Heldout
+from saekit.trainers.checkpoint import checkpoints, save_checkpoint
+from saekit.trainers.config import OLD_NAMES, TrainConfig
+from saekit.trainers.data import TrainingData, resolved
 from saekit.trainers.dictionary import Units, affinity_scale, empty_dictionary, initialise, unscale
 from saekit.trainers.divergence import Divergence
-from saekit.trainers.loggers import check_installed
-from saekit.trainers.loop import take_steps
 from saekit.trainers.optimizer import DictionaryAdam, learning_rate
-from saekit.trainers.run_folder import (
-    CHECKPOINTS,
-    CONFIG,
-    DICTIONARY,
-    MAY_CHANGE,
-    STATISTICS,
-    Run,
-    check_manner,
-    check_new,
-    finished_run,
-    prepared_folder,
-    resumed_folder,
-)
+from saekit.trainers.run_folder import CHECKPOINTS, CONFIG, DICTIONARY, STATISTICS, Run
 from saekit.trainers.statistics import Statistics
+from saekit.trainers.terms import Step, Term
 from saekit.trainers.variant import Batch
 from saekit.trainers.variants import VARIANTS
 from saekit.zipf import ranks_of
-
-SAMPLE = 16_384  # rows of the stream that decide about the units of training
-
-
-def train(
-    config: TrainConfig,
-    *,
-    resume: bool = False,
-    overwrite: bool = False,
-    quiet: bool = False,
-    trust_remote_code: bool = False,
-) -> Run:
-    """Train a dictionary and save it.
-
-    The run's folder receives ``config.yaml``, ``metrics.jsonl``, ``checkpoints/``, the dictionary in ``sae/`` and, of
-    each feature, ``density``, ``rank``, ``since_fired``, ``smallest_kept`` and tensors of the variant (``budgets``) in
-    ``statistics.safetensors``.
-
-    Args:
-        config: what to train.
-        resume: go on from the newest checkpoint in ``config.out``; a finished run is loaded and returned.
-        overwrite: replace a run that ``config.out`` holds.
-        quiet: show no progress bar.
-        trust_remote_code: whether code that comes with the model may run; no setting of ``config.yaml``, which may
-            come from others.
-
-    Raises:
-        SaekitError: the config, the data or the folder is not as it must be; or activations or loss are not finite.
-        WriteError: the disk is full or not to be written to; the last checkpoint is kept.
-        Interrupted: by SIGINT or SIGTERM, after the step was finished and the state saved.
-    """
-    check_manner(resume, overwrite)
-    with ExitStack() as stack:
-        if resume:
-            config = stack.enter_context(resumed_folder(config))
-            if (finished := finished_run(config)) is not None:
-                return finished
-        else:
-            check_new(config, overwrite=overwrite)
-        check_installed(config.log)
-        device = pick_device(config.device)
-        found = load_checkpoints([config.out / CHECKPOINTS], device) if resume else None
-        state = found[1][0] if found else None
-        data = training_data(config, device, trust_remote_code, state and state["provenance"])
-        stream = stack.enter_context(closing(data.stream(config, place_in(state))))
-        sample = stream.peek(SAMPLE) if state is None else None
-        trainer = Trainer(config, data, sample, device, state=state)  # all that can be refused has been by now
-        del found, state  # as large as the run itself
-        check_room([trainer], config.out)
-        if not resume:
-            stack.enter_context(prepared_folder(trainer.config, overwrite=overwrite))
-        take_steps([trainer], stream, quiet)
-        return trainer.finish()
-
-
-def check_room(trainers: Sequence[Trainer], folder: Path) -> None:
-    """Raise WriteError where the checkpoints of the runs would not find space beside each other."""
-    check_space(folder, sum(trainer.checkpoint_bytes for trainer in trainers), "the run with its checkpoints")
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of this name; ``auto`` is CUDA where there is one, else the CPU.
-
-    Raises:
-        SaekitError: this machine has no such device.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise SaekitError(f"this machine has no device '{name}' ({first_line(error)}); use --device cpu") from error
-    return device
 
 
 class Trainer:
@@ -161,7 +73,6 @@ class Trainer:
         assert config.dead_after is not None
         self.variant = VARIANTS[config.variant](config, config.width)
         self.sae = empty_dictionary(config, self.variant, self.d_in, device)
-        self.optimizer = DictionaryAdam(self.sae, config.clip)
         self.workspace = workspace or Workspace()
         self.statistics = Statistics(config.width, config.dead_after, device)
         self.divergence = Divergence()
@@ -169,26 +80,33 @@ class Trainer:
         self.step = 0
         if state is not None:
             self._check_same(state)
-            self.load_state_dict(state)
-        elif sample is not None:
+            self.sae.load_state_dict(state["sae"])
+        else:
+            assert sample is not None
             self.units = initialise(self.sae, sample[:, : self.d_in].to(device), config.seed)
+        self.variant.begin(self.sae)
+        self.terms = [*self.variant.terms(), *_auxiliary(config)]
+        self.optimizer = DictionaryAdam(self.sae, config.clip, self.variant.parameters())
+        if state is not None:
+            self.load_state_dict(state)
 
     def _check_same(self, state: dict[str, Any]) -> None:
         """Raise SaekitError where data or config are not those that a checkpoint was made with."""
         if field := first_change(state["provenance"], self.data.provenance):
             raise SaekitError(f"the data has another {field} than when the run in '{self.config.out}' was started")
-        settings = _settings(self.config)
-        changed = [name for name, value in state["config"].items() if settings.get(name) != value]
+        settings = _lasting(self.config)
+        before = {OLD_NAMES.get(name, name): value for name, value in state["config"].items()}
+        changed = [name for name, value in before.items() if name in settings and settings[name] != value]
         if changed:
             raise SaekitError(
                 f"'{self.config.out / CONFIG}' has another {', '.join(changed)} than the checkpoint, which has "
-                + ", ".join(f"{name} = {state['config'][name]}" for name in changed)
+                + ", ".join(f"{name} = {before[name]}" for name in changed)
             )
 
     @property
     def checkpoint_bytes(self) -> int:
         """Bytes that the checkpoints and the dictionary will take beside those that are there."""
-        parameters = sum(p.numel() for p in self.sae.parameters()) * 4
+        parameters = sum(p.numel() for p in self.optimizer.parameters.values()) * 4
         there = sum(path.stat().st_size for path in checkpoints(self.config.out / CHECKPOINTS).values())
         return max(0, 3 * 3 * parameters + parameters - there)  # three at a time, each with Adam's moments
 
@@ -214,14 +132,14 @@ class Trainer:
             "waited_seconds": waited,
         }
 
-    def save(self, place: StreamState) -> None:
-        """Write a checkpoint; ``place`` is where the stream stands.
+    def save(self, stream: StreamState) -> None:
+        """Write a checkpoint; ``stream`` is where the stream stands.
 
         A state that may have begun to diverge is not written: it would push out an older one.
         """
         if not self.divergence.suspect:
-            rest = None if place.rest is None else place.rest[:, self.data.columns]
-            state = {**self.state_dict(), "stream": place._replace(rest=rest)._asdict()}
+            rest = None if stream.rest is None else stream.rest[:, self.data.columns]
+            state = {**self.state_dict(), "stream": stream._replace(rest=rest)._asdict()}
             save_checkpoint(self.config.out / CHECKPOINTS, self.step, state)
 
     def train_step(self, x: Float[Tensor, "n d"], gradients: Float[Tensor, "n d"] | None = None) -> dict[str, float]:
@@ -239,46 +157,41 @@ class Trainer:
             approximate=config.precision == "bf16_select",
             workspace=self.workspace,
         )
-        code = self.variant.allocate(Batch(select, len(x), self.statistics, self.step / config.steps))
-        fvu, error = reconstruction_step(sae, x, centred, code)
-        aux, pool = self._auxiliary(centred, error)
-        metrics = {"loss": float(fvu + config.aux_alpha * aux), "fvu": float(fvu), "l0": code.l0}
-        if not math.isfinite(metrics["loss"]):
-            rows = (~torch.isfinite(error.square().sum(1))).nonzero().flatten().tolist()
-            where = f", in row {rows[0]} of its batch" if rows else ""
-            raise SaekitError(
-                f"the loss is {metrics['loss']} at step {self.step + 1}{where}; the last good checkpoint is kept; "
-                f"a lower --lr may help"
-            )
-        if config.aux != "none":
-            metrics |= {"aux": float(aux), "aux_pool": pool}
+        done = self.step / config.steps
+        code = self.variant.allocate(Batch(select, len(x), self.statistics, done))
+        step = Step(sae, x, centred, code, norms, self.statistics, done, self.workspace)
+        self.optimizer.begin_step(overwritten=self.terms[0].overwrites)
+        losses = {term.name: term.add(step) for term in self.terms}
+        loss = sum(term.weight * losses[term.name] for term in self.terms)
+        metrics = {"loss": float(loss), "fvu": float(step.fvu), "l0": code.l0}
+        self._check_finite(metrics["loss"], "loss", step.error)
+        for term in self.terms:
+            metrics |= {term.name: float(losses[term.name]), **term.figures()}
         lr = learning_rate(self.step, config.steps, config.peak_lr, config.warmup, config.decay)
         norm = self.optimizer.step(lr)
-        if not math.isfinite(norm):
-            raise SaekitError(
-                f"the gradient's norm is {norm} at step {self.step + 1}; the last good checkpoint is kept; "
-                f"a lower --lr may help"
-            )
+        self._check_finite(norm, "gradient's norm")
         self.divergence.update(metrics["fvu"], self.step)
         self.statistics.update(code, norms)
         return {**metrics, "grad_norm": norm, "lr": lr, "rescored": select.rescored}
 
-    def _auxiliary(self, centred: Float[Tensor, "n d"], error: Float[Tensor, "n d"]) -> tuple[Tensor, int]:
-        """Add the gradients of the auxiliary loss; returns it, 0 where its pool is empty, and the size of the pool."""
-        choose = POOLS[self.config.aux]
-        pool = None if choose is None else choose(self.statistics, self.config)
-        if pool is None or not pool.any():
-            return error.new_zeros(()), 0
-        assert self.config.k_aux is not None
-        loss = auxiliary_step(self.sae, centred, error, pool, self.config.k_aux, self.config.aux_alpha, self.workspace)
-        return loss, int(pool.sum())
+    def _check_finite(self, value: float, what: str, error: Tensor | None = None) -> None:
+        """Raise SaekitError where the loss or its gradient is not finite."""
+        if math.isfinite(value):
+            return
+        rows = [] if error is None else (~torch.isfinite(error.square().sum(1))).nonzero().flatten().tolist()
+        where = f", in row {rows[0]} of its batch" if rows else ""
+        raise SaekitError(
+            f"the {what} is {value} at step {self.step + 1}{where}; the last good checkpoint is kept; "
+            f"a lower --lr may help"
+        )
 
     @torch.no_grad()
     def finish(self) -> Run:
         """Calibrate, fold the units in and save the dictionary."""
         sae = self.sae.eval()
         sae.zero_grad(set_to_none=True)
-        self.variant.calibrate(sae, lambda: (self.units(x.to(self.device)) for x in self.data.calibration()))
+        heldout = Heldout(lambda: (self.units(x.to(self.device)) for x in self.data.calibration()))
+        self.variant.calibrate(sae, heldout)
         unscale(sae, self.units)
         provenance = self.data.provenance
         sae.with_metadata(
@@ -289,7 +202,7 @@ class Trainer:
             prepend_bos=provenance.get("prepend_bos"),
             saekit={
                 "variant": self.config.variant,
-                "k": self.config.k,
+                "k": getattr(self.config, "k", None),
                 "training_tokens": self.statistics.tokens,
                 "seed": self.config.seed,
                 "activation_scale": self.units.scale,
@@ -316,9 +229,10 @@ class Trainer:
             "since_fired": statistics.since_fired,
             "smallest_kept": statistics.smallest_kept / unit,
             **{name: value for name, value in self.variant.state_dict().items() if isinstance(value, Tensor)},
+            **{name: value.detach() for name, value in self.variant.parameters().items()},
         }
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
         """Weights, optimiser and statistics, and what they were made with.
 
         There is no random state: every random choice follows from the seed and a number (of a fill, of an epoch).
@@ -329,41 +243,55 @@ class Trainer:
             "statistics": self.statistics.state_dict(),
             "divergence": self.divergence.state_dict(),
             "variant": self.variant.state_dict(),
+            "learned": {name: value.detach() for name, value in self.variant.parameters().items()},
             "scale": self.units.scale,
             "centre": self.units.centre,
             "step": self.step,
             "provenance": self.data.provenance,
-            "config": _settings(self.config),
+            "config": _lasting(self.config),
             "ran_on": self.machines,
         }
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back to a checkpoint."""
-        self.sae.load_state_dict(state["sae"])  # type: ignore[arg-type]
-        self.optimizer.load_state_dict(state["adam"])  # type: ignore[arg-type]
-        self.statistics.load_state_dict(state["statistics"])  # type: ignore[arg-type]
-        self.divergence.load_state_dict(state["divergence"])  # type: ignore[arg-type]
-        self.variant.load_state_dict(state["variant"])  # type: ignore[arg-type]
-        self.units = Units(state["centre"], float(state["scale"]))  # type: ignore[arg-type]
-        self.step = int(state["step"])  # type: ignore[call-overload]
-        before: list[Machine] = state.get("ran_on", [{}])  # type: ignore[assignment]
+        self.sae.load_state_dict(state["sae"])
+        for name, value in state.get("learned", {}).items():
+            self.variant.parameters()[name].copy_(value)
+        self.optimizer.load_state_dict(state["adam"])
+        self.statistics.load_state_dict(state["statistics"])
+        self.divergence.load_state_dict(state["divergence"])
+        self.variant.load_state_dict(state["variant"])
+        self.units = Units(state["centre"], float(state["scale"]))
+        self.step = int(state["step"])
+        before: list[Machine] = state.get("ran_on", [{}])
         if other := differences(before[-1], self.machines[-1]):
             told = f"the run goes on on another machine ({other}), so it will not be that of one machine bit for bit"
             warnings.warn(told, SaekitWarning, stacklevel=2)
         self.machines = before if before[-1] == self.machines[-1] else before + self.machines
 
 
-def place_in(*states: dict[str, Any] | None) -> StreamState | None:
+def stream_state(*states: dict[str, Any] | None) -> StreamState | None:
     """Where the stream stood when checkpoints of the same step were written, their columns of it side by side."""
-    places = [StreamState(**state["stream"]) for state in states if state is not None]
-    if not places:
+    streams = [StreamState(**state["stream"]) for state in states if state is not None]
+    if not streams:
         return None
-    rests = [place.rest.cpu() for place in places if place.rest is not None]
-    return places[0]._replace(rest=torch.cat(rests, dim=1) if rests else None)
+    rests = [stream.rest.cpu() for stream in streams if stream.rest is not None]
+    return streams[0]._replace(rest=torch.cat(rests, dim=1) if rests else None)
 
 
-def _settings(config: TrainConfig) -> dict[str, Any]:
+def _auxiliary(config: TrainConfig) -> list[Term]:
+    """The term of the run's auxiliary loss, if it has one."""
+    kind, settings, dead_after = AUXILIARY[config.aux], config.aux_settings, config.optimizer.dead_after
+    if not (issubclass(kind, AuxK) and isinstance(settings, AuxK.Config)):
+        return []
+    assert settings.k_aux is not None
+    assert dead_after is not None
+    pool = partial(kind.pool, settings=settings, dead_after=dead_after)
+    return [Auxiliary(pool, settings.k_aux, settings.aux_alpha)]
+
+
+def _lasting(config: TrainConfig) -> dict[str, Any]:
     """What of a config may not change while a run goes on."""
-    return config.model_dump(
-        mode="json", exclude={"out", "cache", "device", *MAY_CHANGE, "log_every", "checkpoint_every"}
-    )
+    keys = config.keys_with("decides") - config.keys_with("resumable")
+    return config.to_dict({"variant", "aux", *keys})

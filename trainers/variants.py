@@ -11,8 +11,14 @@ from importlib.metadata import entry_points
 
 from saekit.errors import SaekitWarning
 from saekit.trainers.feature_choice import FeatureChoice
+from saekit.trainers.frequency_control import FrequencyControl
+from saekit.trainers.gated import Gated
 from saekit.trainers.gradient_topk import GradientTopK
+from saekit.trainers.hierarchical_topk import HierarchicalTopK
+from saekit.trainers.jumprelu import JumpReLU
+from saekit.trainers.matryoshka import Matryoshka
 from saekit.trainers.mutual_choice import MutualChoice
+from saekit.trainers.relu import ReLU
 from saekit.trainers.topk import TopK
 from saekit.trainers.variant import Variant
 
@@ -22,6 +28,12 @@ VARIANTS: dict[str, type[Variant]] = {
     "batch_topk": MutualChoice,  # the same rule under its other name
     "feature_choice": FeatureChoice,
     "gradient_topk": GradientTopK,
+    "frequency_control": FrequencyControl,
+    "relu": ReLU,
+    "jumprelu": JumpReLU,
+    "gated": Gated,
+    "matryoshka": Matryoshka,
+    "hierarchical_topk": HierarchicalTopK,
 }
 
 
@@ -34,3 +46,6 @@ def add_from_packages() -> None:
             warnings.warn(
                 f"the variant '{point.name}' ({point.value}) cannot be loaded: {error}", SaekitWarning, stacklevel=2
             )
+
+
+add_from_packages()  # last: they import from here

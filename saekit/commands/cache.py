@@ -59,7 +59,7 @@ def cache(
 
     from saekit.activations.resumable import HarvestPlan, harvest_cache, resume_cache
     from saekit.interrupt import Interrupted
-    from saekit.trainers.trainer import pick_device
+    from saekit.machine import pick_device
 
     given = {
         name: value for name, value in ctx.params.items() if _given(ctx, name) and name in HarvestPlan.model_fields
@@ -118,7 +118,7 @@ def repair(
     """Harvest the missing and damaged shards of a cache again, byte for byte as they were."""
     from saekit.activations import ActivationCache
     from saekit.activations.repair import repair as repaired
-    from saekit.trainers.trainer import pick_device
+    from saekit.machine import pick_device
 
     count = len(ActivationCache.open(path, complete=False).shards)
     with _bar(f"repairing {path.name}", quiet) as (progress, _):

@@ -55,7 +55,7 @@ def convert(
         if not lossy or reason not in NEAREST:
             raise refusal(source, to, reason)
         from saekit.evals import Evaluator
-        from saekit.trainers.trainer import pick_device
+        from saekit.machine import pick_device
 
         facts: dict[str, Any] = {"model": model, "hook": hook, "dataset": dataset, "cache": cache, "tokens": tokens}
         facts["dataset_config"] = dataset_config

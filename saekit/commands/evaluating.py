@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def open_evaluator(*, device: str, **settings: Any) -> Evaluator:
     """An evaluator with these settings on the device of this name."""
     from saekit.evals import Evaluator
-    from saekit.trainers.trainer import pick_device
+    from saekit.machine import pick_device
 
     return Evaluator(device=str(pick_device(device)), **settings)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -15,7 +15,12 @@ _KINDS: dict[Any, Any] = {int: int, float: float, int | None: int, float | None:
 
 
 def flags(
-    kind: type[Settings], panel: str, *, leave_out: Iterable[str] = (), repeated: Mapping[str, str] | None = None
+    kind: type[Settings],
+    panel: str,
+    *,
+    leave_out: Iterable[str] = (),
+    repeated: Mapping[str, str] | None = None,
+    old: Mapping[str, str] | None = None,
 ) -> list[inspect.Parameter]:
     """One flag for each setting of a part; a flag that is not given is None, so that a YAML file or a default decides.
 
@@ -24,22 +29,42 @@ def flags(
         panel: the heading under which ``--help`` shows them.
         leave_out: settings that are no flags of this command.
         repeated: flags that may be given again, with what to say of it.
+        old: names that flags had before, by their new ones.
     """
-    repeated, left_out = repeated or {}, set(leave_out)
+    repeated, old, left_out = repeated or {}, old or {}, set(leave_out)
     return [
-        flag(name, field, panel, repeated.get(name))
+        flag(name, field, panel, repeated.get(name), old.get(name))
         for name, field in kind.model_fields.items()
         if name not in left_out
     ]
 
 
-def flag(name: str, field: FieldInfo, panel: str, again: str | None = None) -> inspect.Parameter:
-    """The flag of one setting."""
+def flag(
+    name: str,
+    field: FieldInfo,
+    panel: str,
+    again: str | None = None,
+    old: str | None = None,
+    of: Sequence[str] = (),
+) -> inspect.Parameter:
+    """The flag of one setting.
+
+    Args:
+        name: of the setting.
+        field: what it is.
+        panel: its heading.
+        again: what to say of a flag that may be given several times.
+        old: a name that it had before.
+        of: the variants or losses that have it, where those are few.
+    """
     stated = field.default_factory is None and field.default is not None and field.default is not False
     default = f" [default: {field.default}]" if stated else ""
+    owners = f"{', '.join(of)}: " if of else ""
     known = choices(field)
+    names = [f"--{old.replace('_', '-')}", f"--{name.replace('_', '-')}"] if old else []
     option = typer.Option(
-        help=f"{field.description}{default}{again or ''}",
+        *names,
+        help=f"{owners}{field.description}{default}{again or ''}",
         show_default=False,
         autocompletion=among(*known) if known else None,
         rich_help_panel=panel,
@@ -48,11 +73,37 @@ def flag(name: str, field: FieldInfo, panel: str, again: str | None = None) -> i
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
 
 
-def with_flags(command: Callable[..., Any], parameters: list[inspect.Parameter]) -> None:
-    """Let Typer see these parameters beside the command's own; the command takes them by ``**given``."""
+def named_flag(name: str, what: str, registry: Iterable[str], default: str, panel: str) -> inspect.Parameter:
+    """The flag that chooses one entry of a registry."""
+    option = typer.Option(
+        help=f"{what}: {', '.join(registry)} [default: {default}]",
+        show_default=False,
+        autocompletion=among(*registry),
+        rich_help_panel=panel,
+    )
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, option]
+    )
+
+
+def panel_of(parameter: inspect.Parameter) -> str:
+    """The heading of a flag."""
+    return str(parameter.annotation.__metadata__[0].rich_help_panel)
+
+
+def with_flags(command: Callable[..., Any], parameters: list[inspect.Parameter], own_panel: str | None = None) -> None:
+    """Let Typer see these parameters beside the command's own; the command takes them by ``**given``.
+
+    Args:
+        command: it is changed in place.
+        parameters: flags of settings.
+        own_panel: a heading for the flags that stand in the command's signature.
+    """
     own = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
-    command.__signature__ = inspect.Signature([*own, *parameters])  # type: ignore[attr-defined]
-    command.__annotations__ = {p.name: p.annotation for p in (*own, *parameters)}
+    for each in own if own_panel else ():
+        each.default.rich_help_panel = own_panel
+    command.__signature__ = inspect.Signature([*parameters, *own])  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in (*parameters, *own)}
 
 
 def among(*values: str) -> Callable[[str], list[str]]:

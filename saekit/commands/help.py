@@ -12,20 +12,8 @@ _WHICH = ("skip_first", "max_norm", "skip_bad_tokens")
 DTYPES = ("float32", "bfloat16", "float16")
 _RUN = ("out", "config", "resume", "overwrite", "device", "trust_remote_code", "quiet")
 
-# by command and title, the parameters that stand in a panel of their own; others stay among the options
+# by command and title, parameters that stand in a panel of their own, where their settings do not say which
 _PANELS: dict[str, dict[str, tuple[str, ...]]] = {
-    "train": {
-        "Data": (*_TEXT, *_WHICH, "dtype", "cache", "buffer"),
-        "Dictionary": (
-            *("variant", "width", "expansion", "k", "affinity_scale", "feature_choice_fraction", "budgets"),
-            *("zipf_exponent", "zipf_shift", "beta", "aux", "aux_alpha", "k_aux", "tau"),
-        ),
-        "Optimisation": (
-            *("tokens", "batch_size", "lr", "warmup", "decay", "clip", "dead_after", "seed", "precision"),
-            "calibration_tokens",
-        ),
-        "Run": (*_RUN, "log", "log_every", "checkpoint_every", "eval_tokens", "features_shown"),
-    },
     "cache": {"Data": (*_TEXT, *_WHICH, "tokens", "dtype", "model_dtype", "gradients"), "Run": _RUN},
     "eval": {
         "Data": (*_TEXT, *_WHICH[:2], "prepend_bos", "model_dtype", "cache", "tokens"),
@@ -74,14 +62,14 @@ def explain(command: Any) -> Any:
     for each in _below(command):
         name = "saekit" if each is command else each.name
         titles = {parameter: title for title, names in _PANELS.get(name, {}).items() for parameter in names}
-        order = ["", *_PANELS.get(name, {})]
         for parameter in each.params:
-            parameter.rich_help_panel = titles.get(parameter.name)
+            parameter.rich_help_panel = titles.get(parameter.name, parameter.rich_help_panel)
             if getattr(parameter, "help", None):
                 parameter.help = escape(parameter.help)  # or rich takes [...] for markup
             if parameter.default is False:
                 parameter.show_default = False  # a flag that is not given
-        each.params.sort(key=lambda parameter: order.index(titles.get(parameter.name, "")))
+        order = [None, *_PANELS.get(name, {}), *dict.fromkeys(each.rich_help_panel for each in each.params)]
+        each.params.sort(key=lambda parameter: order.index(parameter.rich_help_panel))
         each.help = escape(each.help or "")
         if examples := _EXAMPLES.get(name):
             each.epilog = escape("\n\n".join(["Examples:" if len(examples) > 1 else "Example:", *examples]))

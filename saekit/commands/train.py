@@ -5,42 +5,36 @@ from __future__ import annotations
 import inspect
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
 from saekit.commands.evaluating import evaluated, open_evaluator
-from saekit.commands.help import among
+from saekit.commands.flags import flag, flags, named_flag, panel_of, with_flags
 from saekit.commands.report import SHOWN, report_on_run
 from saekit.errors import SaekitError
+from saekit.trainers.auxiliary_losses import AUXILIARY
+from saekit.trainers.config import OLD_NAMES, PARTS, TrainConfig, variants_with
+from saekit.trainers.variants import VARIANTS
 
 _AGAIN = {"hook": "; give it again for a dictionary at each", "log": "; give it again for both"}
+_PANELS = {"source": "Data", "data": "Data", "dictionary": "Dictionary", "optimizer": "Optimisation", "run": "Run"}
 
 
-def add_flags() -> None:
-    """Give ``train`` one flag for each field of TrainConfig, so that names, types and help stand in one place.
-
-    This imports torch, so it is done for those alone who train or ask how to.
-    """
-    from saekit.trainers.config import TrainConfig, choices
-
-    kinds: dict[Any, Any] = {int: int, float: float, int | None: int, float | None: float, bool: bool}
-    flags = []
-    for name, field in TrainConfig.model_fields.items():
-        given = field.default_factory is None and field.default is not None and field.default is not False
-        default = f" [default: {field.default}]" if given else ""
-        again = _AGAIN.get(name, "")
-        values = among(*known) if (known := choices(name)) else None
-        option = typer.Option(help=f"{field.description}{default}{again}", show_default=False, autocompletion=values)
-        kind: Any = Annotated[(list[str] if name in _AGAIN else kinds.get(field.annotation, str)) | None, option]
-        flags.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind))
-    _show([*flags, *_OWN])
-
-
-def _show(parameters: list[inspect.Parameter]) -> None:
-    """Let Typer see these parameters of ``train``."""
-    train.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    train.__annotations__ = {p.name: p.annotation for p in parameters}
+def train_flags() -> list[inspect.Parameter]:
+    """One flag for each setting of each part, of all variants and auxiliary losses too."""
+    names = [
+        named_flag("variant", "allocation rule", VARIANTS, "mutual_choice", "Dictionary"),
+        named_flag("aux", "auxiliary loss", AUXILIARY, "none", "Dictionary"),
+    ]
+    own = [
+        flag(key, field, "Dictionary", of=owners if len(owners) < len(VARIANTS) / 2 else ())
+        for key, (field, owners) in variants_with().items()
+    ]
+    old = {new: before for before, new in OLD_NAMES.items()}
+    parts = [each for part, kind in PARTS.items() for each in flags(kind, _PANELS[part], repeated=_AGAIN, old=old)]
+    order = ("Data", "Dictionary", "Optimisation", "Run")
+    return sorted([*names, *own, *parts], key=lambda each: order.index(panel_of(each)))
 
 
 def train(
@@ -60,8 +54,8 @@ def train(
     """
     from saekit.evals.report import groups_in
     from saekit.interrupt import Interrupted
-    from saekit.trainers import TrainConfig, train_hooks
     from saekit.trainers import train as run_training
+    from saekit.trainers import train_hooks
     from saekit.trainers.multi_hook import hooks_in
     from saekit.trainers.run_folder import REPORT
 
@@ -69,10 +63,11 @@ def train(
     flags["log"] = flags["log"] or None
     if None not in (flags["width"], flags["expansion"]):
         raise SaekitError("--width and --expansion both say how wide the dictionary is; give one of them")
-    if resume and config is None and flags["out"] is not None:
-        started = Path(flags["out"]) / "config.yaml"
-        config = started if started.is_file() else None
-    settings = TrainConfig.from_yaml(config, hook=hooks[0] if len(hooks) == 1 else None, **flags)
+    started = Path(flags["out"]) / "config.yaml" if resume and flags["out"] is not None else None
+    if started is not None and config is None and started.is_file():
+        config = started
+    hook = hooks[0] if len(hooks) == 1 else None
+    settings = TrainConfig.from_yaml(config, of_a_run=config == started, hook=hook, **flags)
     home = settings.out
     several = len(hooks) > 1 or (resume and not (home / "config.yaml").is_file() and bool(hooks_in(home)))
     finished = {path.parents[1] for place in ("sae", "*/sae") for path in home.glob(f"{place}/cfg.json") if resume}
@@ -109,5 +104,4 @@ def train(
             report_on_run(run.path, evaluator, features_shown, quiet)
 
 
-_OWN = [p for p in inspect.signature(train).parameters.values() if p.kind is not p.VAR_KEYWORD]
-_show(_OWN)
+with_flags(train, train_flags(), own_panel="Run")

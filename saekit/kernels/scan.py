@@ -41,7 +41,7 @@ def above(scores: Scores, lower_bound: LowerBound, most: Int[Tensor, "r"] | None
 
     Args:
         scores: r rows and c columns.
-        lower: gives the bounds.
+        lower_bound: gives the bounds.
         most: [r] groups with such pairs above which a row is left out.
     """
     r, c = scores.shape

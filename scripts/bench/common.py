@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import statistics
+import subprocess
 from collections.abc import Iterable, Sequence
-from datetime import date
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,12 +45,12 @@ def activations(shape: Shape, batches: int = 4, seed: int = 0, device: str = "cp
     """Batches [n, d] of sparse sums of 2·d random directions and noise; mean norm √d."""
     generator = torch.Generator().manual_seed(seed)
     directions = torch.nn.functional.normalize(torch.randn(2 * shape.d, shape.d, generator=generator), dim=1)
-    found = []
+    made = []
     for _ in range(batches):
         strengths = torch.relu(torch.randn(shape.n, 2 * shape.d, generator=generator) - 1.5)
-        found.append(3 * strengths @ directions + 0.3 * torch.randn(shape.n, shape.d, generator=generator))
-    scale = shape.d**0.5 / float(torch.cat(found).norm(dim=1).mean())
-    return [(x * scale).to(device) for x in found]
+        made.append(3 * strengths @ directions + 0.3 * torch.randn(shape.n, shape.d, generator=generator))
+    scale = shape.d**0.5 / float(torch.cat(made).norm(dim=1).mean())
+    return [(x * scale).to(device) for x in made]
 
 
 def spread(seconds: Sequence[float]) -> dict[str, float]:
@@ -62,7 +64,7 @@ def spread(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def machine(packages: Iterable[str] = ("saekit", "torch")) -> dict[str, Any]:
-    """What a figure is worth nothing without: processor, cores, versions, date."""
+    """What a figure is worth nothing without: processor, cores, versions, date, commit."""
     name = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -76,8 +78,18 @@ def machine(packages: Iterable[str] = ("saekit", "torch")) -> dict[str, Any]:
         "accelerator": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         "versions": {package: _version(package) for package in packages},
-        "date": date.today().isoformat(),
+        "date": datetime.now().isoformat(" ", "minutes"),
+        "commit": _commit(),
     }
+
+
+def _commit() -> str:
+    """What was measured; with changes that are in no commit, its name ends with ``-dirty``."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def _version(package: str) -> str | None:
@@ -87,12 +99,33 @@ def _version(package: str) -> str | None:
         return None
 
 
+def machine_name(result: dict[str, Any]) -> str:
+    """The accelerator that a result is of, or the processor and its cores."""
+    machine = result["machine"]
+    if result.get("device", "cpu") != "cpu":
+        return str(machine["accelerator"] or result["device"])
+    return f"{machine['processor']}, {machine['cores']} cores"
+
+
+def file_name(result: dict[str, Any]) -> str:
+    """The name that a result is kept under: date, machine, commit."""
+    date, commit = result["machine"]["date"][:10], result["machine"]["commit"]
+    name = re.sub(r"[^a-z0-9]+", "-", machine_name(result).lower()).strip("-")
+    return f"{date}-{name}-{commit}.json"
+
+
 def save(name: str, result: dict[str, Any], out: Path | None) -> None:
-    """Write ``results/NAME.json``, or the file asked for."""
-    path = out or RESULTS / f"{name}.json"
+    """Write ``results/NAME/DATE-MACHINE-COMMIT.json``, or the file asked for."""
+    path = out or RESULTS / name / file_name(result)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"wrote {path}")
+
+
+def history(name: str) -> list[dict[str, Any]]:
+    """All results of a benchmark, the oldest first."""
+    results = [json.loads(path.read_text()) for path in sorted((RESULTS / name).glob("*.json"))]
+    return sorted(results, key=lambda result: str(result["machine"]["date"]))
 
 
 def table(rows: Sequence[Sequence[Any]], head: Sequence[str]) -> str:

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from common import machine, save, spread, table
 
 from saekit.activations import ActivationCache, ActivationSource
-from saekit.activations.harvest import ActivationBatch, harvest
+from saekit.activations.harvesting import ActivationBatch, harvest
 from saekit.activations.model import truncated
 from saekit.trainers import TrainConfig, train
 
@@ -84,7 +84,7 @@ def bench_cache(folder: Path, megabytes: int, repeats: int) -> dict[str, Any]:
         for name, function in _turned(work[:2], number) + _turned(work[2:], number):
             times[name].append(seconds(function))
     size = sum(map(len, blocks))
-    figures: dict[str, Any] = {name: {**spread(found), "bytes": size} for name, found in times.items()}
+    figures: dict[str, Any] = {name: {**spread(taken), "bytes": size} for name, taken in times.items()}
     for name in ("write", "read"):
         figures[f"{name} share"] = figures[f"plain {name}"]["median_ms"] / figures[name]["median_ms"]
     return figures
@@ -118,7 +118,7 @@ def _read_all(cache: ActivationCache) -> None:
 
 def bench_stream(folder: Path) -> dict[str, Any]:
     """A live training of the embedded model and one from a cache: seconds in all, and seconds waited."""
-    found = {}
+    streams = {}
     source = ActivationSource.open(device="cpu")
     ActivationCache.write(folder / "lm", source.batches("train", 600_000), source.provenance("train"), dtype="bfloat16")
     for name, more in (("live", {}), ("from a cache", {"cache": folder / "lm"})):
@@ -128,9 +128,9 @@ def bench_stream(folder: Path) -> dict[str, Any]:
         train(config, quiet=True)
         lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
         last = lines[-1]
-        found[name] = {"seconds": last["seconds"], "waited": last["waited_seconds"], "tokens": last["tokens"]}
-        found[name]["share"] = last["waited_seconds"] / last["seconds"]
-    return found
+        streams[name] = {"seconds": last["seconds"], "waited": last["waited_seconds"], "tokens": last["tokens"]}
+        streams[name]["share"] = last["waited_seconds"] / last["seconds"]
+    return streams
 
 
 def main() -> None:

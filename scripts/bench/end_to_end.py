@@ -113,9 +113,9 @@ def compare(folder: Path, settings: dict[str, Any], repeats: int) -> dict[str, A
         for arm, run in arms.items():
             seconds[arm].append(run())
             print(f"{settings['width']:6} {arm:20} {settings['tokens'] / seconds[arm][-1]:10,.0f} tokens/s", flush=True)
-    figures = {arm: spread(found) for arm, found in seconds.items()}
-    for found in figures.values():
-        found["tokens_per_second"] = 1e3 * settings["tokens"] / found["median_ms"]
+    figures = {arm: spread(taken) for arm, taken in seconds.items()}
+    for figure in figures.values():
+        figure["tokens_per_second"] = 1e3 * settings["tokens"] / figure["median_ms"]
     print(
         table(
             [[arm, f["tokens_per_second"], f["median_ms"] / 1e3] for arm, f in figures.items()], ["", "tokens/s", "s"]

@@ -28,12 +28,12 @@ WARM_UP = 2
 
 def sizes() -> dict[str, Shape]:
     """Every shape, and B."""
-    found = {
+    shapes = {
         f"{what} = {value}": SHAPES["A"]._replace(**{what: value})
         for what, values in GROWTH.items()
         for value in values
     }
-    return {**found, "B": SHAPES["B"]}
+    return {**shapes, "B": SHAPES["B"]}
 
 
 def measure(shape: Shape, repeats: int) -> dict[str, Any]:

@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from common import machine, save, table
 
 from saekit.activations import ActivationCache
-from saekit.activations.harvest import ActivationBatch
+from saekit.activations.harvesting import ActivationBatch
 from saekit.activations.repair import verify
 from saekit.activations.stream import ShuffledStream, cache_rows
 
@@ -114,18 +114,18 @@ class Phase:
 
 
 @contextmanager
-def phase(name: str, size: int, screen: Progress, found: dict[str, Any]) -> Iterator[Phase]:
-    """A phase whose figures go into ``found``."""
+def phase(name: str, size: int, screen: Progress, figures: dict[str, Any]) -> Iterator[Phase]:
+    """A phase whose figures go into ``figures``."""
     with Memory() as memory:
         running = Phase(name, size, screen, memory)
         yield running
-        found[name] = running.figures()
+        figures[name] = running.figures()
 
 
 def made_up(rows: Tensor, pool: Tensor) -> Tensor:
     """The activations [m, D] of rows of these numbers."""
     x = pool[rows * 31 % POOL]
-    x[:, :DIGITS] = torch.stack([rows >> 8 * place & 255 for place in range(DIGITS)], dim=1).to(x.dtype)
+    x[:, :DIGITS] = torch.stack([rows >> 8 * digit & 255 for digit in range(DIGITS)], dim=1).to(x.dtype)
     return x
 
 
@@ -149,7 +149,7 @@ def write(path: Path, rows: int, pool: Tensor, running: Phase) -> ActivationCach
 def read(cache: ActivationCache, pool: Tensor, running: Phase) -> dict[str, float]:
     """One epoch; ends the program where a training row is missing, comes again, or is not as it was written."""
     rows = cache.count("train")
-    times = torch.zeros(rows, dtype=torch.uint8)
+    times = torch.zeros(len(cache), dtype=torch.uint8)  # by row of the cache; those held out are never read
     some = torch.arange(DIGITS, D, 61)  # columns; to look at all of each row would take as long as reading it
     few = pool[:, some].float()
     stream = ShuffledStream(cache_rows(cache, seed=0), BATCH, BUFFER, seed=0, limit=rows)
@@ -157,7 +157,7 @@ def read(cache: ActivationCache, pool: Tensor, running: Phase) -> dict[str, floa
     try:
         for number, x in enumerate(stream):
             here = numbers(x)
-            same = int(here.max()) < rows and torch.equal(x[:, some], few[here * 31 % POOL])
+            same = int(here.max()) < len(cache) and torch.equal(x[:, some], few[here * 31 % POOL])
             if not same or (number % 64 == 0 and not torch.equal(x, made_up(here, pool).float())):
                 sys.exit(f"batch {number} is not as it was written")
             times.index_add_(0, here, torch.ones(len(here), dtype=torch.uint8))
@@ -167,13 +167,14 @@ def read(cache: ActivationCache, pool: Tensor, running: Phase) -> dict[str, floa
     seconds = time.perf_counter() - start
     whole = rows // BATCH * BATCH  # rows that do not fill a batch are left out
     if int(times.max()) > 1 or int(times.sum(dtype=torch.int64)) != whole:
-        sys.exit(f"{int((times > 1).sum()):,} training rows came again, {int((times == 0).sum()):,} did not come")
+        came = int((times > 0).sum())
+        sys.exit(f"{int((times > 1).sum()):,} training rows came again, {whole - came:,} did not come")
     return {"rows": whole, "rows_per_second": whole / seconds, "waited_share": stream.waited / seconds}
 
 
 def plain(folder: Path) -> dict[str, float]:
     """GiB a second of plain files of a shard's size, each flushed to the disk, and then read from it."""
-    block, files, found = os.urandom(1 << 23), [folder / f"plain-{number}" for number in range(8)], {}
+    block, files, rates = os.urandom(1 << 23), [folder / f"plain-{number}" for number in range(8)], {}
     start = time.perf_counter()
     for path in files:
         with path.open("wb") as file:
@@ -181,7 +182,7 @@ def plain(folder: Path) -> dict[str, float]:
                 file.write(block)
             file.flush()
             os.fsync(file.fileno())
-    found["write"] = 1 / (time.perf_counter() - start)
+    rates["write"] = 1 / (time.perf_counter() - start)
     for path in files:
         forget(path)
     buffer = bytearray(1 << 22)
@@ -190,10 +191,10 @@ def plain(folder: Path) -> dict[str, float]:
         with path.open("rb", buffering=0) as file:
             while file.readinto(buffer):
                 pass
-    found["read"] = 1 / (time.perf_counter() - start)
+    rates["read"] = 1 / (time.perf_counter() - start)
     for path in files:
         path.unlink()
-    return found
+    return rates
 
 
 def forget(path: Path) -> None:
@@ -212,42 +213,42 @@ def bench(folder: Path, gib: float) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     pool = torch.randn(POOL, D, generator=generator).bfloat16()
     size, path = rows * ROW, folder / "cache"
-    found: dict[str, Any] = {"rows": rows, "idle_bytes": resident(), "plain": [plain(folder)]}
+    figures: dict[str, Any] = {"rows": rows, "idle_bytes": resident(), "plain": [plain(folder)]}
     columns = [
         TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("{task.completed:.1f} of {task.total:.1f} GiB"),
     ]
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn()) as screen:
-        with phase("write", size, screen, found) as running:
+        with phase("write", size, screen, figures) as running:
             cache = write(path, rows, pool, running)
         for shard in cache.shards:
             forget(path / shard["file"])
-        with phase("read", cache.count("train") * ROW, screen, found) as running:
+        with phase("read", cache.count("train") * ROW, screen, figures) as running:
             epoch = read(cache, pool, running)
-        found["read"] |= epoch
+        figures["read"] |= epoch
         for shard in cache.shards:
             forget(path / shard["file"])
-        with phase("verify", size, screen, found) as running:
+        with phase("verify", size, screen, figures) as running:
             damage = verify(path, lambda done: running.advance(cache.shards[done - 1]["rows"] * ROW))
     if damage:
         sys.exit(f"{len(damage)} shards are damaged: {damage[0]}")
-    found["plain"].append(plain(folder))
-    found["largest_ever_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return found
+    figures["plain"].append(plain(folder))
+    figures["largest_ever_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return figures
 
 
-def told(found: dict[str, Any]) -> str:
+def told(figures: dict[str, Any]) -> str:
     """The figures as a table."""
     rows = [
         [
             name,
-            f"{found[name]['gib']:.1f}",
-            f"{found[name]['seconds']:.0f}",
-            f"{found[name]['gib_per_second']:.2f}",
-            " and ".join(f"{disk['write' if name == 'write' else 'read']:.2f}" for disk in found["plain"]),
-            f"{found[name]['peak_bytes_early'] / GIB:.2f}",
-            f"{found[name]['peak_bytes'] / GIB:.2f}",
+            f"{figures[name]['gib']:.1f}",
+            f"{figures[name]['seconds']:.0f}",
+            f"{figures[name]['gib_per_second']:.2f}",
+            " and ".join(f"{disk['write' if name == 'write' else 'read']:.2f}" for disk in figures["plain"]),
+            f"{figures[name]['peak_bytes_early'] / GIB:.2f}",
+            f"{figures[name]['peak_bytes'] / GIB:.2f}",
         ]
         for name in ("write", "read", "verify")
     ]
@@ -261,7 +262,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(".bench"), help="folder that the cache is made below [.bench]")
     parser.add_argument("--threads", type=int, help="of torch; 1 where other programs keep the processor busy [all]")
     parser.add_argument("--keep", action="store_true", help="do not delete the cache")
-    parser.add_argument("--results", type=Path, help="file of the figures [results/load.json]")
+    parser.add_argument("--results", type=Path, help="file of the figures [one in results/load/]")
     asked = parser.parse_args()
     if asked.threads:
         torch.set_num_threads(asked.threads)
@@ -269,15 +270,15 @@ def main() -> None:
     asked.out.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="load-", dir=asked.out))
     try:
-        found = bench(folder, asked.gib)
+        figures = bench(folder, asked.gib)
     finally:
         if asked.keep:
             print(f"kept: {folder}")
         else:
             shutil.rmtree(folder)
-    print(told(found))
-    print(f"waited for batches: {found['read']['waited_share']:.0%} of the time read; each of them checked")
-    save("load", {"machine": machine(), **found}, asked.results)
+    print(told(figures))
+    print(f"waited for batches: {figures['read']['waited_share']:.0%} of the time read; each of them checked")
+    save("load", {"machine": machine(), **figures}, asked.results)
 
 
 if __name__ == "__main__":

@@ -28,8 +28,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from common import SHAPES, Shape, activations, machine, save, spread, table
 
 from saekit.kernels import scores
-from saekit.trainers import TrainConfig, backward, optimizer, trainer
+from saekit.trainers import TrainConfig, auxiliary, backward, optimizer, terms, trainer
 from saekit.trainers.data import TrainingData
+from saekit.trainers.run import SAMPLE
 from saekit.trainers.trainer import Trainer
 
 DEAD_SHARE = 0.1
@@ -40,10 +41,10 @@ STAGES: dict[str, list[tuple[Any, str]]] = {
     "scan and choice": [
         (trainer.Selection, name) for name in ("token_choice", "mutual_choice", "feature_choice", "gradient_choice")
     ],
-    "decode": [(backward, "sum_by_token")],
+    "decode": [(terms, "sum_by_token")],
     "products at matches": [(backward, "pair_products")],
     "sums by feature": [(backward, "sum_by_feature")],
-    "auxiliary loss": [(trainer, "auxiliary_step")],
+    "auxiliary loss": [(auxiliary, "auxiliary_step")],
     "projection, clip, Adam": [(optimizer.DictionaryAdam, "step")],
     "statistics": [(trainer.Statistics, "update")],
 }
@@ -62,14 +63,14 @@ class Bench:
             batch_size=n,
             tokens=n * 1000,
             precision=precision,  # type: ignore[arg-type]
-            feature_choice_fraction=1.0,
             aux=aux,
             dead_after=10**9,
             device=batches[0].device.type,
+            **({"feature_choice_fraction": 1.0} if variant == "feature_choice" else {}),
         )
         data = TrainingData({}, lambda first: iter(()), 1, gradients, lambda: iter(()))
-        enough = itertools.islice(itertools.cycle(self.rows), -(-trainer.SAMPLE // n))
-        self.trainer = Trainer(config, data, torch.cat(list(enough))[: trainer.SAMPLE], batches[0].device)
+        enough = itertools.islice(itertools.cycle(self.rows), -(-SAMPLE // n))
+        self.trainer = Trainer(config, data, torch.cat(list(enough))[:SAMPLE], batches[0].device)
         self.d = shape.d
 
     def step(self) -> dict[str, float]:
@@ -98,7 +99,7 @@ def seconds(work: Callable[[], Any], device: torch.device) -> float:
 @contextmanager
 def timed_stages(device: torch.device) -> Iterator[dict[str, float]]:
     """Seconds of each stage while it is entered; what a stage calls of another counts for that one alone."""
-    found: dict[str, float] = defaultdict(float)
+    spent_by: dict[str, float] = defaultdict(float)
     running: list[float] = []
 
     def timed(label: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -106,7 +107,7 @@ def timed_stages(device: torch.device) -> Iterator[dict[str, float]]:
             running.append(0.0)
             result: list[Any] = []
             spent = seconds(lambda: result.append(function(*arguments, **options)), device)
-            found[label] += spent - running.pop()
+            spent_by[label] += spent - running.pop()
             if running:
                 running[-1] += spent
             return result[0]
@@ -117,7 +118,7 @@ def timed_stages(device: torch.device) -> Iterator[dict[str, float]]:
         for label, places in STAGES.items():
             for owner, name in places:
                 stack.enter_context(mock.patch.object(owner, name, timed(label, getattr(owner, name))))
-        yield found
+        yield spent_by
 
 
 def measure(shape: Shape, arms: list[tuple[str, str, str]], repeats: int, device: str) -> dict[str, Any]:
@@ -132,7 +133,7 @@ def measure(shape: Shape, arms: list[tuple[str, str, str]], repeats: int, device
         steps, products, rescored = [], [], []
         for _ in range(2 + repeats):
             products.append(seconds(partial(torch.mm, batches[0], W.T, out=product), where))
-            steps.append(seconds(lambda step=bench.step, found=rescored: found.append(step()["rescored"]), where))
+            steps.append(seconds(lambda step=bench.step, shares=rescored: shares.append(step()["rescored"]), where))
         steps, products, rescored = steps[2:], products[2:], rescored[2:]  # buffers are made in the first
         with timed_stages(where) as stages:
             whole = seconds(lambda step=bench.step: [step() for _ in range(3)], where)

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from saekit.activations import unembedding
 from saekit.activations.gradients import with_gradients
-from saekit.activations.harvest import harvest_hooks
+from saekit.activations.harvesting import harvest_hooks
 from saekit.activations.model import load_model
 from saekit.activations.unembedding import Unembedding
 from saekit.evals.downstream import costs
@@ -143,7 +143,7 @@ import torch
 from saekit import SAEConfig, SparseAutoencoder
 from saekit.activations import ContextBatch, load_model, unembedding
 from saekit.activations.gradients import with_gradients
-from saekit.activations.harvest import harvest_hooks
+from saekit.activations.harvesting import harvest_hooks
 from saekit.evals import evaluate
 
 def most():

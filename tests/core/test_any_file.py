@@ -240,8 +240,8 @@ def number_of_examples(what):
 def test_configs(tmp_path, examples):
     path, again = tmp_path / "config.yaml", tmp_path / "again.yaml"
     documents = [
-        TrainConfig().model_dump(mode="json"),
-        TrainConfig(cache="c", width=64, k_aux=3, lr=1e-3, hook="h").model_dump(mode="json"),
+        TrainConfig().to_dict(),
+        TrainConfig(cache="c", width=64, aux="aux_k", k_aux=3, lr=1e-3, hook="h").to_dict(),
         {"variant": "topk", "tokens": 100_000, "k": 8},
     ]
 

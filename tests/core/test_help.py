@@ -13,11 +13,8 @@ import typer
 import saekit
 from saekit.cli import app
 from saekit.commands.help import _EXAMPLES, _PANELS, among
-from saekit.commands.train import add_flags
-from saekit.trainers import TrainConfig
-from saekit.trainers.config import choices
+from saekit.trainers.loggers import LOGGERS
 
-add_flags()
 COMMANDS = typer.main.get_command(app).commands  # as they are before anything is done to their texts
 COMMANDS |= {f"cache {name}": command for name, command in COMMANDS["cache"].commands.items()}
 
@@ -64,7 +61,8 @@ def test_panels():
         known = {parameter.name for parameter in COMMANDS[name].params}
         assert len(shown) == len(set(shown))
         assert name == "eval" or set(shown) - known <= {"config"}, name
-    assert {parameter for names in _PANELS["train"].values() for parameter in names} >= TrainConfig.model_fields.keys()
+    panels = {parameter.rich_help_panel for parameter in COMMANDS["train"].params}
+    assert panels == {"Data", "Dictionary", "Optimisation", "Run"}
 
 
 @pytest.mark.parametrize(
@@ -72,7 +70,7 @@ def test_panels():
     [
         ("saekit pu", ["push"]),
         ("saekit train --variant t", ["topk"]),
-        ("saekit train --log ", [*choices("log")]),
+        ("saekit train --log ", [*LOGGERS, "none"]),
         ("saekit train --precision f", ["fp32"]),
         ("saekit eval --suite d", ["dark_matter"]),
         ("saekit eval --model-dtype b", ["bfloat16"]),
@@ -113,9 +111,11 @@ def run(*arguments, **environment):
 
 run("--help")
 run("--version")
+run("train", "--help")
 run("eval", "--help")
 run("cache", "verify", "--help")
 run(_SAEKIT_COMPLETE="complete_bash", COMP_WORDS="saekit eval --suite d", COMP_CWORD="3")
+run(_SAEKIT_COMPLETE="complete_bash", COMP_WORDS="saekit train --aux aux_z", COMP_CWORD="3")
 heavy = {"torch", "numpy", "huggingface_hub", "yaml", "transformers", "datasets", "matplotlib"}
 assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
 
@@ -138,7 +138,7 @@ else:
 def test_help_and_completion_import_no_torch():
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("dark_matter\n")
+    assert done.stdout.endswith("dark_matter\naux_zipf\n")
 
 
 def test_the_readme_names_flags_that_there_are():

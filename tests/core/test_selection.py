@@ -15,7 +15,7 @@ from saekit.kernels.scores import ApproximateScores, Scores
 from saekit.kernels.workspace import Workspace
 from saekit.selection import DenseSelection, Selection
 
-RULES = ["token_choice", "mutual_choice", "feature_choice", "gradient_choice"]
+RULES = ["token_choice", "mutual_choice", "feature_choice", "gradient_choice", "threshold_choice"]
 
 
 def problem(seed, n, d, width, large=500):
@@ -41,6 +41,8 @@ def arguments(rule, n, width, k, seed):
     if rule == "mutual_choice":
         return (k * n,)
     generator = torch.Generator().manual_seed(seed)
+    if rule == "threshold_choice":
+        return (torch.randn(width, generator=generator).mul(6).exp2(),)  # some below all, some above all
     return ((torch.rand(width, generator=generator).pow(3) * (n + 1)).long().clamp(max=n),)  # some 0, some n
 
 
@@ -146,7 +148,7 @@ def test_nothing_positive_matches_nothing():
             assert code.shape == (30, 100)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "threshold_choice"])  # takes every threshold
 def test_impossible_requests_are_refused_alike(rule):
     x, W, b, gradients, W_dec = problem(0, 10, 4, 20)
     bad = {

@@ -95,7 +95,7 @@ def test_no_error_gives_no_loss_instead_of_nan():
 @pytest.mark.parametrize("variant", ["topk", "mutual_choice", "feature_choice", "gradient_topk"])
 def test_aux_zipf_without_tolerance_is_aux_k_bit_for_bit(cache, tmp_path, variant):
     base = {"cache": cache, "variant": variant, "width": 64, "k": 4, "batch_size": 128, "tokens": 128 * 40}
-    base |= {"dead_after": 40, "feature_choice_fraction": 0.5}
+    base |= {"dead_after": 40, **({"feature_choice_fraction": 0.5} if variant == "feature_choice" else {})}
     runs = {
         name: train(TrainConfig(**base, **changes, out=tmp_path / name), quiet=True).sae.state_dict()
         for name, changes in {
@@ -112,10 +112,11 @@ def test_aux_zipf_without_tolerance_is_aux_k_bit_for_bit(cache, tmp_path, varian
 
 def test_impossible_settings(cache, tmp_path):
     with pytest.raises(SaekitError, match="k_aux = 65 is larger than the width of 64"):
-        TrainConfig(k_aux=65, width=64)
+        TrainConfig(aux="aux_k", k_aux=65, width=64)
+    narrow = {"aux": "aux_k", "k_aux": 65, "expansion": 4, "k": 4}
     with pytest.raises(SaekitError, match="k_aux = 65 is larger than the width of 48"):
-        train(TrainConfig(cache=cache, k_aux=65, expansion=4, k=4, batch_size=128, tokens=1280, out=tmp_path / "r"))
+        train(TrainConfig(cache=cache, **narrow, batch_size=128, tokens=1280, out=tmp_path / "r"))
     with pytest.raises(SaekitError, match="unknown auxiliary loss 'aux_z'; did you mean 'aux_k' or 'aux_zipf'"):
         TrainConfig(aux="aux_z")
     with pytest.raises(SaekitError, match="tau = -0.1"):
-        TrainConfig(tau=-0.1)
+        TrainConfig(aux="aux_zipf", tau=-0.1)

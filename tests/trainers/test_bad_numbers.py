@@ -50,7 +50,7 @@ def test_bad_tokens_are_left_out_and_counted(cache, spoilt, tmp_path, variant, c
 
 
 def test_a_bad_token_stops_the_run_and_a_flag_lets_it_go_on(spoilt, tmp_path, monkeypatch):
-    monkeypatch.setattr("saekit.trainers.trainer.SAMPLE", 256)
+    monkeypatch.setattr("saekit.trainers.run.SAMPLE", 256)
     whole = train(config(spoilt, tmp_path, out=tmp_path / "whole", skip_bad_tokens=True), quiet=True)
     cfg = config(spoilt, tmp_path)  # by its seed, the first block of rows is the one that has no bad ones
     with pytest.raises(SaekitError, match=r"NaN or inf in the activations .* row \d+ .*position .*--skip-bad-tokens"):
@@ -60,7 +60,7 @@ def test_a_bad_token_stops_the_run_and_a_flag_lets_it_go_on(spoilt, tmp_path, mo
     with pytest.raises(SaekitError, match="--skip-bad-tokens"):
         train(cfg, resume=True, quiet=True)
     assert list(checkpoints(cfg.out / "checkpoints")) == found
-    resumed = train(cfg.model_copy(update={"skip_bad_tokens": True}), resume=True, quiet=True)
+    resumed = train(cfg.replace(skip_bad_tokens=True), resume=True, quiet=True)
     assert resumed.config.skip_bad_tokens
     assert "skip_bad_tokens: true" in (cfg.out / "config.yaml").read_text()
     assert torch.equal(resumed.sae.W_dec, whole.sae.W_dec)

@@ -116,7 +116,7 @@ def test_a_config_that_was_changed_by_hand_is_noticed(cache, tmp_path, monkeypat
     written = cfg.out / "config.yaml"
     written.write_text(written.read_text().replace("lr: 0.003", "lr: 0.004"))
     with pytest.raises(SaekitError, match="has another lr than the checkpoint, which has lr = 0.003"):
-        train(cfg.model_copy(update={"lr": 0.004}), resume=True, quiet=True)
+        train(cfg.replace(lr=0.004), resume=True, quiet=True)
 
 
 def test_a_damaged_dictionary_of_a_finished_run_is_made_again(cache, tmp_path):

@@ -159,7 +159,7 @@ def test_one_that_cannot_be_started(cache, tmp_path, monkeypatch):
     cfg = config(cache, tmp_path, log=["absent"])
     with pytest.raises(SaekitError, match="absent cannot be started: no route; .*--resume --log none"):
         train(cfg, quiet=True)
-    run = train(cfg.model_copy(update={"log": []}), resume=True, quiet=True)
+    run = train(cfg.replace(log=[]), resume=True, quiet=True)
     assert run.config.log == []
     assert TrainConfig.from_yaml(run.path / "config.yaml").log == []
 

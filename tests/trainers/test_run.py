@@ -123,7 +123,7 @@ def test_the_written_config_is_whole_and_starts_the_same_run(cache, tmp_path):
     written = TrainConfig.from_yaml(tmp_path / "run/config.yaml")
     assert (written.model, written.hook, written.context_length) == ("gpt2", "blocks.3.hook_resid_post", 64)
     assert (written.width, written.dataset) == (48, "a.txt")
-    second = train(written.model_copy(update={"out": tmp_path / "again"}), quiet=True)
+    second = train(written.replace(out=tmp_path / "again"), quiet=True)
     assert torch.equal(first.sae.W_dec, second.sae.W_dec)
 
 

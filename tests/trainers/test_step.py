@@ -11,13 +11,14 @@ import torch
 from saekit import SAEConfig, SparseAutoencoder
 from saekit.activations import ActivationCache
 from saekit.trainers import TrainConfig, train
-from saekit.trainers.auxiliary import POOLS
+from saekit.trainers.auxiliary_losses import AUXILIARY
 from saekit.trainers.calibration import global_threshold
 from saekit.trainers.checkpoint import load_checkpoints
 from saekit.trainers.data import training_data
 from saekit.trainers.geometric_median import geometric_median
 from saekit.trainers.optimizer import DictionaryAdam, learning_rate
-from saekit.trainers.trainer import SAMPLE, Trainer
+from saekit.trainers.run import SAMPLE
+from saekit.trainers.trainer import Trainer
 
 # Losses and gradients of a step are sums of up to 256 products, each rounded by 2⁻⁵³ at most: 3e-14 a step, 6e-12 in
 # 200 steps if all fall one way. What is left of this is for the growth of what was rounded before; a fault is far more.
@@ -71,6 +72,11 @@ def chosen_densely(pre, x, b_dec, W_dec, gradients, cfg, budgets):
     return (order < budgets).to(pre.dtype)
 
 
+def pool_of(statistics, cfg):
+    """Features of the auxiliary loss, or None where there is none."""
+    return AUXILIARY[cfg.aux].pool(statistics, cfg.aux_settings, cfg.dead_after) if cfg.aux != "none" else None
+
+
 def dense_loss(parameters, x, gradients, cfg, budgets, pool):
     """Reconstruction and auxiliary loss by dense autograd."""
     W_enc, b_enc, W_dec, b_dec = parameters
@@ -100,7 +106,7 @@ def dense_training(trainer, batches, cfg):
     second = [torch.zeros_like(p) for p in parameters]
     found, losses = [], []
     for step, (x, g) in enumerate(batches):
-        pool = POOLS[cfg.aux](trainer.statistics, cfg) if cfg.aux != "none" else None
+        pool = pool_of(trainer.statistics, cfg)
         found += steps(trainer, [(x, g)])
         budgets = getattr(trainer.variant, "budgets", None)
         for p in parameters:
@@ -162,7 +168,7 @@ def test_sparse_gradients_equal_dense_autograd(cache, tmp_path, arm, precision, 
     )
     x, g = (None if part is None else part.to(dtype) for part in batches[9])
     cfg = trainer.config
-    pool = POOLS[cfg.aux](trainer.statistics, cfg) if cfg.aux != "none" else None
+    pool = pool_of(trainer.statistics, cfg)
     assert pool is None or pool.any(), "the auxiliary loss has something to do"
     trainer.train_step(x, g)
     sae = trainer.sae
@@ -181,7 +187,7 @@ def test_two_hundred_steps_on_the_language_model(lm_activations, tmp_path, varia
     found = {}
     for precision in ("fp32", "bf16_select"):
         cfg = config(lm_activations, tmp_path, variant=variant, width=1024, k=16, batch_size=256, tokens=256 * 200)
-        cfg = cfg.model_copy(update={"precision": precision, "lr": 3e-4, "buffer": 50_000})
+        cfg = cfg.replace(precision=precision, lr=3e-4, buffer=50_000)
         trainer, batches = in_float64(*start(cfg))
         if precision == "fp32":
             found[precision], expected = dense_training(trainer, batches, trainer.config)

@@ -244,9 +244,9 @@ def test_an_outside_rule_may_compare_tokens_and_be_saved_as_topk(cache, tmp_path
         ({"variant": "gradient_topk", "cache": "PLAIN"}, "holds no gradients; write one by `saekit cache --gradients`"),
         ({"variant": "gradient_topk", "beta": -1}, "beta = -1"),
         ({"variant": "feature_choice", "batch_size": 8, "width": 64}, "32 matches cannot be shared among 64 features"),
-        ({"feature_choice_fraction": 0.0}, "feature_choice_fraction = 0.0"),
-        ({"feature_choice_fraction": 1.5}, "feature_choice_fraction = 1.5"),
-        ({"budgets": "zip"}, "budgets = 'zip'"),
+        ({"variant": "feature_choice", "feature_choice_fraction": 0.0}, "feature_choice_fraction = 0.0"),
+        ({"variant": "feature_choice", "feature_choice_fraction": 1.5}, "feature_choice_fraction = 1.5"),
+        ({"variant": "feature_choice", "budgets": "zip"}, "budgets = 'zip'"),
         ({"affinity_scale": "norm"}, "affinity_scale = 'norm'"),
     ],
 )

@@ -1,0 +1,59 @@
+"""Gated: one affine map decides which features are active, another how strongly (arXiv 2404.16014).
+
+Both share W_enc. With π = (x − b_dec) W_enc + b_enc, the gate, z = relu(e^r π + b) where π > 0; r and b are learned
+(the paper writes the same function with a bias of its own in each map). The losses are the paper's: reconstruction, an
+L1 penalty of relu(π), and the reconstruction from relu(π) by a frozen decoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from saekit.trainers.relu import ReLU
+from saekit.trainers.variant import Batch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from saekit.code import SparseCode
+    from saekit.sae import Architecture, SparseAutoencoder
+    from saekit.trainers.calibration import Heldout
+    from saekit.trainers.terms import Term
+
+
+class Gated(ReLU):
+    """A gate and a magnitude; saved as the ``jumprelu`` dictionary that it is."""
+
+    architecture: Architecture = "jumprelu"
+    gate: SparseCode  # of the last batch: pairs with π > 0, and π
+
+    def begin(self, sae: SparseAutoencoder) -> None:
+        """Make scale and shift of the magnitudes, which begin as the gate's values."""
+        super().begin(sae)
+        self.log_scale, self.shift = (sae.b_enc.detach().clone().zero_().requires_grad_() for _ in range(2))
+
+    def parameters(self) -> dict[str, Tensor]:
+        """r and b, [F] each."""
+        return {"log_scale": self.log_scale, "shift": self.shift}
+
+    def allocate(self, batch: Batch) -> SparseCode:
+        """All pairs with a positive gate and a positive magnitude."""
+        self.gate = super().allocate(batch)
+        features = self.gate.features
+        z = self.gate.values * self.log_scale.detach().exp()[features] + self.shift.detach()[features]
+        return self.gate.with_values(z).where(z > 0)
+
+    def terms(self) -> Iterable[Term]:
+        """The paper's three."""
+        from saekit.trainers.gated_terms import GatedL1, GatedReconstruction, GateReconstruction
+
+        return [GatedReconstruction(self), GatedL1(self), GateReconstruction(self)]
+
+    def calibrate(self, sae: SparseAutoencoder, heldout: Heldout) -> None:
+        """Fold the scale into the encoder: z = π' = e^r π + b, and π > 0 is π' > b."""
+        assert sae.threshold is not None
+        scale, shift = self.log_scale.detach().exp(), self.shift.detach()
+        sae.W_enc.mul_(scale)
+        sae.b_enc.mul_(scale).add_(shift)
+        sae.threshold.copy_(shift.clamp(min=0))
