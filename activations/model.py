@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-import saekit
+from saekit import embedded
 from saekit.activations.attention import quick_attention, try_quick_attention
 from saekit.activations.boot import keep_own_tokens, text_alone
 from saekit.activations.gguf import gguf_of_hub, load_gguf
@@ -114,7 +114,7 @@ def model_path(name_or_path: str) -> str:
         SaekitError: it looks like a path, but no model is there.
     """
     if name_or_path == EMBEDDED:
-        return str(Path(saekit.__file__).parent / "embedded")
+        return str(Path(embedded.__file__).parent)
     folder = expanded(name_or_path)
     if folder.is_file() and (folder.suffix == ".gguf" or is_gguf(folder)):
         return str(folder)

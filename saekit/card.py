@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote
 
 from saekit.errors import SaekitError
-from saekit.hub import HubPath, files_of
+from saekit.evals.report import figures, groups_in, lookup, notes, over_documents
+from saekit.formats.registry import FORMATS, files_of
+from saekit.hub import HubPath
+from saekit.loading import load
 from saekit.reading import read_json
-
-if TYPE_CHECKING:
-    from saekit.sae import SparseAutoencoder
+from saekit.sae import SparseAutoencoder
 
 _LONGEST = 200  # characters of a text from a file
 _HUB_NAME = re.compile(r"(?:[A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
@@ -28,10 +29,10 @@ _RULES = {
     "token_norm": "pre-activations, over the token's ‖x − b_dec‖, above a threshold of each feature",
 }
 _NORMALISED = {"layer_norm": "each token's layer norm, which the reconstruction undoes"}
-_GROUPS = ("sparsity", "reconstruction", "downstream")
+_SHOWN = ("sparsity", "reconstruction", "downstream")  # the groups of a report that a card shows: all their figures
 
 
-def card(folder: str | Path, place: HubPath | None = None, *, above: bool = False) -> str:
+def card(folder: str | Path, hub_path: HubPath | None = None, *, above: bool = False) -> str:
     """The model card of a dictionary as Markdown with a YAML head, for ``README.md``.
 
     Texts from its files stand in the card as code, on one line and cut at 200 characters; the head takes nothing from
@@ -39,26 +40,23 @@ def card(folder: str | Path, place: HubPath | None = None, *, above: bool = Fals
 
     Args:
         folder: the dictionary's or its run's, whose ``eval.json`` gives the figures.
-        place: where it will be on the hub, for the lines that load it; the folder itself if not given.
+        hub_path: where it will be on the hub, for the lines that load it; the folder itself if not given.
         above: the card of the repository's root, for a dictionary that lies deeper: it points there.
 
     Raises:
         SaekitError: the folder holds no dictionary, or its report is damaged or of another one.
     """
-    import saekit
-    from saekit.formats import saelens
-
-    sae = saekit.load(folder)
+    sae = load(folder)
     files = files_of(Path(folder))
     told = _Told(sae)
-    readable = "sae_weights.safetensors" in files and saelens.lacks(sae) is None
+    readable = "sae_weights.safetensors" in files and FORMATS["saelens"].unsupported(sae) is None
     head = told.head(["sparse-autoencoder", "interpretability", *(["saelens"] if readable else [])])
     if above:
-        assert place is not None
-        inside = f"- [{_code(place.path)}]({quote(place.path)}): {told.title()}"
-        return f"{head}\n# Sparse autoencoders\n\n{inside}\n\n{_loading(place)}"
-    parts = [f"{head}\n# {told.title()}", told.facts(), _figures(sae, files), _loading(place or folder)]
-    parts += [_in_saelens(place) if readable else _unreadable(sae, place), told.missing()]
+        assert hub_path is not None
+        inside = f"- [{_code(hub_path.path)}]({quote(hub_path.path)}): {told.title()}"
+        return f"{head}\n# Sparse autoencoders\n\n{inside}\n\n{_loading(hub_path)}"
+    parts = [f"{head}\n# {told.title()}", told.facts(), _figures(sae, files), _loading(hub_path or folder)]
+    parts += [_in_saelens(hub_path) if readable else _unreadable(sae, hub_path), told.missing()]
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
@@ -81,14 +79,12 @@ class _Told:
 
     def head(self, tags: list[str]) -> str:
         """The YAML that the hub reads."""
-        import yaml
+        from huggingface_hub import ModelCardData
 
-        facts: dict[str, Any] = {"library_name": "saekit", "tags": tags}
-        if (model := self.texts["model"]) and _on_the_hub(model):
-            facts["base_model"] = model
-        if (dataset := self.texts["dataset"]) and _on_the_hub(dataset):
-            facts["datasets"] = [dataset]
-        return f"---\n{yaml.safe_dump(facts, sort_keys=False)}---\n"
+        public = {fact: name for fact, name in self.texts.items() if name and _on_the_hub(name)}
+        datasets = [public["dataset"]] if "dataset" in public else None
+        facts = ModelCardData(library_name="saekit", tags=tags, base_model=public.get("model"), datasets=datasets)
+        return f"---\n{facts.to_yaml()}\n---\n"
 
     def facts(self) -> str:
         """What the dictionary is and where it comes from."""
@@ -130,56 +126,52 @@ class _Told:
 
 def _figures(sae: SparseAutoencoder, files: dict[str, Path]) -> str:
     """The report's figures as a table, or that there are none."""
-    from saekit.evals.report import Report, groups_in, notes, over_documents, table
-
     if "eval.json" not in files:
         return "## Figures\n\nIt comes without an evaluation; `saekit eval` makes one."
-    found = groups_in(files["eval.json"])
-    about, groups = found["about"], {name: found[name] for name in _GROUPS if name in found}
-    damaged = SaekitError(f"'{files['eval.json']}' is no report of an evaluation; move it away")
-    if not isinstance(about, dict) or not all(isinstance(group, dict) for group in groups.values()):
-        raise damaged
+    report = groups_in(files["eval.json"])
+    about, groups = report["about"], {name: report[name] for name in _SHOWN if name in report}
     for key in ("d_in", "d_sae"):
         if about.get(key, getattr(sae.cfg, key)) != getattr(sae.cfg, key):
             raise SaekitError(f"'{files['eval.json']}' is of another dictionary: it has another {key}; move it away")
-    try:
-        shown = table({"": Report(groups)})
-        rows = list(zip(*([str(cell) for cell in column.cells] for column in shown.columns), strict=True))
-        tokens = f"{int(groups['sparsity']['tokens']):,}"
-    except (KeyError, ValueError, TypeError, AttributeError):
-        raise damaged from None
-    aligned = ["---:" if column.justify == "right" else "---" for column in shown.columns]
-    lines = [f"| {' | '.join(row)} |" for row in [[str(column.header) for column in shown.columns], *rows]]
-    lines[1:1] = [f"|{'|'.join(aligned)}|"]
+    shown = figures(groups)
+    tokens = _count(lookup(groups, "sparsity.tokens"))
+    if tokens is None:
+        raise SaekitError(f"'{files['eval.json']}' is no report of an evaluation; move it away")
+    columns = ["figure", "value", "±", "meaning"]
+    rows = [[figure.title, figure.value, figure.error, figure.meaning] for figure in shown]
+    rows = [columns, ["---:" if name in ("value", "±") else "---" for name in columns], *rows]
+    if not any(figure.error for figure in shown):
+        rows = [[title, value, meaning] for title, value, _, meaning in rows]
+    lines = [f"|{'|'.join(row)}|" if row[0] == "---" else f"| {' | '.join(row)} |" for row in rows]
     lines += [line for note in over_documents(groups) for line in ("", f"{note[0].upper()}{note[1:]}.")]
     origin = _described(_text(about.get("dataset")) or _text(about.get("cache")))
     held_out = "held-out " if about.get("part") == "heldout" else ""
-    told = f"On {tokens} {held_out}tokens{f' of {origin}' if origin else ''}, by the rule above:"
+    told = f"On {tokens:,} {held_out}tokens{f' of {origin}' if origin else ''}, by the rule above:"
     why = [f"\n{_code(_text(note))}" for note in notes(about)]
     return "\n".join(["## Figures", "", told, "", *lines, *why])
 
 
-def _loading(place: HubPath | str | Path) -> str:
-    return f"## Use\n\n```python\nimport saekit\n\nsae = saekit.load({_string(place)})\n```"
+def _loading(hub_path: HubPath | str | Path) -> str:
+    return f"## Use\n\n```python\nimport saekit\n\nsae = saekit.load({_string(hub_path)})\n```"
 
 
-def _in_saelens(place: HubPath | None) -> str:
+def _in_saelens(hub_path: HubPath | None) -> str:
     """How SAELens loads it."""
-    if place is None:
+    if hub_path is None:
         return "SAELens opens its folder by `SAE.load_from_disk`."
-    if place.path and place.revision is None:
-        lines = ["", f"sae = SAE.from_pretrained({_string(place.repo)}, {_string(place.path)})"]
+    if hub_path.path and hub_path.revision is None:
+        lines = ["", f"sae = SAE.from_pretrained({_string(hub_path.repo)}, {_string(hub_path.path)})"]
     else:  # what it loads by name lies deeper, on the branch main
-        revision = f", revision={_string(place.revision)}" if place.revision else ""
-        inside = " + " + _string("/" + place.path) if place.path else ""
+        revision = f", revision={_string(hub_path.revision)}" if hub_path.revision else ""
+        inside = " + " + _string("/" + hub_path.path) if hub_path.path else ""
         lines = ["from huggingface_hub import snapshot_download", ""]
-        lines += [f"sae = SAE.load_from_disk(snapshot_download({_string(place.repo)}{revision}){inside})"]
+        lines += [f"sae = SAE.load_from_disk(snapshot_download({_string(hub_path.repo)}{revision}){inside})"]
     return "\n".join(["In SAELens:", "", "```python", "from sae_lens import SAE", *lines, "```"])
 
 
-def _unreadable(sae: SparseAutoencoder, place: HubPath | None) -> str:
+def _unreadable(sae: SparseAutoencoder, hub_path: HubPath | None) -> str:
     """Why SAELens cannot load it as it is."""
-    made = f"`saekit convert {place or 'FOLDER'} TARGET"
+    made = f"`saekit convert {hub_path or 'FOLDER'} TARGET"
     if sae.cfg.affinity_scale == "none":
         return f"SAELens reads what {made}` makes of it."
     return (

@@ -7,12 +7,9 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from saekit.errors import SaekitError
-
-if TYPE_CHECKING:
-    from saekit.sae import SparseAutoencoder
 
 _LONGEST = 200  # characters of a cell
 _STRONG, _NEGATIVE = "255,140,0", "0,140,255"  # half transparent, they show on white and on black
@@ -32,38 +29,6 @@ def table(title: str, rows: Iterable[Sequence[Any]], columns: Sequence[str] = ()
     head = f"<thead>{row(columns, 'th')}</thead>" if columns else ""
     body = "".join(row(cells, "td") for cells in rows)
     return f"<table><caption{_LEFT}><b>{escape(title)}</b></caption>{head}<tbody>{body}</tbody></table>"
-
-
-def dictionary(sae: SparseAutoencoder) -> str:
-    """A dictionary as HTML: what it is, where it comes from, and how good it is, as far as its metadata say."""
-    facts = sae.cfg.metadata
-    own = facts.get("saekit")
-    facts = {**facts, **own} if isinstance(own, dict) else facts
-    told = {
-        "model": "model_name",
-        "hook point": "hook_name",
-        "text": "dataset_path",
-        "context length": "context_size",
-        "trained by": "variant",
-        "training tokens": "training_tokens",
-        "L0": "l0",
-        "FVU": "fvu",
-    }
-    k = f", k = {sae.cfg.k}" if sae.cfg.k is not None else ""
-    weights = f"W_enc [{sae.cfg.d_in}, {sae.cfg.d_sae}], W_dec [{sae.cfg.d_sae}, {sae.cfg.d_in}]"
-    rows = [
-        ("features", f"{sae.cfg.d_sae:,}"),
-        ("inference", sae.cfg.architecture + k),
-        ("weights", f"{weights}, {str(sae.W_dec.dtype).removeprefix('torch.')} on {sae.W_dec.device}"),
-        *((name, _shown(facts[key])) for name, key in told.items() if isinstance(facts.get(key), str | int | float)),
-    ]
-    return table("SparseAutoencoder", rows)
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,7 @@ def check_writable(folder: Path) -> None:
     Raises:
         WriteError: they cannot.
     """
-    existing = next((place for place in (folder, *folder.absolute().parents) if place.exists()), folder)
+    existing = next((each for each in (folder, *folder.absolute().parents) if each.exists()), folder)
     try:
         with tempfile.TemporaryFile(dir=existing):  # asked by doing: permissions alone do not tell all
             pass
@@ -170,7 +170,7 @@ def check_movable(folder: Path, target: Path) -> None:
 
 def free_space(folder: Path) -> int:
     """Bytes that may still be written below a folder, which need not exist yet."""
-    existing = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
+    existing = next(each for each in (folder, *folder.absolute().parents) if each.is_dir())
     return shutil.disk_usage(existing).free
 
 

@@ -1,4 +1,4 @@
-"""Dictionaries on the Hugging Face hub: ``hf://owner/repo/path`` read through its client's cache, and pushed.
+"""Dictionaries on the Hugging Face hub: ``hf://owner/repo/path`` read through its client's cache.
 
 Only the files of the dictionary that is named are downloaded. They come from strangers: what ``saekit.load`` checks of
 a folder it checks of them, and no name of the repository becomes a path here that the user did not write.
@@ -6,28 +6,26 @@ a folder it checks of them, and no name of the repository becomes a path here th
 
 from __future__ import annotations
 
+import glob
+import posixpath
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 from saekit.errors import SaekitError, did_you_mean, first_line
 from saekit.files import expanded
-from saekit.reading import check_inside
+from saekit.formats.registry import ABOUT, FORMATS, format_of, weight_names
+from saekit.version import __version__
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 SCHEME = "hf://"
-WEIGHTS = ("sae_weights.safetensors", "sae.safetensors", "ae.pt", "params.npz", "params.safetensors")
-CONFIGS = ("cfg.json", "config.json")
-ABOUT = ("eval.json", "statistics.safetensors")  # of a run, beside its dictionary
-CARD = "README.md"
 _SECONDS = 30  # to wait for the hub to say anything
 _PART = re.compile(r"[A-Za-z0-9](?:[\w.-]{0,94}[A-Za-z0-9_])?", re.ASCII)  # of a repository's name
 _SHOWN = "hf://owner/repo/path"
@@ -76,14 +74,9 @@ class HubPath:
         return f"{self.path}/{name}" if self.path else name
 
 
-def is_hub_path(path: str | Path) -> bool:
-    """Whether a dictionary is named by its place on the hub."""
-    return str(path).startswith(SCHEME)
-
-
 def local_folder(path: str | Path) -> Path:
     """The folder of a dictionary: itself, or where its copy from the hub lies."""
-    return download(path) if is_hub_path(path) else expanded(path)
+    return download(path) if str(path).startswith(SCHEME) else expanded(path)
 
 
 def download(path: str | Path) -> Path:
@@ -101,79 +94,92 @@ def download(path: str | Path) -> Path:
         SaekitError: the repository or the path does not exist or may not be read, or the hub cannot be reached and the
             cache does not hold them.
     """
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import try_to_load_from_cache
 
-    place = HubPath.parse(path)
+    hub_path = HubPath.parse(path)
     try:
-        found = _info(_api(), place)
-    except _UnreachableError as error:
-        return _cached(place, error)
-    needed = _needed(place, {each.rfilename for each in found.siblings or ()})
-    for _ in range(2):  # a commit may come between two files; the second time they are of the new one
-        copies = {}
-        for name in needed:
-            with _asking(place):
-                copies[name] = Path(hf_hub_download(place.repo, name, revision=place.revision))
-        roots = {_root(copy, name) for name, copy in copies.items()}
-        if len(roots) == 1:
-            return roots.pop() / place.path
-    raise SaekitError(f"'{place.repo}' changes while it is read; try again")
+        about = ask(api(), hub_path)
+    except UnreachableError as error:
+        return _cached(hub_path, error)
+    names = _needed(hub_path, {each.rfilename for each in about.siblings or ()})
+    if all(isinstance(try_to_load_from_cache(hub_path.repo, name, revision=about.sha), str) for name in names):
+        hub_path = replace(hub_path, revision=about.sha)
+        return _snapshot(hub_path, (), local_files_only=True) / hub_path.path  # without bars of progress
+    return _snapshot(hub_path, names) / hub_path.path
 
 
-def _needed(place: HubPath, names: set[str]) -> list[str]:
+def _snapshot(hub_path: HubPath, names: Iterable[str], **options: Any) -> Path:
+    """The cache's folder of a repository's commit, once these files are in it."""
+    from huggingface_hub import snapshot_download
+
+    with asking(hub_path):
+        return Path(
+            snapshot_download(
+                hub_path.repo,
+                revision=hub_path.revision,
+                allow_patterns=[glob.escape(name) for name in names],
+                max_workers=1,  # a few files; what is cut off lacks the later ones
+                library_name="saekit",
+                library_version=__version__,
+                **options,
+            )
+        )
+
+
+def _needed(hub_path: HubPath, names: set[str]) -> list[str]:
     """The files of a repository that the dictionary at a place consists of.
-
-    Weights come last: where a cache holds them, it holds the others too.
 
     Raises:
         SaekitError: there is none.
     """
-    if place.path in names and (_split(place.path)[2] in WEIGHTS or place.path.endswith(".pt")):
-        folder = replace(place, path=_split(place.path)[0])
-        return [*(folder.file(name) for name in CONFIGS if folder.file(name) in names), place.path]
-    inner = replace(place, path=place.file("sae"))
-    for folder in (place, inner):
-        if any(folder.file(name) in names for name in WEIGHTS):
-            wanted = [*(place.file(name) for name in ABOUT), *(folder.file(name) for name in (*CONFIGS, *WEIGHTS))]
-            if folder.file("sae.safetensors") in names:  # of sparsify, which tells the model beside its hook points
-                wanted.insert(0, replace(folder, path=_split(folder.path)[0]).file("config.json"))
-            return [name for name in dict.fromkeys(wanted) if name in names]
-    folders = {re.sub(r"(^|/)sae$", "", folder) for folder, _, file in map(_split, names) if file in WEIGHTS}
-    there = sorted(folders | {name for name in names if name.endswith(".pt") and _split(name)[2] not in WEIGHTS})
+    named = hub_path.path in names  # one file of weights, rather than a folder
+    for home in [posixpath.dirname(hub_path.path)] if named else [hub_path.path, hub_path.file("sae")]:
+        for _, known in FORMATS.each():
+            weights = [hub_path.path] if named else [_join(home, name) for name in known.weights]
+            if named and not any(map(PurePosixPath(hub_path.path).match, known.weights)):
+                continue
+            if names.intersection(weights) and names.issuperset(_join(home, name) for name in known.requires):
+                beside = [_join(home, name) for name in (*known.requires, *known.optional)]
+                about = [] if named else [hub_path.file(name) for name in ABOUT]
+                return [name for name in (*about, *beside, *weights) if name in names]
+    there = _dictionaries(names)
     if not there:
-        raise SaekitError(f"'{place.repo}' holds no dictionary in a known format")
-    where = f"at '{place.path}'" if place.path else "at its root"
-    raise SaekitError(
-        f"'{place.repo}' holds no dictionary {where}{did_you_mean(place.path, (n or '.' for n in there))}"
-    )
+        raise SaekitError(f"'{hub_path.repo}' holds no dictionary in a known format")
+    where = f"at '{hub_path.path}'" if hub_path.path else "at its root"
+    raise SaekitError(f"'{hub_path.repo}' holds no dictionary {where}{did_you_mean(hub_path.path, there)}")
 
 
-def _split(name: str) -> tuple[str, str, str]:
-    return name.rpartition("/")
+def _join(folder: str, name: str) -> str:
+    """A file of a repository by its folder there; ``../NAME`` is one of the folder above."""
+    return posixpath.normpath(posixpath.join(folder, name))
 
 
-def _root(copy: Path, name: str) -> Path:
-    """The folder of the cache in which a file of this name in the repository lies."""
-    return copy.parents[name.count("/")]
+def _dictionaries(names: Iterable[str]) -> list[str]:
+    """The places of dictionaries among the files of a repository."""
+    fixed = weight_names()
+    patterns = [name for _, known in FORMATS.each() for name in known.weights if "*" in name]
+    there = set()
+    for path in map(PurePosixPath, names):
+        if path.name in fixed:
+            there.add(path.parent.parent if path.parent.name == "sae" else path.parent)
+        elif any(map(path.match, patterns)):
+            there.add(path)
+    return sorted(map(str, there))
 
 
-def _cached(place: HubPath, reason: _UnreachableError) -> Path:
+def _cached(hub_path: HubPath, reason: UnreachableError) -> Path:
     """What the cache holds of a dictionary, where the hub is not to be asked."""
-    from huggingface_hub import try_to_load_from_cache
-
-    inner = replace(place, path=place.file("sae"))
-    for folder in (place, inner):
-        for name in WEIGHTS if folder is inner else ("", *WEIGHTS):
-            whole = folder.file(name) if name else place.path
-            copy = try_to_load_from_cache(place.repo, whole, revision=place.revision) if whole else None
-            if isinstance(copy, str):
-                if not reason.wanted:
-                    print(f"saekit: {reason}; using the copy of '{place}' in the cache", file=sys.stderr)
-                return _root(Path(copy), whole) / place.path
-    raise SaekitError(f"{reason}, and '{place}' is not in the cache")
+    try:
+        copy = _snapshot(hub_path, (), local_files_only=True) / hub_path.path
+        format_of(copy)
+    except SaekitError:
+        raise SaekitError(f"{reason}, and '{hub_path}' is not in the cache") from None
+    if not reason.wanted:
+        print(f"saekit: {reason}; using the copy of '{hub_path}' in the cache", file=sys.stderr)
+    return copy
 
 
-class _UnreachableError(SaekitError):
+class UnreachableError(SaekitError):
     """The hub was not asked, or did not answer."""
 
     def __init__(self, text: str, *, wanted: bool = False) -> None:
@@ -181,196 +187,70 @@ class _UnreachableError(SaekitError):
         self.wanted = wanted  # by HF_HUB_OFFLINE
 
 
-def _api() -> HfApi:
+def api() -> HfApi:
+    """The hub's client."""
     from huggingface_hub import HfApi
-
-    from saekit import __version__
 
     return HfApi(library_name="saekit", library_version=__version__)
 
 
-def _info(api: HfApi, place: HubPath) -> Any:
+def ask(api: HfApi, hub_path: HubPath) -> Any:
     """What the hub says of a repository at a revision: ``sha``, ``private``, ``siblings``."""
-    with _asking(place):
-        return api.model_info(place.repo, revision=place.revision, timeout=_SECONDS)
+    with asking(hub_path):
+        return api.model_info(hub_path.repo, revision=hub_path.revision, timeout=_SECONDS)
 
 
 @contextmanager
-def _asking(place: HubPath, *, to_write: bool = False) -> Iterator[None]:
+def asking(hub_path: HubPath, *, to_write: bool = False) -> Iterator[None]:
     """While it is entered, what the hub's client raises becomes one line.
 
     Raises:
         SaekitError: the hub refuses.
-        _UnreachableError: it does not answer.
+        UnreachableError: it does not answer.
     """
     from huggingface_hub import errors
 
     try:
         yield
     except errors.OfflineModeIsEnabled:
-        raise _UnreachableError("the hub is not asked (HF_HUB_OFFLINE is set)", wanted=True) from None
+        raise UnreachableError("the hub is not asked (HF_HUB_OFFLINE is set)", wanted=True) from None
     except errors.GatedRepoError:
-        raise SaekitError(f"'{place.repo}' asks for an agreement before it is read; give it on its page") from None
+        raise SaekitError(f"'{hub_path.repo}' asks for an agreement before it is read; give it on its page") from None
     except errors.RepositoryNotFoundError:
-        raise _NoRepositoryError(
-            f"there is no repository '{place.repo}' on the hub, or none that your token may see"
+        raise SaekitError(
+            f"there is no repository '{hub_path.repo}' on the hub, or none that your token may see"
         ) from None
     except errors.RevisionNotFoundError:
-        raise _NoRevisionError(f"'{place.repo}' has no revision '{place.revision}'") from None
+        raise SaekitError(f"'{hub_path.repo}' has no revision '{hub_path.revision}'") from None
     except errors.EntryNotFoundError as error:
-        raise SaekitError(f"'{place}' cannot be read: {_said(error)}") from None
+        raise SaekitError(f"'{hub_path}' cannot be read: {_said(error)}") from None
     except errors.HfHubHTTPError as error:
-        raise _refusal(error, place, to_write) from None
+        raise _refusal(error, hub_path, to_write) from None
     except SaekitError:
         raise
     except OSError as error:
         if error.filename is not None:  # the disk, not the network
             raise
-        raise _UnreachableError(f"the hub cannot be reached ({first_line(error)})") from None
+        raise UnreachableError(f"the hub cannot be reached ({first_line(error)})") from None
     except Exception as error:  # of whichever library the client sends its requests with
         if type(error).__module__.split(".")[0].rstrip("2") not in ("httpx", "httpcore", "requests", "urllib3"):
             raise
-        raise _UnreachableError(f"the hub cannot be reached ({first_line(error)})") from None
+        raise UnreachableError(f"the hub cannot be reached ({first_line(error)})") from None
 
 
-class _NoRepositoryError(SaekitError):
-    """The hub knows no such repository."""
-
-
-class _NoRevisionError(SaekitError):
-    """The repository has no such revision."""
-
-
-def _refusal(error: Any, place: HubPath, to_write: bool) -> SaekitError:
+def _refusal(error: Any, hub_path: HubPath, to_write: bool) -> SaekitError:
     """What an answer of the hub means that is no success."""
     status = error.response.status_code
     if status in (401, 403):
         doing = "write to" if to_write else "read"
-        return SaekitError(f"your token may not {doing} '{place.repo}' ({status}); `hf auth login` takes another")
+        return SaekitError(f"your token may not {doing} '{hub_path.repo}' ({status}); `hf auth login` takes another")
     if status == 412:
-        return SaekitError(f"somebody else has written to '{place.repo}' meanwhile; look at it and try again")
+        return SaekitError(f"somebody else has written to '{hub_path.repo}' meanwhile; look at it and try again")
     if status >= 500 or status == 429:
-        return _UnreachableError(f"the hub does not answer ({status})")
-    return SaekitError(f"the hub refuses '{place}': {_said(error)}")
+        return UnreachableError(f"the hub does not answer ({status})")
+    return SaekitError(f"the hub refuses '{hub_path}': {_said(error)}")
 
 
 def _said(error: BaseException) -> str:
     """What the hub gave as its reason."""
     return " ".join(str(getattr(error, "server_message", None) or error).split())[:300]
-
-
-def push(
-    dictionary: str | Path,
-    to: str,
-    *,
-    private: bool = False,
-    message: str | None = None,
-    overwrite: bool = False,
-) -> HubPath:
-    """Push a dictionary to the hub in one commit, with its run's figures and a model card.
-
-    Its files are pushed as they are, but for absolute paths in them, of which the last part is left; or those that
-    ``save`` writes where it is in another package's format. The repository, or the branch, is made where it is missing.
-
-    Args:
-        dictionary: its folder, or its run's; it is loaded first, so nothing broken is pushed.
-        to: ``owner/repo/path``, ``owner/repo`` for the root, ``owner/repo@branch/path`` for another branch than main.
-        private: the repository must be private, and is made so where it is missing.
-        message: of the commit.
-        overwrite: replace a dictionary, its figures and its card that are there. The hub keeps them in its history.
-
-    Returns:
-        Where it is.
-
-    Raises:
-        SaekitError: there is no dictionary or no token, a dictionary is there already, the repository is public though
-            ``private`` is asked, or the hub refuses or cannot be reached.
-    """
-    from huggingface_hub import get_token
-
-    import saekit
-    from saekit.formats import format_of
-
-    place = HubPath.parse(to)
-    if place.revision and re.fullmatch("[0-9a-f]{40}", place.revision):
-        raise SaekitError(f"'{to}' names a commit; a dictionary is pushed to a branch")
-    if get_token() is None:
-        raise SaekitError("there is no token to write to the hub with; `hf auth login` or HF_TOKEN gives one")
-    with TemporaryDirectory() as spare:
-        folder = local_folder(dictionary)
-        sae = saekit.load(folder)
-        if format_of(folder)[0] != "saelens":
-            folder = sae.save(Path(spare) / "sae")
-        _commit(_api(), folder, place, private, message, overwrite)
-    return place
-
-
-def _commit(api: HfApi, folder: Path, place: HubPath, private: bool, message: str | None, overwrite: bool) -> None:
-    """Write what belongs to a dictionary in one commit."""
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-
-    from saekit.card import card, published
-
-    files, text = files_of(folder), card(folder, place)
-    head, there = _prepared(api, place, private)
-    ours = {place.file(name) for name in (*WEIGHTS, *CONFIGS, *ABOUT)} & there
-    if ours and not overwrite:
-        raise SaekitError(
-            f"'{place}' holds {min(ours)} already; choose another path, or pass --overwrite to replace what is there"
-        )
-    replaced = any(place.file(name) in there for name in WEIGHTS)  # or configs and card stand for something else
-    kept = place.file(CARD) in there and not replaced
-    added = {place.file(name): file for name, file in files.items()}
-    operations: list[Any] = [CommitOperationAdd(name, published(file)) for name, file in added.items()]
-    stale = ours - added.keys() - (set() if replaced else {place.file(name) for name in CONFIGS})
-    operations += [CommitOperationDelete(name) for name in sorted(stale)]
-    if not kept:
-        operations.append(CommitOperationAdd(place.file(CARD), text.encode()))
-    if place.path and CARD not in there:
-        operations.append(CommitOperationAdd(CARD, card(folder, place, above=True).encode()))
-    with _asking(place, to_write=True):
-        api.create_commit(
-            place.repo,
-            operations,
-            commit_message=message or f"Dictionary {place.path or place.repo.partition('/')[2]}",
-            revision=place.revision,
-            parent_commit=head,
-        )
-
-
-def _prepared(api: HfApi, place: HubPath, private: bool) -> tuple[str | None, set[str]]:
-    """The last commit of a branch, made with its repository where it is missing, and the files that it holds."""
-    try:
-        found = _info(api, replace(place, revision=None))
-    except _NoRepositoryError:
-        with _asking(place, to_write=True):
-            api.create_repo(place.repo, private=private)
-        found = _info(api, replace(place, revision=None))
-    if private and not found.private:
-        raise SaekitError(f"'{place.repo}' is public already; without --private, everybody sees what is pushed there")
-    if place.revision:
-        try:
-            found = _info(api, place)
-        except _NoRevisionError:
-            with _asking(place, to_write=True):
-                api.create_branch(place.repo, branch=place.revision)
-            found = _info(api, place)
-    return found.sha, {each.rfilename for each in found.siblings or ()}
-
-
-def files_of(folder: Path) -> dict[str, Path]:
-    """The files that belong to a dictionary, in its own or its run's folder, by their name on the hub.
-
-    Raises:
-        SaekitError: there is none, or one is a link that leads out of its folder.
-    """
-    from saekit.formats import format_of
-
-    place = format_of(folder)[1]
-    place = place.parent if place.is_file() else place
-    run = place.parent if place.name == "sae" and (place.parent / "config.yaml").is_file() else place
-    found = {name: place / name for name in (*CONFIGS, *WEIGHTS) if (place / name).is_file()}
-    found |= {name: home / name for home in (run, place) for name in ABOUT if (home / name).is_file()}
-    for file in found.values():
-        check_inside(file, file.parent)
-    return found

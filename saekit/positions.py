@@ -66,8 +66,8 @@ def _past(call: Mapping[str, Any], unknown: int) -> int:
         call: the arguments of the pass.
         unknown: how many where there is a cache, but it does not tell.
     """
-    if isinstance(place := call.get("cache_position"), Tensor) and place.numel():
-        return int(place.flatten()[0])
+    if isinstance(position := call.get("cache_position"), Tensor) and position.numel():
+        return int(position.flatten()[0])
     cache = next((call[name] for name in ("past_key_values", "cache_params") if call.get(name) is not None), None)
     if cache is None:
         return 0

@@ -32,8 +32,8 @@ def asked_for(metadata: Mapping[str, Any], hook: str) -> tuple[str, ...]:
 
 def applied_to(model: Any) -> tuple[str, ...] | None:
     """The processing of a model; None where something was done that it does not tell."""
-    if isinstance(found := getattr(model, "processing", None), tuple):  # what ``load_model`` leaves there
-        return found
+    if isinstance(applied := getattr(model, "processing", None), tuple):  # what ``load_model`` leaves there
+        return applied
     return None if getattr(model, "_weights_processed", False) else ()
 
 

@@ -50,7 +50,7 @@ def parse_json(content: bytes | str, path: Path | str) -> Any:
         SaekitError: it is no JSON, nests too deeply, names a key twice, or has numbers of absurd length.
     """
     try:
-        return json.loads(content, parse_int=_whole, parse_constant=lambda _: None, object_pairs_hook=_once)
+        return json.loads(content, parse_int=_whole_number, parse_constant=lambda _: None, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise SaekitError(f"'{path}' is damaged: {first_line(error)}") from None
 
@@ -87,15 +87,15 @@ def check_json(value: Any, name: str) -> None:
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """The mapping of some keys, where none is named twice."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    values = dict(pairs)
+    if len(values) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
         raise ValueError(f"the key {reprlib.repr(twice)} stands there twice")
-    return found
+    return values
 
 
-def _whole(digits: str) -> int:
+def _whole_number(digits: str) -> int:
     if len(digits) > _DIGITS:
         raise ValueError(f"a number of {len(digits)} digits")
     return int(digits)
@@ -145,14 +145,14 @@ def check_inside(path: Path, folder: Path) -> None:
         SaekitError: it does.
     """
     try:
-        root, found = folder.resolve(), path.resolve()
+        root, target = folder.resolve(), path.resolve()
     except (OSError, RuntimeError, ValueError) as error:  # a link to itself, or no name of a file
         raise SaekitError(f"cannot read '{path}': {first_line(error)}") from None
-    hub = next((place.parents[1] for place in (root, *root.parents) if place.parent.name == "snapshots"), None)
+    hub = next((each.parents[1] for each in (root, *root.parents) if each.parent.name == "snapshots"), None)
     shared = (
-        hub is not None and found.parent.parent == hub.parent / "blobs" and _HASHED.fullmatch(found.name) is not None
+        hub is not None and target.parent.parent == hub.parent / "blobs" and _HASHED.fullmatch(target.name) is not None
     )
-    if not (found.is_relative_to(root) or (hub is not None and found.is_relative_to(hub / "blobs")) or shared):
+    if not (target.is_relative_to(root) or (hub is not None and target.is_relative_to(hub / "blobs")) or shared):
         raise SaekitError(f"'{path}' is a link that leads out of its folder; saekit does not follow it")
 
 

@@ -25,15 +25,15 @@ class NoChecksumsError(SaekitError):
 
 def stamp(content: bytes) -> bytes:
     """The content with its ``BLANK`` replaced by its seal."""
-    place = _place(content)
-    assert place is not None
-    return content[: place.start] + _digest(content, (), place) + content[place.stop :]
+    digits = _digits_of(content)
+    assert digits is not None
+    return content[: digits.start] + _digest(content, (), digits) + content[digits.stop :]
 
 
 def unbroken(content: bytes) -> bool | None:
     """Whether content is as it was stamped, or None where it has no seal."""
-    place = _place(content)
-    return None if place is None else _digest(content, (), place) == content[place.start : place.stop]
+    digits = _digits_of(content)
+    return None if digits is None else _digest(content, (), digits) == content[digits.start : digits.stop]
 
 
 def stamp_file(path: Path) -> None:
@@ -44,11 +44,11 @@ def stamp_file(path: Path) -> None:
     """
     with path.open("rb+") as file:
         first = file.read(_BLOCK)
-        place = _place(first)
-        assert place is not None
-        digits = _digest(first, iter(lambda: file.read(_BLOCK), b""), place)
-        file.seek(place.start)
-        file.write(digits)
+        digits = _digits_of(first)
+        assert digits is not None
+        seal = _digest(first, iter(lambda: file.read(_BLOCK), b""), digits)
+        file.seek(digits.start)
+        file.write(seal)
 
 
 def file_unbroken(path: Path) -> bool | None:
@@ -59,13 +59,13 @@ def file_unbroken(path: Path) -> bool | None:
     """
     with path.open("rb") as file:
         first = file.read(_BLOCK)
-        place = _place(first)
-        if place is None:
+        digits = _digits_of(first)
+        if digits is None:
             return None
-        return _digest(first, iter(lambda: file.read(_BLOCK), b""), place) == first[place.start : place.stop]
+        return _digest(first, iter(lambda: file.read(_BLOCK), b""), digits) == first[digits.start : digits.stop]
 
 
-def _place(first: bytes) -> slice | None:
+def _digits_of(first: bytes) -> slice | None:
     """Where the digits stand."""
     match = _SEAL.search(first, 0, _SEARCHED)
     return slice(*match.span(1)) if match else None

@@ -36,9 +36,9 @@ def special_tokens(owner: Any) -> SpecialTokens:
     if isinstance(kept, SpecialTokens):
         return kept
     if getattr(owner, "tokenizer", None) is not None:
-        found = special_tokens(owner.tokenizer)
+        known = special_tokens(owner.tokenizer)
         rows = getattr(getattr(owner, "cfg", None), "d_vocab", None)
-        return found.within(rows) if isinstance(rows, int) and rows > 0 else found
+        return known.within(rows) if isinstance(rows, int) and rows > 0 else known
     config = getattr(owner, "config", None)
     if config is None:
         return _from(lambda name: _id(owner, name))
@@ -51,8 +51,8 @@ def _from(token: Callable[[str], int | None]) -> SpecialTokens:
     return SpecialTokens(bos, bos if end is None else end, token("pad"))
 
 
-def _first(found: Any) -> int | None:
-    return next((token for token in found if token is not None), None)
+def _first(tokens: Any) -> int | None:
+    return next((token for token in tokens if token is not None), None)
 
 
 def _id(owner: Any, name: str) -> int | None:

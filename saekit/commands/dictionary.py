@@ -9,8 +9,8 @@ from typing import Any
 import typer
 
 from saekit.commands.help import among
-from saekit.errors import SaekitError, did_you_mean
 from saekit.files import check_free, check_writable, expanded
+from saekit.formats.registry import FORMATS
 
 
 def convert(
@@ -18,8 +18,8 @@ def convert(
     target: Path = typer.Argument(help="folder to write"),
     to: str = typer.Option(
         "saelens",
-        help="saelens (saekit's own too), dictionary_learning or sparsify",
-        autocompletion=among("saelens", "dictionary_learning", "sparsify"),
+        help=f"{', '.join(FORMATS.writable())}; saekit's own is saelens",
+        autocompletion=lambda incomplete: among(*FORMATS.writable())(incomplete),
     ),
     lossy: bool = typer.Option(
         False, help="where the format cannot hold this dictionary: write the nearest one, and print what that costs"
@@ -42,28 +42,26 @@ def convert(
     Features and reconstructions stay as they are, up to rounding; otherwise it refuses and says what would be lost. Of
     an AutoEncoder of dictionary_learning decoder rows have norm 1, and features come in units of that.
     """
-    import saekit
     from saekit.commands.nearest import NEAREST, nearest, refusal
-    from saekit.formats import WRITABLE
+    from saekit.formats.registry import save, writer
+    from saekit.loading import load
 
     target = expanded(target)
     check_free(target, overwrite=overwrite, hint="choose another folder, or pass --overwrite")
     check_writable(target)
-    if to not in WRITABLE:
-        raise SaekitError(f"unknown format '{to}'{did_you_mean(to, WRITABLE)}")
-    writer, sae = WRITABLE[to], saekit.load(source)
-    lack = writer.lacks(sae)
-    if lack is not None:
-        if not lossy or lack not in NEAREST:
-            raise refusal(source, to, lack)
+    chosen, sae = writer(to), load(source)
+    reason = chosen.unsupported(sae)
+    if reason is not None:
+        if not lossy or reason not in NEAREST:
+            raise refusal(source, to, reason)
         from saekit.evals import Evaluator
         from saekit.machine import pick_device
 
         facts: dict[str, Any] = {"model": model, "hook": hook, "dataset": dataset, "cache": cache, "tokens": tokens}
         facts["dataset_config"] = dataset_config
         evaluator = Evaluator(device=str(pick_device(device)), trust_remote_code=trust_remote_code, **facts)
-        sae = nearest(sae, lack, source, evaluator)
-    writer.write(sae, target, overwrite=overwrite)
+        sae = nearest(sae, reason, source, evaluator)
+    save(sae, target, to, overwrite=overwrite)
     print(f"dictionary: {target}")
 
 
@@ -71,20 +69,19 @@ def info(
     path: str = typer.Argument(help="a dictionary, hf://owner/repo/path, a run or an activation cache"),
 ) -> None:
     """Say what a folder holds."""
-    import saekit
     from saekit.activations import ActivationCache
     from saekit.activations.manifest import MANIFEST
-    from saekit.formats import format_of
     from saekit.hub import local_folder
+    from saekit.loading import find, load
 
     if (Path(path) / MANIFEST).is_file():
-        found = ActivationCache.open(path)
-        facts: dict[str, Any] = {"cache": path, "tokens": len(found), "d_in": found.d_in, "dtype": found.dtype}
-        facts |= {"shards": len(found.shards), "parts": found.division.rows.model_dump()}
-        facts |= {"held_out": found.division.told, "provenance": found.provenance}
+        cache = ActivationCache.open(path)
+        facts: dict[str, Any] = {"cache": path, "tokens": len(cache), "d_in": cache.d_in, "dtype": cache.dtype}
+        facts |= {"shards": len(cache.shards), "parts": cache.division.rows.model_dump()}
+        facts |= {"held_out": cache.division.told, "provenance": cache.provenance}
     else:
         folder = local_folder(path)
-        sae = saekit.load(folder if folder.exists() else path)
-        facts = {"dictionary": path, "format": format_of(folder)[0]}
+        sae = load(folder if folder.exists() else path)
+        facts = {"dictionary": path, "format": find(folder)[0]}
         facts |= {key: value for key, value in vars(sae.cfg).items() if value is not None}
     print(json.dumps(facts, indent=2))

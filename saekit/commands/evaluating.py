@@ -41,7 +41,7 @@ def evaluated(evaluator: Evaluator, paths: Sequence[str | Path], quiet: bool) ->
     Raises:
         SaekitError: one of the paths holds no dictionary, before any is evaluated, or one cannot be.
     """
-    from saekit.formats import find
+    from saekit.loading import find
 
     for path in paths:
         find(path)

@@ -16,7 +16,7 @@ def push(
 
     It needs a token: from `hf auth login`, or in HF_TOKEN. What is missing of the repository and its branch is made.
     """
-    from saekit.hub import push as pushed
+    from saekit.publish import push as pushed
 
-    place = pushed(dictionary, to, private=private, message=message, overwrite=overwrite)
-    print(f'pushed: {place}    to load it: saekit.load("{place}")')
+    hub_path = pushed(dictionary, to, private=private, message=message, overwrite=overwrite)
+    print(f'pushed: {hub_path}    to load it: saekit.load("{hub_path}")')

@@ -1,4 +1,4 @@
-"""What the adapters share of reading configs of others, and of saying what a format cannot hold."""
+"""What the formats share of reading configs of others."""
 
 from __future__ import annotations
 
@@ -6,25 +6,10 @@ import reprlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from saekit.errors import SaekitError, first_line
-from saekit.files import writable_folder
 from saekit.reading import check_inside, read_json
-
-WEIGHTS = ("sae_weights.safetensors", "ae.pt", "sae.safetensors", "params.npz", "params.safetensors")
-Lack = Literal["token_norm", "thresholds", "layer_norm", "zero_rows"]
-LACKS: dict[Lack, str] = {
-    "token_norm": "thresholds by each token's norm",
-    "thresholds": "another rule than topk",
-    "layer_norm": "the layer norm of the input",
-    "zero_rows": "features whose decoder row is zero",
-}
-
-
-def folder_of(path: Path, *names: str) -> Path:
-    """The folder of a dictionary that is named by one of its files, or the path itself."""
-    return path.parent if path.name in names and path.is_file() else path
 
 
 @contextmanager
@@ -51,7 +36,7 @@ def mapping(value: Any) -> dict[str, Any]:
     return value
 
 
-def whole(cfg: Mapping[str, Any], key: str) -> int:
+def positive_int(cfg: Mapping[str, Any], key: str) -> int:
     """A size or count in a config; otherwise a KeyError or ValueError."""
     value = cfg[key]
     if type(value) is not int or not 0 < value < 2**31:
@@ -78,29 +63,6 @@ def own_metadata(cfg: Mapping[str, Any]) -> dict[str, Any]:
     return mapping(mapping(cfg.get("saekit", {})).get("metadata", {}))
 
 
-def place(folder: Path, weights: str, *, overwrite: bool) -> None:
-    """Make the folder that a dictionary is written to.
-
-    Args:
-        folder: where.
-        weights: name of the file of weights of this format.
-        overwrite: whether it may hold something already, though no dictionary of another format: it would be neither.
-
-    Raises:
-        SaekitError: it holds something, or cannot be written to.
-    """
-    other = next((name for name in WEIGHTS if name != weights and (folder / name).is_file()), None)
-    if other is not None and overwrite:
-        raise SaekitError(f"'{folder}' holds a dictionary of another format ({other}); choose another folder")
-    writable_folder(folder, overwrite=overwrite)
-
-
-def check_holds(lack: Lack | None, name: str) -> None:
-    """Raise SaekitError where a format cannot hold a dictionary."""
-    if lack is not None:
-        raise SaekitError(f"the format of {name} cannot hold {LACKS[lack]}")
-
-
 def optional_json(path: Path) -> dict[str, Any]:
     """What a small JSON file beside a dictionary tells; nothing where it is missing, or no mapping that can be read."""
     try:
@@ -110,3 +72,13 @@ def optional_json(path: Path) -> dict[str, Any]:
         return mapping(read_json(path))
     except (SaekitError, TypeError):
         return {}
+
+
+def known(**facts: Any) -> dict[str, Any]:
+    """Metadata without what is unknown or of the wrong kind; texts and whole numbers alone are kept."""
+    return {name: value for name, value in facts.items() if (isinstance(value, str) and value) or type(value) is int}
+
+
+def length(value: Any) -> int | None:
+    """A context's length, where it can be one."""
+    return value if type(value) is int and 0 < value < 2**31 else None

@@ -5,15 +5,12 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from saekit.errors import SaekitError
-
-if TYPE_CHECKING:
-    from saekit.sae import SAEConfig, SparseAutoencoder
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 OURS = {"W_enc": "DF", "b_enc": "F", "W_dec": "FD", "b_dec": "D", "threshold": "F"}  # D is d_in, F is d_sae
@@ -31,11 +28,11 @@ class Stored(NamedTuple):
     letters: str
 
 
-def arranged(found: Mapping[str, Any], places: Mapping[str, Stored], path: Path, **sizes: int) -> dict[str, Tensor]:
+def from_file(tensors: Mapping[str, Any], places: Mapping[str, Stored], path: Path, **sizes: int) -> dict[str, Tensor]:
     """The tensors of a dictionary by our names and with our shapes.
 
     Args:
-        found: what the file holds.
+        tensors: what the file holds.
         places: for each of our names, where it stands. The file must hold just these.
         path: the file, for messages.
         **sizes: D and F where a config tells them; otherwise the first matrix does.
@@ -43,7 +40,7 @@ def arranged(found: Mapping[str, Any], places: Mapping[str, Stored], path: Path,
     Raises:
         SaekitError: names, shapes or dtypes are not as they should be.
     """
-    shapes = {name: list(value.shape) if isinstance(value, Tensor) else type(value) for name, value in found.items()}
+    shapes = {name: list(value.shape) if isinstance(value, Tensor) else type(value) for name, value in tensors.items()}
     asks = "its config asks for" if len(sizes) == 2 else "a dictionary of that width has"
     for stored in places.values():
         shape = shapes.get(stored.name)
@@ -52,29 +49,18 @@ def arranged(found: Mapping[str, Any], places: Mapping[str, Stored], path: Path,
     expected = {stored.name: [sizes.get(letter, letter) for letter in stored.letters] for stored in places.values()}
     if shapes != expected or not all(sizes.values()):
         raise SaekitError(f"'{path}' holds {reprlib.repr(shapes)}, but {asks} {expected}")
-    kinds = {value.dtype for value in found.values()}
+    kinds = {value.dtype for value in tensors.values()}
     if not kinds <= set(DTYPES.values()):
         named = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
         raise SaekitError(f"'{path}' holds weights in {named}, not in floating point")
-    return {ours: _turned(found[place.name], ours, place) for ours, place in places.items()}
+    return {ours: _turned(tensors[stored.name], ours, stored) for ours, stored in places.items()}
 
 
-def scattered(weights: Mapping[str, Tensor], places: Mapping[str, Stored]) -> dict[str, Tensor]:
-    """The inverse of ``arranged``: tensors by the names and shapes of a file, contiguous, on the CPU."""
-    turned = {place.name: _turned(weights[ours], ours, place) for ours, place in places.items()}
+def to_file(weights: Mapping[str, Tensor], places: Mapping[str, Stored]) -> dict[str, Tensor]:
+    """Tensors of a dictionary by the names and shapes of a file, contiguous, on the CPU."""
+    turned = {stored.name: _turned(weights[ours], ours, stored) for ours, stored in places.items()}
     return {name: value.detach().cpu().contiguous() for name, value in turned.items()}
 
 
-def _turned(value: Tensor, ours: str, place: Stored) -> Tensor:
-    return value.T if place.letters != OURS.get(ours, place.letters) else value
-
-
-def dictionary(
-    config: SAEConfig, weights: Mapping[str, Tensor], dtype: torch.dtype, device: str | torch.device
-) -> SparseAutoencoder:
-    """The dictionary of a config and of tensors that fit it."""
-    from saekit.sae import SparseAutoencoder
-
-    sae = SparseAutoencoder(config, dtype, device)
-    sae.load_state_dict(dict(weights))
-    return sae
+def _turned(value: Tensor, ours: str, stored: Stored) -> Tensor:
+    return value.T if stored.letters != OURS.get(ours, stored.letters) else value

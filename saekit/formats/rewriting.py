@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 
 
-def wide(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def upcast(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """In float32 at least, as packages compute that load whatever is stored into float32."""
     return {name: value.to(torch.promote_types(value.dtype, torch.float32)) for name, value in weights.items()}
 
 
 def scaled_rows(weights: Mapping[str, Tensor], norms: Tensor) -> dict[str, Tensor]:
-    """Decoder rows divided by ``norms`` [d_sae] and features multiplied by them, ``wide``.
+    """Decoder rows divided by ``norms`` [d_sae] and features multiplied by them, in float32 at least.
 
     Where a norm is 0 the row stays, and the feature is silent.
     """
-    w = wide(weights)
+    w = upcast(weights)
     w |= {name: w[name] * norms for name in w.keys() & {"W_enc", "b_enc", "threshold"}}
     return {**w, "W_dec": w["W_dec"] / torch.where(norms > 0, norms, 1)[:, None]}
 
@@ -30,12 +30,12 @@ def with_b_dec(weights: Mapping[str, Tensor], sign: int) -> dict[str, Tensor]:
 
 
 def gated(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A gated dictionary with one encoder matrix as the JumpReLU dictionary that it is, ``wide``.
+    """A gated dictionary with one encoder matrix as the JumpReLU dictionary that it is, in float32 at least.
 
     With p = x W_enc, its features are relu(eʳ p + b_mag) where p + b_gate > 0, that is where eʳ p + b_mag exceeds
     b_mag − eʳ b_gate.
     """
-    w = wide(weights)
+    w = upcast(weights)
     scale = w["r_mag"].exp()
     threshold = w["b_mag"] - scale * w["b_gate"]
     kept = {"W_dec": w["W_dec"], "b_dec": w["b_dec"]}

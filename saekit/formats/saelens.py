@@ -9,109 +9,94 @@ from __future__ import annotations
 import json
 import reprlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import Any
 
 from saekit.errors import SaekitError
-from saekit.files import replace_files
 from saekit.formats import checks
-from saekit.formats.layout import OURS, Stored, arranged, dictionary, dtype_named
+from saekit.formats.format import Contents, Dictionary, Format, Writers
+from saekit.formats.layout import OURS, Stored, dtype_named, from_file
 from saekit.formats.rewriting import gated, scaled_rows
 from saekit.formats.saelens_before_6 import modernised
 from saekit.formats.tensor_files import read_tensors, sealed_with, write_safetensors
-from saekit.reading import check_inside, check_json, read_json
-
-if TYPE_CHECKING:
-    from saekit.sae import SAEConfig, SparseAutoencoder
+from saekit.reading import check_inside, read_json
+from saekit.sae_config import SAEConfig
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 _RULE = ("architecture", "k", "apply_b_dec_to_input", "normalize_activations")  # no shape tells when these are others
 _TOKEN_NORM = "saekit_jumprelu_token_norm"
 _AS = {"gated": "jumprelu", _TOKEN_NORM: "jumprelu"}  # what some architectures are here
 _PLAIN = {name: Stored(name, letters) for name, letters in OURS.items() if name != "threshold"}
-_PLACES = {
+_STORED = {
     "jumprelu": {**_PLAIN, "threshold": Stored("threshold", "F")},
     "gated": {
-        **{name: place for name, place in _PLAIN.items() if name != "b_enc"},
+        **{name: stored for name, stored in _PLAIN.items() if name != "b_enc"},
         **{name: Stored(name, "F") for name in ("b_gate", "b_mag", "r_mag")},
     },
 }
-_PLACES[_TOKEN_NORM] = _PLACES["jumprelu"]
+_STORED[_TOKEN_NORM] = _STORED["jumprelu"]
 
 
-def recognises(path: Path) -> bool:
-    """Whether both files are there."""
-    folder = checks.folder_of(path, WEIGHTS)
-    return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
+class SAELens(Format):
+    """SAELens', and the one that ``SparseAutoencoder.save`` writes."""
 
+    weights, requires = (WEIGHTS,), (CONFIG,)
 
-def lacks(sae: SparseAutoencoder) -> checks.Lack | None:
-    """What of a dictionary SAELens cannot open."""
-    return "token_norm" if sae.cfg.affinity_scale != "none" else None
+    def read(self, file: Path) -> Contents:
+        """Read a dictionary. Nothing of its size is made before the files agree on it.
 
+        Raises:
+            SaekitError: a file is damaged or leads out of the folder, a key is missing, or the tensors do not have the
+                shapes that the config names.
+        """
+        folder, config = file.parent, file.parent / CONFIG
+        check_inside(config, folder)
+        with checks.understanding(config):
+            cfg = modernised(checks.mapping(read_json(config)), config)
+            sae, dtype = _config(cfg), dtype_named(cfg["dtype"])
+            by_norm = checks.flag(cfg, "rescale_acts_by_decoder_norm", False)  # selection by f·‖W_dec‖
+        reshaped = cfg.get("reshape_activations") or "none"
+        # "hook_z": heads are put side by side, which is how activations come to dictionaries here
+        checks.refuse(reshaped not in ("none", "hook_z"), config, f"reshape_activations = {reprlib.repr(reshaped)}")
+        tensors = read_tensors(file, folder)
+        scaling = tensors.pop("scaling_factor", None)  # of SAELens before 6, where it was written without effect too
+        if scaling is not None and not bool((scaling == 1).all()):
+            raise SaekitError(f"'{file}' holds a scaling_factor, which saekit does not read")
+        weights = from_file(tensors, _STORED.get(cfg["architecture"], _PLAIN), file, D=sae.d_in, F=sae.d_sae)
+        if (rule := sealed_with(file)) and rule != _rule(cfg):
+            raise SaekitError(f"'{config}' says {_rule(cfg)}, but its weights were saved with {rule}")
+        if cfg["architecture"] == "gated":
+            weights = gated(weights)
+        if by_norm:  # the same dictionary with unit rows
+            weights = scaled_rows(weights, weights["W_dec"].norm(dim=1))
+        return Contents(sae, weights, dtype)
 
-def write(sae: SparseAutoencoder, folder: Path, *, overwrite: bool = False) -> Path:
-    """Write a dictionary; returns the folder.
+    def unsupported(self, sae: Dictionary) -> str | None:
+        """Thresholds by token norm: such a dictionary is written all the same, but not for SAELens."""
+        return "token_norm" if sae.cfg.affinity_scale != "none" else None
 
-    Raises:
-        SaekitError: the folder holds something and ``overwrite`` is not set, or JSON does not hold the metadata.
-    """
-    check_json(sae.cfg.metadata, "metadata")  # it may have been changed since
-    checks.place(folder, WEIGHTS, overwrite=overwrite)
-    cfg: dict[str, Any] = {
-        "architecture": sae.cfg.architecture if sae.cfg.affinity_scale == "none" else _TOKEN_NORM,
-        "d_in": sae.cfg.d_in,
-        "d_sae": sae.cfg.d_sae,
-        "dtype": str(sae.W_dec.dtype).removeprefix("torch."),
-        "apply_b_dec_to_input": sae.cfg.apply_b_dec_to_input,
-        "normalize_activations": sae.cfg.input_normalization,
-        "reshape_activations": "hook_z" if str(sae.cfg.metadata.get("hook_name")).endswith("hook_z") else "none",
-        "metadata": {**sae.cfg.metadata, "sae_lens_version": "6.0.0"},
-    }
-    if sae.cfg.k is not None:
-        cfg |= {"k": sae.cfg.k, "rescale_acts_by_decoder_norm": False}
-    tensors = {name: value.detach().cpu().contiguous() for name, value in sae.state_dict().items()}
-    text = json.dumps(cfg, indent=2) + "\n"
-    replace_files(
-        {
-            folder / WEIGHTS: lambda part: write_safetensors(tensors, part, _rule(cfg)),
-            folder / CONFIG: lambda part: part.write_text(text),
+    def files(self, sae: Dictionary) -> Writers:
+        """Weights, sealed and with their rule, and config."""
+        tensors = {name: value.detach().cpu().contiguous() for name, value in sae.state_dict().items()}
+        cfg: dict[str, Any] = {
+            "architecture": sae.cfg.architecture if sae.cfg.affinity_scale == "none" else _TOKEN_NORM,
+            "d_in": sae.cfg.d_in,
+            "d_sae": sae.cfg.d_sae,
+            "dtype": str(tensors["W_dec"].dtype).removeprefix("torch."),
+            "apply_b_dec_to_input": sae.cfg.apply_b_dec_to_input,
+            "normalize_activations": sae.cfg.input_normalization,
+            "reshape_activations": "hook_z" if str(sae.cfg.metadata.get("hook_name")).endswith("hook_z") else "none",
+            "metadata": {**sae.cfg.metadata, "sae_lens_version": "6.0.0"},
         }
-    )
-    return folder
+        if sae.cfg.k is not None:
+            cfg |= {"k": sae.cfg.k, "rescale_acts_by_decoder_norm": False}
+        text = json.dumps(cfg, indent=2) + "\n"
+        return {
+            WEIGHTS: lambda part: write_safetensors(tensors, part, _rule(cfg)),
+            CONFIG: lambda part: part.write_text(text),
+        }
 
 
-def read(path: Path, device: str | torch.device = "cpu") -> SparseAutoencoder:
-    """Read a dictionary. Nothing of its size is made before the files agree on it.
-
-    Raises:
-        SaekitError: a file is damaged or leads out of the folder, a key is missing, or the tensors do not have the
-            shapes that the config names.
-    """
-    folder = checks.folder_of(path, WEIGHTS)
-    check_inside(folder / CONFIG, folder)
-    with checks.understanding(folder / CONFIG):
-        cfg = modernised(checks.mapping(read_json(folder / CONFIG)), folder / CONFIG)
-        config, dtype = _config(cfg), dtype_named(cfg["dtype"])
-        by_norm = checks.flag(cfg, "rescale_acts_by_decoder_norm", False)  # selection by f·‖W_dec‖
-    reshaped = cfg.get("reshape_activations") or "none"
-    # "hook_z": heads are put side by side, which is how activations come to dictionaries here
-    checks.refuse(
-        reshaped not in ("none", "hook_z"), folder / CONFIG, f"reshape_activations = {reprlib.repr(reshaped)}"
-    )
-    found, file = read_tensors(folder / WEIGHTS, folder), folder / WEIGHTS
-    scaling = found.pop("scaling_factor", None)  # of SAELens before 6, where it was written without effect too
-    if scaling is not None and not bool((scaling == 1).all()):
-        raise SaekitError(f"'{file}' holds a scaling_factor, which saekit does not read")
-    weights = arranged(found, _PLACES.get(cfg["architecture"], _PLAIN), file, D=config.d_in, F=config.d_sae)
-    if (rule := sealed_with(file)) and rule != _rule(cfg):
-        raise SaekitError(f"'{folder / CONFIG}' says {_rule(cfg)}, but its weights were saved with {rule}")
-    if cfg["architecture"] == "gated":
-        weights = gated(weights)
-    if by_norm:  # the same dictionary with unit rows
-        weights = scaled_rows(weights, weights["W_dec"].norm(dim=1))
-    return dictionary(config, weights, dtype, device)
+FORMAT = SAELens()
 
 
 def _rule(cfg: dict[str, Any]) -> str:
@@ -121,8 +106,6 @@ def _rule(cfg: dict[str, Any]) -> str:
 
 def _config(cfg: dict[str, Any]) -> SAEConfig:
     """What ``cfg.json`` says; raises many kinds of errors where it says nothing sensible."""
-    from saekit.sae import SAEConfig
-
     architecture = cfg["architecture"]
     normalisation = cfg.get("normalize_activations") or "none"
     if normalisation not in ("none", "layer_norm"):
@@ -130,11 +113,11 @@ def _config(cfg: dict[str, Any]) -> SAEConfig:
             f"a dictionary with normalize_activations = {reprlib.repr(normalisation)} is not read: fold it first"
         )
     return SAEConfig(
-        d_in=checks.whole(cfg, "d_in"),
-        d_sae=checks.whole(cfg, "d_sae"),
+        d_in=checks.positive_int(cfg, "d_in"),
+        d_sae=checks.positive_int(cfg, "d_sae"),
         architecture=_AS.get(architecture, architecture),
         affinity_scale="token_norm" if architecture == _TOKEN_NORM else "none",
-        k=checks.whole(cfg, "k") if architecture == "topk" else None,
+        k=checks.positive_int(cfg, "k") if architecture == "topk" else None,
         apply_b_dec_to_input=checks.flag(cfg, "apply_b_dec_to_input", True),
         input_normalization="layer_norm" if normalisation == "layer_norm" else "none",
         metadata=_metadata(cfg),

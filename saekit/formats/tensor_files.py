@@ -10,7 +10,7 @@ import pickletools
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping
-from io import RawIOBase
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +87,13 @@ def _torch(path: Path) -> dict[str, Any]:
             raise SaekitError(
                 f"'{path}' holds more than tensors: its pickle would call {called[:80]!r}; it is not read"
             )
-    found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
+    loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if not isinstance(loaded, dict) or not all(isinstance(name, str) for name in loaded):
         raise SaekitError(f"'{path}' holds no tensors by name")
-    tensors = [value for value in found.values() if isinstance(value, Tensor)]
+    tensors = [value for value in loaded.values() if isinstance(value, Tensor)]
     if sum(value.numel() * value.element_size() for value in tensors) > path.stat().st_size:
         raise SaekitError(f"'{path}' is damaged: it holds less than the shapes in it say")
-    return dict(found)
+    return dict(loaded)
 
 
 def _numpy(path: Path) -> dict[str, Tensor]:
@@ -130,35 +130,11 @@ def write_safetensors(tensors: Mapping[str, Tensor], path: Path, text: str = "")
 def write_torch(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write tensors as ``torch.save`` does.
 
+    By way of memory: where the system refuses, torch says only that a place in the file is not the expected one.
+
     Raises:
-        OSError: the system refuses, of which torch itself says only that a place in the file is not the expected one.
+        OSError: the system refuses.
     """
-    with path.open("wb", buffering=0) as file:
-        remembering = _Remembering(file)
-        try:
-            torch.save(dict(tensors), remembering)  # type: ignore[arg-type]
-        except RuntimeError:
-            if remembering.error is None:
-                raise
-            raise remembering.error from None
-
-
-class _Remembering:
-    """A file that remembers why it could not be written to."""
-
-    def __init__(self, file: RawIOBase) -> None:
-        self.file = file
-        self.error: OSError | None = None
-
-    def write(self, content: bytes) -> int:
-        view, done = memoryview(content).cast("B"), 0
-        try:
-            while done < len(view):  # the system may take a part at a time
-                done += self.file.write(view[done:]) or 0
-        except OSError as error:
-            self.error = error
-            raise
-        return done
-
-    def flush(self) -> None:
-        self.file.flush()
+    content = BytesIO()
+    torch.save(dict(tensors), content)
+    path.write_bytes(content.getbuffer())

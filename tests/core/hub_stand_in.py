@@ -87,7 +87,8 @@ class StandIn:
 
 
 class _Refusal(Exception):  # noqa: N818
-    def __init__(self, status: int, code: str = "", message: str = "") -> None:
+    def __init__(self, status: int, code: str = "", message: str = "", **body: str) -> None:
+        self.body = json.dumps(body).encode()
         self.status, self.headers = status, {"X-Error-Code": code, "X-Error-Message": message}
 
 
@@ -106,7 +107,7 @@ class _Handler(BaseHTTPRequestHandler):
                 raise _Refusal(self.hub.broken)
             self._route(path, body)
         except _Refusal as no:
-            self._answer(no.status, b"{}", no.headers)
+            self._answer(no.status, no.body, no.headers)
 
     do_GET = do_HEAD = do_POST = do_PUT = _serve  # noqa: N815
 
@@ -120,6 +121,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._may_write()
             asked = json.loads(body)
             name = f"{asked['organization']}/{asked['name']}"
+            if name in self.hub.repos:
+                raise _Refusal(409, message="it is there already", url=f"{self.hub.url}/{name}")
             private = bool(asked.get("private")) or asked.get("visibility") == "private"
             self.hub.add(name, {}, private=private)
             self._json({"url": f"{self.hub.url}/{name}"})
@@ -149,6 +152,10 @@ class _Handler(BaseHTTPRequestHandler):
             files = [{"rfilename": file} for file in repo.commits[number]]
             self._json({"id": name, "sha": number, "private": repo.private, "siblings": files})
             return
+        if rest[0] == "tree":
+            files = repo.commits[self._revision(name, rest[1])]
+            self._json([{"type": "file", "path": file, "size": len(files[file]), "oid": "0" * 40} for file in files])
+            return
         self._may_write()
         if rest[0] == "preupload":
             files = [
@@ -161,6 +168,8 @@ class _Handler(BaseHTTPRequestHandler):
             ]
             self._json({"files": files})
         elif rest[0] == "branch":
+            if "/".join(rest[1:]) in repo.branches:
+                raise _Refusal(409, message="it is there already")
             repo.branches["/".join(rest[1:])] = repo.branches["main"]
             self._json({})
         elif rest[0] == "commit":

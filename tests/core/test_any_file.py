@@ -25,7 +25,7 @@ from saekit import SAEConfig, SaekitError, SparseAutoencoder
 from saekit.activations import ActivationCache
 from saekit.activations.manifest import Manifest
 from saekit.activations.shards import _header
-from saekit.formats import WRITABLE
+from saekit.formats import FORMATS
 from saekit.reading import parse_json, read_yaml
 from saekit.seal import BLANK, stamp
 from saekit.trainers import TrainConfig
@@ -310,7 +310,7 @@ def dictionaries(tmp_path):
         sae.save(tmp_path / name)
     for name in FOREIGN:
         config = SAEConfig(4, 9, "topk", k=2, metadata={"model_name": "m"})
-        WRITABLE[name].write(SparseAutoencoder(config), tmp_path / name)
+        FORMATS[name].write(SparseAutoencoder(config), tmp_path / name)
     return tmp_path
 
 

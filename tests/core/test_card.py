@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import yaml
 from hub_stand_in import make_run
 
-from saekit import SAEConfig, SparseAutoencoder
+from saekit import SAEConfig, SaekitError, SparseAutoencoder
 from saekit.card import card
 from saekit.hub import HubPath
 
@@ -37,8 +38,6 @@ def test_a_card(tmp_path):
 
 
 def test_a_card_shows_standard_errors(tmp_path):
-    import json
-
     run = make_run(tmp_path / "run")
     report = json.loads((run / "eval.json").read_text())
     report["reconstruction"]["fvu_se"] = 0.0123
@@ -48,6 +47,14 @@ def test_a_card_shows_standard_errors(tmp_path):
     assert "| figure | value | ± | meaning |\n|---|---:|---:|---|" in text
     assert "| FVU | 0.2500 | 0.0123 | fraction of the activations' variance unexplained |" in text
     assert "± standard error over 57 documents (jackknife)." in text.splitlines()
+
+
+@pytest.mark.parametrize("sparsity", [None, [], {}, {"tokens": "many"}, {"tokens": 1e999}, {"tokens": -1}])
+def test_a_report_that_does_not_say_of_how_many_tokens(sparsity, tmp_path):
+    run = make_run(tmp_path / "run")
+    (run / "eval.json").write_text(json.dumps({"about": {}, "sparsity": sparsity}))
+    with pytest.raises(SaekitError, match="is no report of an evaluation; move it away"):
+        card(run)
 
 
 def saved(folder: Path, **metadata: object) -> Path:

@@ -18,7 +18,7 @@ import saekit
 from saekit import SAEConfig, SaekitError, SparseAutoencoder, SparseCode
 from saekit.allocation import token_choice
 from saekit.evals import encode_by_pursuit
-from saekit.formats import WRITABLE, checks, origin, rewriting
+from saekit.formats import FORMATS, UNSUPPORTED, dictionary_learning, gemma_scope, openai, rewriting, sparsify
 
 DATA = Path(__file__).parents[1] / "data"
 GEMMA, GEMMA_2 = "layer_20/width_16k/average_l0_71", "resid_post/layer_9_width_16k_l0_small"
@@ -83,17 +83,22 @@ def test_dictionaries_that_others_wrote(path):
 @pytest.mark.parametrize("apply_b_dec", [True, False])
 @pytest.mark.parametrize(
     ("name", "architecture"),
-    [(n, a) for n in WRITABLE for a in ("topk", "jumprelu", "standard") if (n, a)[0] != "sparsify" or a == "topk"],
+    [
+        (n, a)
+        for n in FORMATS.writable()
+        for a in ("topk", "jumprelu", "standard")
+        if (n, a)[0] != "sparsify" or a == "topk"
+    ],
 )
 @torch.no_grad()
 def test_written_and_read_again(name, architecture, apply_b_dec, tmp_path):
     facts = {"model_name": "m", "hook_name": "blocks.0.hook_mlp_out", "saekit": {"variant": "topk"}}
     sae = dictionary(architecture, apply_b_dec_to_input=apply_b_dec, metadata=facts)
-    assert WRITABLE[name].lacks(sae) is None
-    WRITABLE[name].write(sae, tmp_path / "x")
+    assert FORMATS[name].unsupported(sae) is None
+    FORMATS[name].write(sae, tmp_path / "x")
     with pytest.raises(SaekitError, match="holds something already"):
-        WRITABLE[name].write(sae, tmp_path / "x")
-    again = saekit.load(WRITABLE[name].write(sae, tmp_path / "x", overwrite=True))
+        FORMATS[name].write(sae, tmp_path / "x")
+    again = saekit.load(FORMATS[name].write(sae, tmp_path / "x", overwrite=True))
     x = torch.randn(100, 8)
     assert {**again.cfg.metadata, **facts} == again.cfg.metadata
     assert (again.cfg.architecture, again.cfg.k) == (sae.cfg.architecture, sae.cfg.k)
@@ -114,7 +119,7 @@ def test_dtypes(tmp_path):
         ("sparsify", torch.bfloat16),
         ("dictionary_learning", torch.float32),
     ):
-        again = saekit.load(WRITABLE[name].write(sae, tmp_path / name))
+        again = saekit.load(FORMATS[name].write(sae, tmp_path / name))
         assert again.W_enc.dtype == again.b_dec.dtype == dtype
         assert torch.equal(again.W_dec, sae.W_dec.to(dtype))
 
@@ -124,7 +129,7 @@ def test_what_dictionary_learning_says_of_the_origin(tmp_path):
     facts = {"model_name": "gpt2", "hook_name": "blocks.5.hook_resid_post", "context_size": 64}
     for change, expected in (({}, facts), ({"hook_name": "blocks.5.hook_mlp_out"}, {**facts, "hook_name": None})):
         sae = dictionary("topk", metadata=facts | change)
-        WRITABLE["dictionary_learning"].write(sae, tmp_path, overwrite=True)
+        FORMATS["dictionary_learning"].write(sae, tmp_path, overwrite=True)
         assert saekit.load(tmp_path).cfg.metadata == facts | change
         with_config(tmp_path / "config.json", saekit=None)
         assert saekit.load(tmp_path).cfg.metadata == {name: fact for name, fact in expected.items() if fact}
@@ -146,12 +151,12 @@ def test_what_formats_cannot_hold(tmp_path):
         },
     }
     for name, lacking in cases.items():
-        for lack, sae in lacking.items():
-            assert WRITABLE[name].lacks(sae) == lack
-            with pytest.raises(SaekitError, match=f"the format of {name} cannot hold {checks.LACKS[lack]}"):
-                WRITABLE[name].write(sae, tmp_path / "x")
+        for reason, sae in lacking.items():
+            assert FORMATS[name].unsupported(sae) == reason
+            with pytest.raises(SaekitError, match=f"the format of {name} cannot hold {UNSUPPORTED[reason]}"):
+                FORMATS[name].write(sae, tmp_path / "x")
             assert not (tmp_path / "x").exists()
-    assert WRITABLE["saelens"].lacks(cases["sparsify"]["thresholds"]) == "token_norm"
+    assert FORMATS["saelens"].unsupported(cases["sparsify"]["thresholds"]) == "token_norm"
 
 
 @given(st.integers(0, 10_000))
@@ -346,10 +351,10 @@ def test_configs_of_saelens_before_6(tmp_path):
 def test_names_of_places_that_are_certain():
     trainer = {"lm_name": "m", "layer": 8, "submodule_name": "resid_post_layer_8"}
     hook = {"hook_name": "blocks.8.hook_resid_post"}
-    assert origin.of_dictionary_learning(trainer, {"ctx_len": 64}) == {"model_name": "m", **hook, "context_size": 64}
+    assert dictionary_learning.origin(trainer, {"ctx_len": 64}) == {"model_name": "m", **hook, "context_size": 64}
     for change in ({"layer": 7}, {"submodule_name": "mlp_out_layer_8"}, {"submodule_name": None}):
-        assert origin.of_dictionary_learning(trainer | change, None) == {"model_name": "m"}
-    assert origin.of_dictionary_learning({"lm_name": ["x"], "layer": 1}, {"ctx_len": -5}) == {}
+        assert dictionary_learning.origin(trainer | change, None) == {"model_name": "m"}
+    assert dictionary_learning.origin({"lm_name": ["x"], "layer": 1}, {"ctx_len": -5}) == {}
     for name, run, found in (
         ("layers.10", {}, "blocks.10.hook_resid_post"),
         ("h.10", {"model": "gpt2"}, "blocks.10.hook_resid_post"),
@@ -359,15 +364,15 @@ def test_names_of_places_that_are_certain():
         ("layers.10.self_attn", {"model": "m"}, None),
         ("embed_tokens", {"model": "m"}, None),
     ):
-        assert origin.of_sparsify(Path("/x") / name, run).get("hook_name") == found
+        assert sparsify.origin(Path("/x") / name, run).get("hook_name") == found
     scope = Path("/c/models--google--gemma-scope-9b-it-mlp/snapshots/abc/layer_31/width_131k/average_l0_12")
     found = {"model_name": "google/gemma-2-9b-it", "hook_name": "blocks.31.hook_mlp_out", "context_size": 1024}
-    assert origin.of_gemma_scope(scope) == found
+    assert gemma_scope.origin(scope) == found
     for elsewhere in ("/c/layer_3/width_16k/x", "/c/gemma-scope-2b-pt-res/embedding/width_4k/average_l0_6"):
-        assert origin.of_gemma_scope(Path(elsewhere)) == {}
-    assert origin.of_openai(Path("/c/6.pt")) == {}
+        assert gemma_scope.origin(Path(elsewhere)) == {}
+    assert openai.origin(Path("/c/6.pt")) == {}
     attention = Path("/c/gpt2-small/resid_delta_attn_v5_128k/autoencoders/11.pt")
-    assert origin.of_openai(attention)["hook_name"] == "blocks.11.hook_attn_out"
+    assert openai.origin(attention)["hook_name"] == "blocks.11.hook_attn_out"
 
 
 def layer_norm_by_hand(sae, x):

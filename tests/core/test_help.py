@@ -87,11 +87,13 @@ def test_completion(line, expected, monkeypatch, saekit_main, tmp_path):
 
 
 def test_what_is_completed_is_what_there_is():
-    from saekit.formats import WRITABLE
+    from saekit.formats import FORMATS
 
     (to,) = (parameter for parameter in COMMANDS["convert"].params if parameter.name == "to")
     context = typer.main.get_command(app).make_context("saekit", ["--help"], resilient_parsing=True)
-    assert {item.value for item in to.shell_complete(context, "")} == WRITABLE.keys()
+    assert {item.value for item in to.shell_complete(context, "")} == {
+        name for name in FORMATS if FORMATS[name].writable
+    }
     assert among("ab", "ac", "b")("a") == ["ab", "ac"]
 
 
@@ -120,7 +122,7 @@ assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
 import saekit
 assert {"load", "splice", "SparseAutoencoder", "__version__"} <= set(dir(saekit))
 assert "torch" not in sys.modules
-from saekit.splice import splice  # a module and a function have this name
+from saekit.splicing import splice
 assert saekit.splice is splice and "torch" in sys.modules
 from saekit import *
 assert load is saekit.load

@@ -16,6 +16,8 @@ from hub_stand_in import FIGURES, StandIn, make_run, stand_in
 
 import saekit
 from saekit import SaekitError, SparseAutoencoder
+from saekit.formats import FORMATS
+from saekit.publish import push
 
 pytestmark = pytest.mark.filterwarnings("ignore:Cannot enable progress bars")
 DATA = Path(__file__).parents[1] / "data"
@@ -93,7 +95,7 @@ def test_no_path_of_this_machine_is_pushed(hub, run):
         json.dumps({**FIGURES, "about": {"dictionary": "/home/me/secret/run", "part": "a/b"}})
     )
     sae.save(run / "sae", overwrite=True)
-    saekit.hub.push(run, "me/saes")
+    push(run, "me/saes")
     there = hub.files("me/saes")
     assert not [name for name, content in there.items() if b"secret" in content]
     assert json.loads(there["cfg.json"])["metadata"]["dataset_path"] == "book.txt"
@@ -102,9 +104,9 @@ def test_no_path_of_this_machine_is_pushed(hub, run):
 
 
 def test_what_is_there_is_not_replaced_unasked(hub, run, saekit_main, tmp_path):
-    push = ["push", run, "me/saes/a"]
+    mine = ["push", run, "me/saes/a"]
     other = ["push", DATA / "saelens_jumprelu", "me/saes/a"]
-    assert saekit_main(*push, cwd=tmp_path).returncode == 0
+    assert saekit_main(*mine, cwd=tmp_path).returncode == 0
     before = hub.files("me/saes")
     refused = saekit_main(*other, cwd=tmp_path)
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
@@ -123,7 +125,7 @@ def test_what_is_there_is_not_replaced_unasked(hub, run, saekit_main, tmp_path):
 
 def test_a_card_of_their_own_stays(hub, run):
     hub.add("me/mine", {"README.md": b"my words", "notes.txt": b"more"})
-    saekit.hub.push(run, "me/mine")
+    push(run, "me/mine")
     assert hub.files("me/mine")["README.md"] == b"my words"
     assert hub.files("me/mine")["notes.txt"] == b"more"
     assert same(saekit.load("hf://me/mine"), saekit.load(run))
@@ -134,16 +136,16 @@ def test_what_is_no_dictionary_s_stays_when_overwriting_too(hub, run):
     theirs = {"config.json": b"{}", "model.safetensors": b"weights", "README.md": b"my words"}
     hub.add("me/model", theirs)
     with pytest.raises(SaekitError, match="holds config.json already"):
-        saekit.hub.push(run, "me/model")
-    saekit.hub.push(run, "me/model", overwrite=True)
+        push(run, "me/model")
+    push(run, "me/model", overwrite=True)
     assert theirs.items() <= hub.files("me/model").items()
     assert same(saekit.load("hf://me/model"), saekit.load(run))
 
 
 def test_branches_and_commits(hub, run):
-    saekit.hub.push(DATA / "saelens_standard", "me/x")
+    push(DATA / "saelens_standard", "me/x")
     first = hub.repos["me/x"].branches["main"]
-    saekit.hub.push(run, "me/x@wide%2Fer", overwrite=True)
+    push(run, "me/x@wide%2Fer", overwrite=True)
     assert hub.repos["me/x"].branches["main"] == first
     assert same(saekit.load("hf://me/x"), saekit.load(DATA / "saelens_standard"))
     assert same(saekit.load("hf://me/x@wide%2Fer"), saekit.load(run))
@@ -151,15 +153,15 @@ def test_branches_and_commits(hub, run):
     with pytest.raises(SaekitError, match="'me/x' has no revision 'narrow'"):
         saekit.load("hf://me/x@narrow")
     with pytest.raises(SaekitError, match="names a commit"):
-        saekit.hub.push(run, f"me/x@{first}")
+        push(run, f"me/x@{first}")
 
 
 def test_private(hub, run, monkeypatch):
-    saekit.hub.push(run, "me/closed", private=True)
+    push(run, "me/closed", private=True)
     assert hub.repos["me/closed"].private
-    saekit.hub.push(run, "me/open")
+    push(run, "me/open")
     with pytest.raises(SaekitError, match="'me/open' is public already"):
-        saekit.hub.push(run, "me/open/x", private=True)
+        push(run, "me/open/x", private=True)
     assert not any(name.startswith("x/") for name in hub.files("me/open"))
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(SaekitError, match="no repository 'me/closed' on the hub, or none that your token may see"):
@@ -174,7 +176,7 @@ def test_nobody_is_overtaken(hub, run):
     hub.add("me/x", {})
     hub.before_commit = lambda: hub.repos["me/x"].commit("main", {"cfg.json": b"theirs"})
     with pytest.raises(SaekitError, match="somebody else has written to 'me/x' meanwhile"):
-        saekit.hub.push(run, "me/x")
+        push(run, "me/x")
     assert hub.files("me/x") == {"cfg.json": b"theirs"}
 
 
@@ -200,16 +202,16 @@ def test_nothing_broken_is_pushed(hub, run, tmp_path):
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-4])
     with pytest.raises(SaekitError, match="damaged"):
-        saekit.hub.push(run, "me/x")
+        push(run, "me/x")
     weights.write_bytes(whole)
     (run / "eval.json").write_text(json.dumps({**FIGURES, "about": {"d_in": 7}}))
     with pytest.raises(SaekitError, match="another d_in"):
-        saekit.hub.push(run, "me/x")
+        push(run, "me/x")
     (tmp_path / "private.key").write_text("{}")
     (run / "eval.json").unlink()
     (run / "eval.json").symlink_to(tmp_path / "private.key")
     with pytest.raises(SaekitError, match="leads out of its folder"):
-        saekit.hub.push(run, "me/x")
+        push(run, "me/x")
     assert not hub.repos
 
 
@@ -269,13 +271,32 @@ def test_dictionaries_of_other_packages(name, hub, tmp_path):
     local, remote = saekit.load(home / place), saekit.load(f"hf://{repo}/{place}")
     assert same(local, remote)
     assert not any("expected" in file for file in hub.fetched())
-    saekit.hub.push(home / place, "me/pushed/x")
+    push(home / place, "me/pushed/x")
     assert {"x/cfg.json", "x/sae_weights.safetensors", "x/README.md"} < hub.files("me/pushed").keys()
     assert not any(file.endswith((".pt", ".npz")) for file in hub.files("me/pushed"))
     pushed = saekit.load("hf://me/pushed/x")
     torch.testing.assert_close(pushed.W_enc, local.W_enc)
     for fact in ("model_name", "hook_name"):
         assert pushed.cfg.metadata.get(fact) == local.cfg.metadata.get(fact)
+
+
+def test_a_format_of_another_package(hub, monkeypatch):
+    """The hub's half knows of files what the registry says."""
+
+    class Renamed(type(FORMATS["saelens"])):
+        weights, requires, optional = ("theirs.safetensors",), ("theirs.json",), ("../shared.json",)
+
+        def read(self, file):
+            raise SaekitError(f"{sorted(each.name for each in file.parent.iterdir())} beside {file.parents[1].name}")
+
+    files = {"a/theirs.safetensors": b"x", "a/theirs.json": b"{}", "a/cfg.json": b"{}", "shared.json": b"[]"}
+    hub.add("me/x", files)
+    with pytest.raises(SaekitError, match="holds no dictionary in a known format"):
+        saekit.load("hf://me/x/a")
+    monkeypatch.setitem(FORMATS, "renamed", Renamed())
+    with pytest.raises(SaekitError, match=r"\['theirs.json', 'theirs.safetensors'\] beside"):
+        saekit.load("hf://me/x/a")
+    assert hub.fetched() == ["a/theirs.json", "a/theirs.safetensors", "shared.json"]
 
 
 def test_a_download_that_was_cut_off_is_no_dictionary(hub, monkeypatch):
@@ -346,7 +367,7 @@ def test_without_a_network(hub, tmp_path, monkeypatch, saekit_main):
         with pytest.raises(SaekitError, match=f"HF_HUB_OFFLINE is set.*'hf://{path}' is not in the cache"):
             saekit.load(f"hf://{path}")
     with pytest.raises(SaekitError, match="HF_HUB_OFFLINE"):
-        saekit.hub.push(DATA / "saelens_topk", "me/x/c")
+        push(DATA / "saelens_topk", "me/x/c")
     assert not hub.asked
 
 

@@ -17,7 +17,7 @@ from made import dictionary
 
 import saekit
 from saekit import SAEConfig, SaekitError
-from saekit.formats import WRITABLE
+from saekit.formats import FORMATS
 
 X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(3))
 
@@ -76,7 +76,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-@pytest.mark.parametrize("name", WRITABLE)
+@pytest.mark.parametrize("name", FORMATS.writable())
 def test_metadata_that_is_no_json_is_refused_by_its_name(tmp_path, name, case):
     value, told = BAD[case]
     sae = dictionary("topk", metadata={"model_name": "m"})
@@ -87,7 +87,7 @@ def test_metadata_that_is_no_json_is_refused_by_its_name(tmp_path, name, case):
         SAEConfig(8, 32, "standard", metadata={"a": value})
     sae.cfg.metadata["a"] = value
     with pytest.raises(SaekitError, match=rf"metadata\.{told}"):
-        WRITABLE[name].write(sae, tmp_path / "x")
+        FORMATS[name].write(sae, tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
 

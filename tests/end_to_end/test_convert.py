@@ -11,7 +11,7 @@ import torch
 import saekit
 from saekit import SAEConfig, SparseAutoencoder
 from saekit.activations import ActivationCache
-from saekit.formats import WRITABLE
+from saekit.formats import FORMATS
 
 DATA = Path(__file__).parents[1] / "data"
 HOOK = ("--model", "embedded", "--hook", "blocks.1.hook_resid_post")
@@ -144,7 +144,7 @@ def foreign(trained_run, tmp_path_factory):
         ("topk", "sparsify", _top_k(saekit.load(trained_run), 16)),
     ):
         each.save(home / name)
-        folder = WRITABLE[to].write(each, home / to)
+        folder = FORMATS[to].write(each, home / to)
         for config in (*folder.glob("c*.json"),):
             facts = json.loads(config.read_text())
             del facts["saekit"]

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import saekit
 from saekit import SAEConfig, SparseAutoencoder
-from saekit.formats import WRITABLE
+from saekit.formats import FORMATS
 
 DATA = ROOT / "tests/data"
 PACKAGES = {"saelens": "sae-lens==6.54.12", "dictionary-learning": "dictionary-learning==0.1.0"}
@@ -82,12 +82,12 @@ def dictionaries():
 @torch.no_grad()
 def test_opened_by(package, tmp_path):
     to = package.replace("-", "_")
-    saes = {name: sae for name, sae in dictionaries() if WRITABLE[to].lacks(sae) is None}
+    saes = {name: sae for name, sae in dictionaries() if FORMATS[to].unsupported(sae) is None}
     assert len(saes) >= 3
     for folder in ("written", "found"):
         (tmp_path / folder).mkdir()
     for name, sae in saes.items():
-        WRITABLE[to].write(sae, tmp_path / "written" / name)
+        FORMATS[to].write(sae, tmp_path / "written" / name)
     x = torch.randn(300, 8) * torch.logspace(-1, 1, 300)[:, None] + 0.5
     save_file({"x": x}, tmp_path / "x")
     command = [python_of(package, PACKAGES[package]), "-c", OPENS[package] + SCRIPT]

@@ -11,7 +11,7 @@ from hostile import EMBEDDED, read_all
 
 from saekit import SAEConfig, SparseAutoencoder
 from saekit.activations import ActivationCache
-from saekit.formats import WRITABLE
+from saekit.formats import FORMATS
 from saekit.trainers import TrainConfig, train
 from saekit.trainers.trainer import Trainer
 
@@ -30,7 +30,7 @@ def made(tmp_path_factory):
     home = tmp_path_factory.mktemp("made")
     SparseAutoencoder(SAEConfig(6, 16, "jumprelu")).save(home / "sae")
     for name in ("dictionary_learning", "sparsify"):
-        WRITABLE[name].write(SparseAutoencoder(SAEConfig(6, 16, "topk", 2)), home / name)
+        FORMATS[name].write(SparseAutoencoder(SAEConfig(6, 16, "topk", 2)), home / name)
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("saekit.activations.cache.SHARD_ROWS", 400)

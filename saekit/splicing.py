@@ -96,14 +96,14 @@ def splice(
         told = "steer and add are mappings of features to numbers, and ablate names features, by whole numbers"
         raise SaekitError(f"{told}: {first_line(mistake)}") from None
     bridged = hasattr(model, "hook_dict")
-    place = _hook_point(model, hook) if bridged else _module(model, hook)
-    make = type(place) if bridged else nn.Identity
+    point = _hook_point(model, hook) if bridged else _module(model, hook)
+    make = type(point) if bridged else nn.Identity
     error = make() if add_error else None
     spliced = Splice(sae, hook, make(), make(), error, edit, positions, special_tokens(model).bos)
     called: Any = model.original_model if bridged else model
     with ExitStack() as undo:
         undo.callback(called.register_forward_pre_hook(spliced._read_call, with_kwargs=True).remove)
-        undo.enter_context((_on_bridge if bridged else _on_module)(model, place, spliced))
+        undo.enter_context((_on_bridge if bridged else _on_module)(model, point, spliced))
         yield spliced
 
 
@@ -112,7 +112,7 @@ class Splice:
     """A dictionary that is spliced into a model.
 
     Attributes:
-        sae, hook: the dictionary and its place.
+        sae, hook: the dictionary and its hook.
         features: the features pass through this module, [b, t, d_sae], after ``steer``, ``add`` and ``ablate``.
         reconstruction: x̂ [b, t, d_in] passes through it.
         error: x − x̂ [b, t, d_in] of the unchanged features, detached, passes through it; None if it is not added.
@@ -131,8 +131,8 @@ class Splice:
 
     def points(self) -> dict[str, Any]:
         """The modules by the names that their hook points have on a bridge."""
-        found = {"hook_features": self.features, "hook_reconstruction": self.reconstruction}
-        return found if self.error is None else {**found, "hook_error": self.error}
+        points = {"hook_features": self.features, "hook_reconstruction": self.reconstruction}
+        return points if self.error is None else {**points, "hook_error": self.error}
 
     def __call__(self, activation: Float[Tensor, "b t *d"]) -> Float[Tensor, "b t *d"]:
         """What takes the activation's place."""
