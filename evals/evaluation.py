@@ -50,7 +50,7 @@ class Figure:
 
 
 class Seen(NamedTuple):
-    """One batch of activations, encoded and decoded: n tokens, and the numbers of their documents if those are known."""
+    """One batch of activations, encoded and decoded: n tokens, and their documents' numbers if those are known."""
 
     x: Float[Tensor, "n d"]
     code: SparseCode

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -13,73 +11,77 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
-import saekit
 from saekit.activations import ActivationBatch, ActivationCache, ActivationSource, ContextBatch, harvest
 from saekit.activations.finite import BadTokens
 from saekit.activations.python_source import Split
+from saekit.activations.settings import SourceSettings
 from saekit.errors import SaekitError, SaekitWarning
 from saekit.evals.heldout import Drawn, draw
+from saekit.evals.registry import routed
 from saekit.evals.report import Report
 from saekit.evals.suite import evaluate, evaluate_activations, passes
 from saekit.evals.told import check_told, model_wanted, text_rules
+from saekit.loading import load
 from saekit.processing import asked_for
 from saekit.reading import is_plain
 from saekit.sae import SparseAutoencoder
+from saekit.settings import partial
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 
-@dataclass
+_Source: Any = partial(SourceSettings)
+
+
 class Evaluator:
     """Evaluates dictionaries on the held-out part of the text they come from.
 
-    Models and contexts are opened once for all dictionaries that share them. A field that is set wins over what the
-    dictionary's metadata says.
+    Models and contexts are opened once for all dictionaries that share them. A source setting that is given wins over
+    what the dictionary's metadata says. With ``max_norm`` left out all tokens are scored, also by dictionaries that
+    were trained without the large ones, so that figures stay comparable.
 
     Attributes:
-        model, hook, dataset, column, split, dataset_config, context_length, skip_first, prepend_bos, dtype:
-            as in ``ActivationSource.open``.
-        max_norm: leave out tokens of more than so many times the median norm. All are scored if not given, also by
-            dictionaries that were trained without those: figures stay comparable.
+        source: the settings of ``SourceSettings`` that were given; the others are None.
         cache: judge by the held-out rows of this activation cache instead of a model and text.
         tokens: text tokens to evaluate on.
         device: where model and dictionary run.
         trust_remote_code: whether code that comes with the model may run.
         on_contexts: makes a progress callback from a description and a number of contexts.
+        settings: of the evaluations, by their flat names.
     """
 
-    model: str | None = None
-    hook: str | None = None
-    dataset: str | None = None
-    column: str | None = None
-    split: str | None = None
-    dataset_config: str | None = None
-    context_length: int | None = None
-    skip_first: int | None = None
-    max_norm: float | None = None
-    prepend_bos: bool | None = None
-    dtype: str | None = None
-    cache: Path | None = None
-    tokens: int = 131_072
-    device: str = "cpu"
-    trust_remote_code: bool = False
-    on_contexts: Callable[[str, int], Callable[[int], object]] | None = None
-    _models: dict[Any, TransformerBridge] = field(default_factory=dict, init=False)
-    _drawn: dict[Any, Drawn] = field(default_factory=dict, init=False)
-    _limits: dict[Any, float | None] = field(default_factory=dict, init=False)
+    def __init__(
+        self,
+        *,
+        cache: Path | None = None,
+        tokens: int = 131_072,
+        device: str = "cpu",
+        trust_remote_code: bool = False,
+        on_contexts: Callable[[str, int], Callable[[int], object]] | None = None,
+        settings: Mapping[str, Any] | None = None,
+        **source: Any,
+    ) -> None:
+        """Take what is asked; further keywords are those of ``SourceSettings``, ``dtype`` for ``model_dtype`` too.
 
-    def __post_init__(self) -> None:
-        text = ["model", "hook", "dataset", "column", "split", "dataset_config"]
-        text += ["context_length", "skip_first", "prepend_bos", "dtype"]
-        given = [name.replace("_", "-") for name in text if getattr(self, name) is not None]
-        if self.cache and given:
-            raise SaekitError(f"judge either by --cache or by a model and text, not by --cache and --{given[0]}")
-        if self.max_norm is not None and not 1 < self.max_norm < math.inf:
-            raise SaekitError(f"--max-norm is a multiple of the median norm, more than 1, not {self.max_norm}")
-        for name in ("tokens", "context_length"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise SaekitError(f"{name} = {value} is no number of tokens to judge by")
+        Raises:
+            SaekitError: a value is impossible, or both a cache and a text are given.
+        """
+        if "dtype" in source:
+            source["model_dtype"] = source.pop("dtype")
+        self.source = _Source(**source)
+        self.cache, self.tokens, self.device, self.trust_remote_code = cache, tokens, device, trust_remote_code
+        self.on_contexts, self.settings = on_contexts, dict(settings or {})
+        self._models: dict[Any, TransformerBridge] = {}
+        self._drawn: dict[Any, Drawn] = {}
+        self._limits: dict[Any, float | None] = {}
+        given = self.source.model_dump(exclude_none=True).keys() - {"max_norm"}
+        if cache and given:
+            first = next(name for name in type(self.source).model_fields if name in given).replace("_", "-")
+            raise SaekitError(f"judge either by --cache or by a model and text, not by --cache and --{first}")
+        if tokens < 1:
+            raise SaekitError(f"tokens = {tokens} is no number of tokens to judge by")
+        routed(self.settings)
 
     def __call__(self, path: str | Path) -> Report:
         """Load one dictionary and evaluate it.
@@ -87,7 +89,7 @@ class Evaluator:
         Raises:
             SaekitError: the dictionary, its model or its text is not found, or they do not fit each other.
         """
-        sae = saekit.load(path, device=self.device)
+        sae = load(path, device=self.device)
         validated_metadata(sae)  # refused where it tells nonsense
         cache = self.cache_of(sae)
         report = self._by_cache(sae, cache) if cache else self._by_text(sae, str(path))
@@ -127,21 +129,21 @@ class Evaluator:
 
     def norm_limit(self, sae: SparseAutoencoder, origin: ActivationSource | ActivationCache) -> float | None:
         """The largest ‖x‖ that ``max_norm`` lets in: where it is that of the training, by the number used there."""
-        if self.max_norm is None:
+        if self.source.max_norm is None:
             return None
         own = _own(sae).get("provenance") or {}
         if isinstance(origin, ActivationSource):
-            here = {"model": origin.name, "hook": origin.hook, "max_norm": self.max_norm}
+            here = {"model": origin.name, "hook": origin.hook, "max_norm": self.source.max_norm}
             if "norm_limit" in own and here.items() <= own.items():
                 return float(own["norm_limit"])
         place = (origin.name, origin.text.fingerprint) if isinstance(origin, ActivationSource) else origin.path
         if (key := (place, origin.hook)) not in self._limits:
-            self._limits[key] = origin.norm_limit(self.max_norm)
+            self._limits[key] = origin.norm_limit(self.source.max_norm)
         return self._limits[key]
 
     def cache_of(self, sae: SparseAutoencoder) -> Path | None:
         """The cache to judge by: the one that is asked for, or the only thing that the dictionary names."""
-        own = _own(sae).get("cache") if not (self.model or validated_metadata(sae).get("model_name")) else None
+        own = _own(sae).get("cache") if not (self.source.model or validated_metadata(sae).get("model_name")) else None
         return self.cache or (Path(own) if own else None)
 
     def checked(self, sae: SparseAutoencoder, path: Path) -> ActivationCache:
@@ -175,7 +177,7 @@ class Evaluator:
         return cache
 
     def _by_cache(self, sae: SparseAutoencoder, path: Path) -> Report:
-        report = evaluate_activations(sae, self.activations(sae, str(path), "heldout"))
+        report = evaluate_activations(sae, self.activations(sae, str(path), "heldout"), self.settings)
         return Report(report.groups, {"cache": str(path), "part": "heldout", **self._told(None)})
 
     def source_of(self, sae: SparseAutoencoder, path: str) -> ActivationSource:
@@ -184,8 +186,8 @@ class Evaluator:
         Raises:
             SaekitError: the dictionary says too little, or one of them does not exist.
         """
-        facts, provenance = validated_metadata(sae), _own(sae).get("provenance") or {}
-        model, hook = self.model or facts.get("model_name"), self.hook or facts.get("hook_name")
+        asked, facts, provenance = self.source, validated_metadata(sae), _own(sae).get("provenance") or {}
+        model, hook = asked.model or facts.get("model_name"), asked.hook or facts.get("hook_name")
         if not model:
             raise SaekitError(f"'{path}' does not say which model it belongs to; give --model and --hook, or --cache")
         own = facts.get("hook_name")
@@ -193,19 +195,20 @@ class Evaluator:
             warnings.warn(f"'{path}' belongs to '{own}'; here it is judged at '{hook}'", SaekitWarning, stacklevel=3)
         if not hook:
             raise SaekitError(f"'{path}' does not say which hook point it belongs to; give --hook")
-        wanted = model_wanted(facts, path, hook, named=self.model is not None, dtype=self.dtype)
-        dtype = self.dtype or provenance.get("model_dtype") or wanted.dtype or "float32"
+        wanted = model_wanted(facts, path, hook, named=asked.model is not None, dtype=asked.model_dtype)
+        dtype = asked.model_dtype or provenance.get("model_dtype") or wanted.dtype or "float32"
         key = (model, dtype, wanted.revision, wanted.processing)
         source = ActivationSource.open(
             model,
             hook,
-            self.dataset or facts.get("dataset_path") or "python",
-            column=self.column or provenance.get("column") or "text",
-            split=self.split or provenance.get("dataset_split") or "train",
-            dataset_config=self.dataset_config or (None if self.dataset else provenance.get("dataset_config")),
-            context_length=self.context_length or facts.get("context_size"),
-            skip_first=self.skip_first or provenance.get("skip_first") or 1,
-            prepend_bos=facts.get("prepend_bos") if self.prepend_bos is None else self.prepend_bos,
+            asked.dataset or facts.get("dataset_path") or "python",
+            column=asked.column or provenance.get("column") or "text",
+            split=asked.split or provenance.get("dataset_split") or "train",
+            dataset_config=asked.dataset_config or (None if asked.dataset else provenance.get("dataset_config")),
+            streaming=asked.streaming is not False,
+            context_length=asked.context_length or facts.get("context_size"),
+            skip_first=asked.skip_first or provenance.get("skip_first") or 1,
+            prepend_bos=facts.get("prepend_bos") if asked.prepend_bos is None else asked.prepend_bos,
             rules=text_rules(facts),
             device=self.device,
             dtype=dtype,
@@ -215,7 +218,7 @@ class Evaluator:
             trust_remote_code=self.trust_remote_code,
         )
         self._models[key] = source.model
-        if self.prepend_bos and not source.prepend_bos:
+        if asked.prepend_bos and not source.prepend_bos:
             raise SaekitError(f"the tokenizer of '{model}' has no BOS to prepend")
         check_told(facts, path, hook, str(source.model.cfg.normalization_type))
         return source
@@ -242,13 +245,21 @@ class Evaluator:
         source, contexts = self.text_of(sae, path)
         work = passes(sae, source.model) * len(contexts.tokens)
         tell = self.on_contexts(path, work) if self.on_contexts is not None else None
-        report = evaluate(sae, source.model, contexts, hook=source.hook, skip_first=source.skip_first, on_batch=tell)
+        report = evaluate(
+            sae,
+            source.model,
+            contexts,
+            hook=source.hook,
+            skip_first=source.skip_first,
+            on_batch=tell,
+            settings=self.settings,
+        )
         told = self._told(self.norm_limit(sae, source))
         about = {**source.provenance("heldout"), **self._draw(sae, source).about(), **told, **report.about}
         return Report(report.groups, about)
 
     def _told(self, limit: float | None) -> dict[str, float]:
-        asked = {} if self.max_norm is None else {"max_norm": self.max_norm}
+        asked = {} if self.source.max_norm is None else {"max_norm": self.source.max_norm}
         return asked if limit is None else {**asked, "norm_limit": limit}
 
 

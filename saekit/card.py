@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import quote
 
 from saekit.errors import SaekitError
+from saekit.evals.registry import evaluations
 from saekit.evals.report import figures, groups_in, lookup, notes, over_documents
 from saekit.formats.registry import FORMATS, files_of
 from saekit.hub import HubPath
@@ -29,7 +30,6 @@ _RULES = {
     "token_norm": "pre-activations, over the token's ‖x − b_dec‖, above a threshold of each feature",
 }
 _NORMALISED = {"layer_norm": "each token's layer norm, which the reconstruction undoes"}
-_SHOWN = ("sparsity", "reconstruction", "downstream")  # the groups of a report that a card shows: all their figures
 
 
 def card(folder: str | Path, hub_path: HubPath | None = None, *, above: bool = False) -> str:
@@ -129,7 +129,10 @@ def _figures(sae: SparseAutoencoder, files: dict[str, Path]) -> str:
     if "eval.json" not in files:
         return "## Figures\n\nIt comes without an evaluation; `saekit eval` makes one."
     report = groups_in(files["eval.json"])
-    about, groups = report["about"], {name: report[name] for name in _SHOWN if name in report}
+    about, groups = (
+        report["about"],
+        {name: report[name] for name, each in evaluations() if each.on_card and name in report},
+    )
     for key in ("d_in", "d_sae"):
         if about.get(key, getattr(sae.cfg, key)) != getattr(sae.cfg, key):
             raise SaekitError(f"'{files['eval.json']}' is of another dictionary: it has another {key}; move it away")

@@ -16,34 +16,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saekit.errors import SaekitError
+from saekit.evals.dark_matter.error_batch import ErrorBatch
+from saekit.evals.dark_matter.error_norms import NormTest
 from saekit.evals.dark_matter.least_squares import LinearMap, Moments, fit_linear
-from saekit.evals.dark_matter.norm_test import NormTest
 from saekit.evals.dark_matter.splits import SPLITS, SplitKind, in_test_half, scrambled
 from saekit.evals.intervals import DocumentSums
 
 BLOCKS = 64  # groups of documents, for intervals
 SAMPLED = 400  # tokens whose norms are kept for a picture
 _CHUNK = 8192
-
-
-class ErrorBatch(NamedTuple):
-    """m tokens and what a dictionary made of them.
-
-    Attributes:
-        x: [m, d] activations.
-        x_hat: [m, d] their reconstructions, by any means.
-        documents: [m] numbers of their documents; if not known, each token is a document of its own.
-        tokens: [m] token ids, for the baseline of the token's mean.
-        l0: [m] active features of each token, for a baseline.
-        losses: [m] the model's nats of the next token, for a baseline.
-    """
-
-    x: Float[Tensor, "m d"]
-    x_hat: Float[Tensor, "m d"]
-    documents: Int[Tensor, "m"] | None = None
-    tokens: Int[Tensor, "m"] | None = None
-    l0: Float[Tensor, "m"] | None = None
-    losses: Float[Tensor, "m"] | None = None
 
 
 class Norms(NamedTuple):

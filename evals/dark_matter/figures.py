@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from saekit.evals.dark_matter.norm_test import PARTS
+from saekit.evals.dark_matter.error_norms import PARTS
 from saekit.evals.dark_matter.scaling import WidthLaw
 from saekit.evals.report import lookup
 from saekit.files import replace_file

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import saekit
 from saekit.activations import ActivationCache, ActivationSource, ContextBatch, Harvest, harvest_hooks
 from saekit.activations.gradients import not_causal
 from saekit.activations.harvesting import ActivationBatch
@@ -19,6 +18,7 @@ from saekit.evals.dark_matter.study import SPLIT, ErrorStudy
 from saekit.evals.heldout import draw
 from saekit.evals.report import Report
 from saekit.evals.saved import Evaluator, validated_metadata
+from saekit.loading import load
 from saekit.processing import applied_to
 from saekit.sae import SparseAutoencoder
 
@@ -58,7 +58,7 @@ class DarkMatterEvaluator:
         places = [path if str(path).startswith("hf://") else Path(path).resolve() for path in paths]
         if twice := [path for path, place in zip(paths, places, strict=True) if places.count(place) > 1]:
             raise SaekitError(f"the dictionary '{twice[0]}' is named twice")
-        saes = {str(path): saekit.load(path, device=self.evaluator.device) for path in paths}
+        saes = {str(path): load(path, device=self.evaluator.device) for path in paths}
         first, sae = next(iter(saes.items()))
         cache = self.evaluator.cache_of(sae)
         if cache is not None:
@@ -70,8 +70,8 @@ class DarkMatterEvaluator:
 
     def _source(self, sae: SparseAutoencoder, path: str) -> ActivationSource:
         own = validated_metadata(sae).get("hook_name")
-        if own and self.evaluator.hook and own != self.evaluator.hook:
-            raise SaekitError(f"the dictionary '{path}' is of hook '{own}', not of '{self.evaluator.hook}'")
+        if own and self.evaluator.source.hook and own != self.evaluator.source.hook:
+            raise SaekitError(f"the dictionary '{path}' is of hook '{own}', not of '{self.evaluator.source.hook}'")
         return self.evaluator.source_of(sae, path)
 
     def _earlier(self, source: ActivationSource) -> dict[str, tuple[str, SparseAutoencoder]]:
@@ -82,7 +82,7 @@ class DarkMatterEvaluator:
         """
         found: dict[str, tuple[str, SparseAutoencoder]] = {}
         for path in map(str, self.earlier):
-            sae = saekit.load(path, device=self.evaluator.device)
+            sae = load(path, device=self.evaluator.device)
             hook, model = validated_metadata(sae).get("hook_name"), validated_metadata(sae).get("model_name")
             if not hook:
                 raise SaekitError(f"'{path}' does not say which hook point it belongs to")

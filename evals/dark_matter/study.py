@@ -13,8 +13,9 @@ from torch import Tensor
 
 from saekit.activations import Harvest
 from saekit.errors import SaekitError
-from saekit.evals.dark_matter.decomposition import DarkMatter, ErrorBatch
+from saekit.evals.dark_matter.decomposition import DarkMatter
 from saekit.evals.dark_matter.earlier_parts import EarlierParts
+from saekit.evals.dark_matter.error_batch import ErrorBatch
 from saekit.evals.dark_matter.scaling import TokenScaling, alike, width_scaling
 from saekit.evals.dark_matter.splits import SplitKind, in_test_half
 from saekit.evals.gradient_pursuit import encode_by_pursuit

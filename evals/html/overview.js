@@ -70,10 +70,13 @@ function training(curves) {
   if (!curves || !curves.tokens) return [];
   const same = curves.loss.every((value, i) => value === curves.fvu[i]);
   const wanted = [
-    same ? null : ["loss", "Loss", "FVU and the auxiliary loss"],
-    ["fvu", "FVU", same ? "which is the loss: there is no auxiliary one" : null],
+    same ? null : ["loss", "Loss", "the weighted sum of its terms"],
+    ["fvu", "FVU", same ? "which is the loss: it has no other term" : null],
     ["l0", "L0", null],
     ["dead_share", "Dead", "share of the features that have not fired for long"],
+    ...Object.keys(curves)
+      .filter((key) => !["tokens", "loss", "fvu", "l0", "dead_share"].includes(key))
+      .map((key) => [key, key, "a term of the loss"]),
   ];
   return wanted.filter(Boolean).map(([key, title, note]) => {
     const y = curves[key];

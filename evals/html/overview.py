@@ -50,6 +50,7 @@ def overview(subject: Subject, study: FeatureStudy | None) -> dict[str, Any]:
     order = {(group, figure.key): figure.headline for group, figure in shown_figures() if figure.headline}
     headline = sorted((each for each in found if each[1:3] in order), key=lambda each: order[each[1:3]])
     more = figures(subject.groups, details=True)
+    sections = [(each.title, [row for row in [*found, *more] if row.group == name]) for name, each in evaluations()]
     return {
         "name": _text(subject.name),
         "made": _made(subject.sae),
@@ -58,12 +59,9 @@ def overview(subject: Subject, study: FeatureStudy | None) -> dict[str, Any]:
         "headline": [[each.title, each.value, each.error, each.meaning] for each in headline],
         "errors": over_documents(subject.groups),
         "tables": [
-            [
-                title,
-                [[each.title, each.value, each.error, each.meaning] for each in [*found, *more] if each.group == group],
-            ]
-            for group, title in ((name, each.title) for name, each in evaluations())
-            if any(each.group == group for each in found)
+            [title, [[each.title, each.value, each.error, each.meaning] for each in rows]]
+            for title, rows in sections
+            if rows
         ],
         "curves": curves(subject.metrics) if subject.metrics is not None else None,
         "density": _density(subject.groups.get("sparsity"), subject.sae.cfg.d_sae),

@@ -46,6 +46,7 @@ def flag(
     again: str | None = None,
     old: str | None = None,
     of: Sequence[str] = (),
+    note: str = "",
 ) -> inspect.Parameter:
     """The flag of one setting.
 
@@ -56,6 +57,7 @@ def flag(
         again: what to say of a flag that may be given several times.
         old: a name that it had before.
         of: the variants or losses that have it, where those are few.
+        note: what to say at the end.
     """
     stated = field.default_factory is None and field.default is not None and field.default is not False
     default = f" [default: {field.default}]" if stated else ""
@@ -64,7 +66,7 @@ def flag(
     names = [f"--{old.replace('_', '-')}", f"--{name.replace('_', '-')}"] if old else []
     option = typer.Option(
         *names,
-        help=f"{owners}{field.description}{default}{again or ''}",
+        help=f"{owners}{field.description}{default}{again or ''}{note}",
         show_default=False,
         autocompletion=among(*known) if known else None,
         rich_help_panel=panel,
@@ -102,8 +104,9 @@ def with_flags(command: Callable[..., Any], parameters: list[inspect.Parameter],
     own = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
     for each in own if own_panel else ():
         each.default.rich_help_panel = own_panel
-    command.__signature__ = inspect.Signature([*parameters, *own])  # type: ignore[attr-defined]
-    command.__annotations__ = {p.name: p.annotation for p in (*parameters, *own)}
+    every = sorted([*parameters, *own], key=lambda parameter: parameter.kind)
+    command.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in every}
 
 
 def among(*values: str) -> Callable[[str], list[str]]:

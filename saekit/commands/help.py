@@ -15,11 +15,7 @@ _RUN = ("out", "config", "resume", "overwrite", "device", "trust_remote_code", "
 # by command and title, parameters that stand in a panel of their own, where their settings do not say which
 _PANELS: dict[str, dict[str, tuple[str, ...]]] = {
     "cache": {"Data": (*_TEXT, *_WHICH, "tokens", "dtype", "model_dtype", "gradients"), "Run": _RUN},
-    "eval": {
-        "Data": (*_TEXT, *_WHICH[:2], "prepend_bos", "model_dtype", "cache", "tokens"),
-        "Suite dark_matter": ("earlier", "pursuit", "ce_tokens", "figures"),
-        "Run": (*_RUN, "html", "features_shown"),
-    },
+    "eval": {"Run": (*_RUN, "html", "features_shown")},
     "convert": {
         "With --lossy": ("model", "hook", "dataset", "dataset_config", "cache", "tokens", "trust_remote_code", "device")
     },
@@ -68,7 +64,8 @@ def explain(command: Any) -> Any:
                 parameter.help = escape(parameter.help)  # or rich takes [...] for markup
             if parameter.default is False:
                 parameter.show_default = False  # a flag that is not given
-        order = [None, *_PANELS.get(name, {}), *dict.fromkeys(each.rich_help_panel for each in each.params)]
+        panels = dict.fromkeys(parameter.rich_help_panel for parameter in each.params)
+        order = [None, *(panel for panel in panels if panel not in (None, "Run")), "Run"]
         each.params.sort(key=lambda parameter: order.index(parameter.rich_help_panel))
         each.help = escape(each.help or "")
         if examples := _EXAMPLES.get(name):

@@ -7,17 +7,14 @@ scored on the other (arXiv 2410.14670).
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saekit.errors import SaekitError
+from saekit.evals.dark_matter.error_batch import ErrorBatch
 from saekit.evals.dark_matter.least_squares import LinearMap, Moments, fit_linear
-
-if TYPE_CHECKING:
-    from saekit.evals.dark_matter.decomposition import ErrorBatch
 
 PARTS = ("x", "x_hat", "error", "nonlinear", "x_hat_plus_nonlinear", "linear")
 BASELINES = ("loss", "l0", "norm")
