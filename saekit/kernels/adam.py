@@ -26,7 +26,7 @@ def adam_update(
     lr: float,
     scale: Float[Tensor, ""] | None = None,
 ) -> None:
-    """Change W and its moments by a gradient.
+    """Change W and its moments by a gradient, which may be scaled in place.
 
     Args:
         W, grad, first, second: the numbers, their gradient, its first and second moment.

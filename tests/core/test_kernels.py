@@ -83,7 +83,7 @@ def _to(value, device):
 
 
 def meaning(name, arguments, result):
-    """What must be alike: pairs in no order, entries that are not positive left out; all that was changed in place."""
+    """What must be alike: pairs in no order, entries that are not positive left out; what is changed in place."""
     if name == "largest_in_rows":
         chosen = torch.zeros_like(arguments[0], dtype=torch.bool).scatter_(1, result, True)
         return [chosen & (arguments[0] > 0)]
@@ -91,7 +91,9 @@ def meaning(name, arguments, result):
         chosen = torch.zeros_like(arguments[0], dtype=torch.bool)
         chosen[result] = True
         return [chosen & (arguments[0] > 0)]
-    return [result] if result is not None else [each for each in arguments if isinstance(each, torch.Tensor)]
+    if name == "adam_update":
+        return [arguments[0], *arguments[2:4]]  # the gradient may have been scaled in place
+    return [result]
 
 
 def test_every_operation_has_cases_and_implementations():
