@@ -62,6 +62,11 @@ class SparseCode:
         return self.n_tokens, self.n_features
 
     @property
+    def device(self) -> torch.device:
+        """Where the matches are."""
+        return self.values.device
+
+    @property
     def l0(self) -> float:
         """Mean number of matches a token."""
         return self.tokens.numel() / max(self.n_tokens, 1)

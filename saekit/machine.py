@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from saekit.errors import SaekitError, first_line
+from saekit.kernels.devices import name_of
 
 Machine = dict[str, str | int]
 
@@ -21,14 +22,13 @@ def this_machine(device: torch.device) -> Machine:
         The version of ``torch``; the ``processor``, its ``capability`` (the instructions that torch takes of it) and
         ``threads``; the ``device``, on CUDA by its name.
     """
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     capability = torch.backends.cpu.get_cpu_capability()
     return {
         "torch": torch.__version__,
         "processor": _processor(),
         "capability": capability,
         "threads": torch.get_num_threads(),
-        "device": name,
+        "device": name_of(device),
     }
 
 

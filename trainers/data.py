@@ -17,7 +17,7 @@ from saekit.activations.harvesting import harvest_hooks
 from saekit.activations.manifest import as_known
 from saekit.activations.stream import StreamState, cache_rows, live_rows, live_rows_of_hooks
 from saekit.errors import SaekitError
-from saekit.kernels.scores import has_fast_bfloat16
+from saekit.kernels.devices import has_fast_bfloat16
 from saekit.trainers.config import TrainConfig
 from saekit.trainers.variants import VARIANTS
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adam import adam
 
+from saekit.kernels.adam import adam_update
+from saekit.kernels.devices import rows_in_cache
 from saekit.sae import SparseAutoencoder
 
 DICTIONARY = ("W_enc", "b_enc", "W_dec", "b_dec")
-_BLOCK = 1 << 19  # numbers of one tensor that are updated at a time, so that they stay in the processor's cache
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float, decay: float) -> float:
@@ -75,7 +75,7 @@ class DictionaryAdam:
         for name, parameter in self.parameters.items():
             assert parameter.grad is not None
             for W, grad, first, second in _blocks(parameter, parameter.grad, *self.moments[name]):
-                self._adam(W, grad, first, second, lr, scale)
+                adam_update(W, grad, first, second, self.steps, lr, scale)
                 if name == "W_dec":
                     W.div_(torch.linalg.vector_norm(W, dim=1, keepdim=True))
         self.steps += 1
@@ -90,26 +90,6 @@ class DictionaryAdam:
                     grad.addcmul_((grad * W).sum(1, keepdim=True), W, value=-1)
                 squares += grad.flatten().dot(grad.flatten())
         return squares.sqrt()
-
-    def _adam(self, W: Tensor, grad: Tensor, first: Tensor, second: Tensor, lr: float, scale: Tensor | None) -> None:
-        fused = W.device.type in ("cpu", "cuda")
-        if scale is not None and not fused:
-            grad, scale = grad / scale, None
-        settings: dict[str, Any] = {"amsgrad": False, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
-        adam(
-            [W],
-            [grad],
-            [first],
-            [second],
-            [],
-            [torch.tensor(float(self.steps), device=W.device)],  # torch counts this step in it
-            fused=fused,
-            grad_scale=scale,
-            found_inf=None,
-            lr=lr,
-            maximize=False,
-            **settings,
-        )
 
     def state_dict(self) -> dict[str, Any]:
         """Steps and moments, for a checkpoint."""
@@ -128,6 +108,6 @@ def _blocks(*tensors: Tensor | None) -> Iterator[list[Tensor]]:
     rows = [t if t is None or t.is_contiguous() else t.T for t in tensors]
     first = rows[0]
     assert first is not None
-    step = max(1, _BLOCK // first[0].numel()) if first.device.type == "cpu" and first.ndim > 1 else len(first)
+    step = rows_in_cache(first.device, len(first), first[0].numel()) if first.ndim > 1 else len(first)
     for start in range(0, len(first), step):
         yield [t[start : start + step] for t in rows if t is not None]

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saekit.code import SparseCode
+from saekit.kernels.devices import exact_dtype
 from saekit.zipf import ZipfLaw, fit_zipf, ranks_of
 
 _RATE = 0.01  # of the running means over batches
@@ -30,8 +31,7 @@ class Statistics:
         self.tokens = 0
         self.window = window
         self.since_fired = torch.zeros(n_features, dtype=torch.long, device=device)
-        # MPS has no float64; there, counts of a window are exact enough in float32
-        exact = torch.float32 if device.type == "mps" else torch.float64
+        exact = exact_dtype(device)
         self._fired = torch.zeros(n_features, dtype=exact, device=device)
         self._seen = 0.0
         self._kept = torch.zeros(n_features, device=device)

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from saekit.kernels.ops import ANY, operation
 from saekit.kernels.pairs import pair_products, sum_by_feature, sum_by_token
 
 if TYPE_CHECKING:
@@ -36,12 +37,13 @@ class _Decode(Function):
         )
 
 
+@operation
 def decode(code: SparseCode, W_dec: Float[Tensor, "F d"], b_dec: Float[Tensor, "d"]) -> Float[Tensor, "n d"]:
     """Reconstructions [n, d] of a sparse code; gradients reach ``code.values``, ``W_dec`` and ``b_dec``."""
+    return code.to_dense() @ W_dec + b_dec
+
+
+@decode.on(ANY)
+def _sparse(code: SparseCode, W_dec: Tensor, b_dec: Tensor) -> Tensor:
     result: Tensor = _Decode.apply(code.values, W_dec, b_dec, code)  # type: ignore[no-untyped-call]
     return result
-
-
-def decode_reference(code: SparseCode, W_dec: Float[Tensor, "F d"], b_dec: Float[Tensor, "d"]) -> Float[Tensor, "n d"]:
-    """The same by a dense product."""
-    return code.to_dense() @ W_dec + b_dec

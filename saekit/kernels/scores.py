@@ -6,16 +6,15 @@ encoder, the biases 1 and b_enc) or with features as rows (the other way round).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from saekit.code import SparseCode
+from saekit.kernels.devices import full_accumulation, rows_in_cache
 from saekit.kernels.pairs import pair_products
 from saekit.kernels.workspace import Workspace
 
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 _ENTRIES = 1 << 25  # scores held at a time
-_BLOCK = 1 << 19  # numbers converted at a time, so that they stay in the processor's cache
 MULTIPLE = 64  # columns are filled up to one with -inf, so that they fall into groups
 
 
@@ -131,7 +129,7 @@ class ApproximateScores(Scores):
         c = len(self.right)
         out = self.workspace("scores", (stop - start, self._padded), torch.bfloat16, self.left.device)
         out[:, c:] = -torch.inf
-        with _full_accumulation(self.left.device):
+        with full_accumulation(self.left.device):
             torch.mm(left.half[start:stop], right.half.T, out=out[:, :c])
         return out
 
@@ -163,34 +161,9 @@ class _Rounded:
             self.half[:, d:] = torch.stack(columns, dim=1)
         self.norms = ws(f"{side} norms", (n,), vectors.dtype, device)
         self.errors = ws(f"{side} errors", (n,), vectors.dtype, device)
-        rows = max(1, _BLOCK // d) if device.type == "cpu" else n
+        rows = rows_in_cache(device, n, d)
         for i in range(0, n, rows):
             block, half = vectors[i : i + rows], self.half[i : i + rows, :d]
             half.copy_(block)
             torch.linalg.vector_norm(block, dim=1, out=self.norms[i : i + rows])
             torch.linalg.vector_norm(block - half, dim=1, out=self.errors[i : i + rows])
-
-
-def has_fast_bfloat16(device: str) -> bool:
-    """Whether the processor of this name (``auto``: CUDA or the CPU) has instructions for bfloat16 products."""
-    if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
-        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    if device not in ("auto", "cpu"):
-        return False
-    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in older versions of torch
-    return any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-
-
-@contextmanager
-def _full_accumulation(device: torch.device) -> Iterator[None]:
-    """Sums in float32 throughout: CUDA may otherwise add partial sums in bfloat16, which the bound does not allow."""
-    if device.type != "cuda":
-        yield
-        return
-    matmul = torch.backends.cuda.matmul
-    before = matmul.allow_bf16_reduced_precision_reduction
-    matmul.allow_bf16_reduced_precision_reduction = False
-    try:
-        yield
-    finally:
-        matmul.allow_bf16_reduced_precision_reduction = before

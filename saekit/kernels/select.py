@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from saekit.kernels.ops import ANY, operation
+
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
@@ -33,6 +35,7 @@ def _largest(rows: Float[Tensor, "n F"], k: int) -> tuple[Float[Tensor, "n k"], 
     return values, chosen.gather(1, places % k) + places.div(k, rounding_mode="floor") * groups
 
 
+@operation
 def largest_in_rows(rows: Float[Tensor, "n F"], k: int) -> Int[Tensor, "n k"]:
     """Columns of the k largest entries of each row, in no particular order.
 
@@ -40,6 +43,11 @@ def largest_in_rows(rows: Float[Tensor, "n F"], k: int) -> Int[Tensor, "n k"]:
         rows: [n, F] without gradients.
         k: 1 to F.
     """
+    return rows.sort(dim=1, descending=True, stable=True).indices[:, :k]
+
+
+@largest_in_rows.on(ANY)
+def _in_rows(rows: Tensor, k: int) -> Tensor:
     width = rows.shape[1]
     if k == width:
         return torch.arange(width, device=rows.device).expand(rows.shape)
@@ -52,15 +60,25 @@ def largest_in_rows(rows: Float[Tensor, "n F"], k: int) -> Int[Tensor, "n k"]:
     return columns
 
 
+@operation
 def largest_in_columns(matrix: Float[Tensor, "n F"], counts: Int[Tensor, "F"]) -> tuple[Tensor, Tensor]:
     """Tokens and features, ordered by token, of the ``counts[j]`` largest entries of each column j.
-
-    Columns of like counts are selected together, so that few large counts do not make every column's selection large.
 
     Args:
         matrix: [n, F] without gradients.
         counts: [F], each 0 to n.
     """
+    order = matrix.sort(dim=0, descending=True, stable=True).indices
+    rank = torch.empty_like(order).scatter_(
+        0, order, torch.arange(len(matrix), device=order.device)[:, None].expand_as(order)
+    )
+    tokens, features = (rank < counts).nonzero().unbind(1)
+    return tokens, features
+
+
+@largest_in_columns.on(ANY)
+def _in_columns(matrix: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns of like counts together, so that few large counts do not make every column's selection large."""
     columns = matrix.T.contiguous()
     n = columns.shape[1]
     bins = counts.clamp(min=1).log2().ceil().long()
@@ -84,6 +102,7 @@ def largest_in_columns(matrix: Float[Tensor, "n F"], counts: Int[Tensor, "F"]) -
     return tokens, features[order]
 
 
+@operation
 def largest_in_all(matrix: Float[Tensor, "n F"], total: int) -> Int[Tensor, "m"]:
     """Flat indices, ascending, of the ``total`` largest entries of a whole matrix, those not positive left out.
 
@@ -92,14 +111,29 @@ def largest_in_all(matrix: Float[Tensor, "n F"], total: int) -> Int[Tensor, "m"]
         total: at least 1.
     """
     flat = matrix.flatten()
+    best = flat.sort(descending=True, stable=True).indices[:total]
+    return best[flat[best] > 0].sort().values
+
+
+@largest_in_all.on(ANY)
+def _in_all(matrix: Tensor, total: int) -> Tensor:
+    flat = matrix.flatten()
     survivors = (flat > _lower_bound(flat, total)).nonzero().flatten()
     if survivors.numel() < total:  # the sample misled, or fewer are positive
         survivors = (flat > 0).nonzero().flatten()
     return survivors[largest_among(flat[survivors], total)]
 
 
+@operation
 def largest_among(values: Float[Tensor, "m"], total: int) -> Bool[Tensor, "m"]:
     """Which values are among the ``total`` largest positive ones; among equals the first."""
+    keep = torch.zeros_like(values, dtype=torch.bool)
+    keep[values.sort(descending=True, stable=True).indices[:total]] = True
+    return keep & (values > 0)
+
+
+@largest_among.on(ANY)
+def _among(values: Tensor, total: int) -> Tensor:
     if int((values > 0).sum()) <= total:
         return values > 0
     smallest = values.topk(total, sorted=False).values.min()
