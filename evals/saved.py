@@ -69,6 +69,9 @@ class Evaluator:
         """
         if "dtype" in source:
             source["model_dtype"] = source.pop("dtype")
+        for name, count in (("tokens", tokens), ("context_length", source.get("context_length"))):
+            if count is not None and count < 1:
+                raise SaekitError(f"{name} = {count} is no number of tokens to judge by")
         self.source = _Source(**source)
         self.cache, self.tokens, self.device, self.trust_remote_code = cache, tokens, device, trust_remote_code
         self.on_contexts, self.settings = on_contexts, dict(settings or {})
@@ -79,8 +82,6 @@ class Evaluator:
         if cache and given:
             first = next(name for name in type(self.source).model_fields if name in given).replace("_", "-")
             raise SaekitError(f"judge either by --cache or by a model and text, not by --cache and --{first}")
-        if tokens < 1:
-            raise SaekitError(f"tokens = {tokens} is no number of tokens to judge by")
         routed(self.settings)
 
     def __call__(self, path: str | Path) -> Report:
