@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 from saekit.lazy import lazy
 
 if TYPE_CHECKING:
+    from saekit.activations.batch import ActivationBatch
     from saekit.activations.cache import ActivationCache
-    from saekit.activations.harvesting import ActivationBatch, Harvest, harvest, harvest_hooks
+    from saekit.activations.harvesting import Harvest, harvest, harvest_hooks
     from saekit.activations.model import load_model
     from saekit.activations.padding import contexts_of
     from saekit.activations.settings import SourceSettings
@@ -35,7 +36,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "ActivationBatch": "harvesting",
+    "ActivationBatch": "batch",
     "ActivationCache": "cache",
     "ActivationSource": "source",
     "ContextBatch": "tokens",

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saekit.activations.batch import ActivationBatch
 from saekit.activations.division import blocks
-from saekit.activations.harvesting import ActivationBatch
 from saekit.activations.model import DTYPES
 from saekit.errors import SaekitError, SaekitWarning, first_line
 from saekit.files import expanded

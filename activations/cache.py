@@ -14,14 +14,14 @@ from jaxtyping import Int
 from torch import Tensor
 
 from saekit.activations.arrays import batches_of
+from saekit.activations.batch import ActivationBatch
 from saekit.activations.division import Division, Grouping
 from saekit.activations.finite import SAMPLE, check_finite, norm_limit
-from saekit.activations.harvesting import ActivationBatch
 from saekit.activations.manifest import MANIFEST, Manifest, Shard, check_provenance
 from saekit.activations.model import DTYPES
 from saekit.activations.python_source import Split
 from saekit.activations.shards import ShardWriter, damaged, read_shard
-from saekit.activations.unfinished import JOURNAL, begun, finish, regrouped, unfinished
+from saekit.activations.staging import JOURNAL, begun, finish, regrouped, staging
 from saekit.errors import SaekitError
 from saekit.files import expanded
 from saekit.reading import check_inside
@@ -84,7 +84,7 @@ class ActivationCache:
         """
         folder = expanded(path).resolve()
         if not (folder / MANIFEST).is_file():
-            begun = any((unfinished(folder) / name).is_file() for name in (MANIFEST, JOURNAL))
+            begun = any((staging(folder) / name).is_file() for name in (MANIFEST, JOURNAL))
             hint = f", only an unfinished harvest; `saekit cache --out {path} --resume` goes on with it"
             raise SaekitError(f"there is no activation cache at '{path}': no {MANIFEST}{hint if begun else ''}")
         found = Manifest.read(folder)

@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from saekit.activations.batch import ActivationBatch
 from saekit.errors import SaekitError
 from saekit.finite import not_finite
-
-if TYPE_CHECKING:
-    from saekit.activations.harvesting import ActivationBatch
 
 _FEW = 4096  # bad tokens before their share is looked at
 SAMPLE = 16_384  # tokens of which the median norm is taken

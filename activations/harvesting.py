@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from saekit.activations.attention import quick_attention
+from saekit.activations.batch import ActivationBatch
 from saekit.activations.finite import BadTokens, norms
 from saekit.activations.gradients import with_gradients
 from saekit.activations.model import activations_of, recorded, truncated
@@ -20,43 +21,6 @@ from saekit.activations.unembedding import Unembedding, next_tokens
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
-
-
-class ActivationBatch(NamedTuple):
-    """Activations of m tokens, text positions only.
-
-    Attributes:
-        x: [m, d] activations, in the model's units and dtype.
-        tokens: [m] token ids.
-        documents: [m] running numbers of their documents.
-        positions: [m] their positions in the context.
-        gradients: [m, d] of the model's next-token loss at the activations, where they were asked for.
-    """
-
-    x: Float[Tensor, "m d"]
-    tokens: Int[Tensor, "m"]
-    documents: Int[Tensor, "m"]
-    positions: Int[Tensor, "m"]
-    gradients: Float[Tensor, "m d"] | None = None
-
-    def rows(self, start: int, stop: int) -> ActivationBatch:
-        """Some of the tokens."""
-        x, tokens, documents, positions = (column[start:stop] for column in self[:4])
-        gradients = None if self.gradients is None else self.gradients[start:stop]
-        return ActivationBatch(x, tokens, documents, positions, gradients)
-
-    def where(self, kept: Bool[Tensor, "m"]) -> ActivationBatch:
-        """The tokens that a mask marks."""
-        x, tokens, documents, positions = (column[kept.to(column.device)] for column in self[:4])
-        gradients = None if self.gradients is None else self.gradients[kept.to(self.gradients.device)]
-        return ActivationBatch(x, tokens, documents, positions, gradients)
-
-    @staticmethod
-    def concatenate(batches: Sequence[ActivationBatch]) -> ActivationBatch:
-        """One batch of several, all with gradients or none."""
-        x, tokens, documents, positions = (torch.cat(column) for column in zip(*(b[:4] for b in batches), strict=True))
-        gradients = [b.gradients for b in batches if b.gradients is not None]
-        return ActivationBatch(x, tokens, documents, positions, torch.cat(gradients) if gradients else None)
 
 
 def harvest(

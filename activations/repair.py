@@ -11,9 +11,10 @@ from saekit.activations.cache import ActivationCache
 from saekit.activations.finite import BadTokens, limits_in
 from saekit.activations.manifest import Manifest, Shard, first_change
 from saekit.activations.model import DTYPES
+from saekit.activations.settings import SourceSettings
 from saekit.activations.shards import unchanged, write_shard
 from saekit.activations.source import ActivationSource, contexts_at_once
-from saekit.activations.unfinished import Place, regrouped
+from saekit.activations.staging import Place, regrouped
 from saekit.errors import SaekitError
 from saekit.files import check_writable, locked
 from saekit.reading import check_inside
@@ -120,23 +121,10 @@ def _harvest_again(cache: ActivationCache, files: set[str], device: str | None, 
 
 def _source(cache: ActivationCache, device: str | None, trust_remote_code: bool) -> ActivationSource:
     """The model and the text of a cache, once it is sure that they are the same."""
-    facts = cache.provenance
-    needed = ("model", "hook", "dataset", "column", "dataset_split", "context_length", "model_dtype")
-    if any(key not in facts for key in needed) or facts.get("part") != "train":
+    facts, asked = cache.provenance, SourceSettings.of(cache.provenance)
+    if asked is None:
         raise SaekitError(f"the activations in '{cache.path}' were not harvested by `saekit cache`: write them again")
-    source = ActivationSource.open(
-        facts["model"],
-        facts["hook"],
-        facts["dataset"],
-        column=facts["column"],
-        split=facts["dataset_split"],
-        dataset_config=facts.get("dataset_config"),
-        context_length=facts["context_length"],
-        skip_first=facts.get("skip_first", 1),
-        device=device,
-        dtype=facts["model_dtype"],
-        trust_remote_code=trust_remote_code,
-    )
+    source = ActivationSource.of(asked, device=device, trust_remote_code=trust_remote_code)
     if field := first_change(facts, source.provenance("train", gradients=cache.gradients)):
         raise SaekitError(f"the {field} has changed since the cache '{cache.path}' was harvested; harvest it anew")
     return source

@@ -10,28 +10,29 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from saekit.activations import cache as caches
+from saekit.activations.batch import ActivationBatch
 from saekit.activations.cache import ActivationCache
 from saekit.activations.division import Count
 from saekit.activations.finite import BadTokens, limits_in
 from saekit.activations.gradients import check_causal
-from saekit.activations.harvesting import ActivationBatch
 from saekit.activations.manifest import MANIFEST, Manifest, Provenance, Shard, checked, first_change
 from saekit.activations.model import DTYPES
+from saekit.activations.settings import HarvestPlan
 from saekit.activations.shards import ShardWriter, unchanged
 from saekit.activations.source import ActivationSource
-from saekit.activations.unfinished import (
+from saekit.activations.staging import (
     JOURNAL,
     Place,
     begun,
     check_begin,
     finish,
-    held,
     move,
     regrouped,
-    unfinished,
+    staging,
+    staging_lock,
 )
 from saekit.errors import SaekitError
 from saekit.files import check_space, expanded, remove_unfinished, replace_file, writing
@@ -43,61 +44,16 @@ _NOTHING = "there is no harvest to resume at '{}'; begin one without --resume"
 _LONGEST = 1 << 28  # bytes of a journal
 
 
-class HarvestPlan(BaseModel):
-    """What to harvest. Every field is a flag of ``saekit cache``.
+def _open(plan: HarvestPlan, device: str | None, trust_remote_code: bool) -> ActivationSource:
+    """Load the model and open the text.
 
     Raises:
-        SaekitError: a value is impossible.
+        SaekitError: as ``ActivationSource.open``, or gradients are asked of a model that is not causal.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    tokens: int = Field(2_000_000, gt=0, lt=2**62)
-    model: str = "embedded"
-    hook: str | None = None
-    dataset: str = "python"
-    column: str = "text"
-    split: str = "train"
-    dataset_config: str | None = None
-    streaming: bool = True
-    context_length: int | None = Field(None, gt=2, lt=2**31)
-    skip_first: int = Field(1, ge=1, lt=2**31)
-    max_norm: float | None = Field(None, gt=1, allow_inf_nan=False)
-    dtype: str = "bfloat16"
-    model_dtype: str = "float32"
-    gradients: bool = False
-    skip_bad_tokens: bool = False
-
-    def __init__(self, **values: Any) -> None:
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            raise SaekitError(f"{'.'.join(map(str, first['loc']))} = {first['input']!r}: {first['msg']}") from None
-
-    def open(self, device: str | None, trust_remote_code: bool) -> ActivationSource:
-        """Load the model and open the text.
-
-        Raises:
-            SaekitError: as ``ActivationSource.open``, or gradients are asked of a model that is not causal.
-        """
-        source = ActivationSource.open(
-            self.model,
-            self.hook,
-            self.dataset,
-            column=self.column,
-            split=self.split,
-            dataset_config=self.dataset_config,
-            streaming=self.streaming,
-            context_length=self.context_length,
-            skip_first=self.skip_first,
-            device=device,
-            dtype=self.model_dtype,
-            trust_remote_code=trust_remote_code,
-        )
-        if self.gradients:
-            check_causal(source.model)
-        return source
+    source = ActivationSource.of(plan.source, device=device, trust_remote_code=trust_remote_code)
+    if plan.gradients:
+        check_causal(source.model)
+    return source
 
 
 class _Beginning(BaseModel):
@@ -150,7 +106,7 @@ def harvest_cache(
         Interrupted: by SIGINT or SIGTERM; what was harvested is kept.
     """
     check_begin(path, plan.dtype, overwrite=overwrite)
-    source = plan.open(device, trust_remote_code)
+    source = _open(plan, device, trust_remote_code)
     provenance = source.provenance("train", gradients=plan.gradients)
     if plan.max_norm is not None:
         provenance |= {"max_norm": plan.max_norm, "norm_limit": source.norm_limit(plan.max_norm)}
@@ -187,7 +143,7 @@ def resume_cache(
         Interrupted: as ``harvest_cache``.
     """
     target = expanded(path).resolve()
-    folder = unfinished(target)
+    folder = staging(target)
     if not any((folder / name).is_file() for name in (JOURNAL, MANIFEST)):
         if (target / MANIFEST).is_file():
             with suppress(OSError):  # it was stopped before this folder, empty by now, was removed
@@ -195,7 +151,7 @@ def resume_cache(
             tell(f"the cache '{path}' was finished already")
             return ActivationCache.open(target)
         raise SaekitError(_NOTHING.format(path))
-    with held(target):
+    with staging_lock(target):
         remove_unfinished(folder, ["shard-*", JOURNAL, MANIFEST])
         if (folder / MANIFEST).is_file():  # it was stopped while it was moved to its place
             move(target, folder, Manifest.read(folder))
@@ -205,7 +161,7 @@ def resume_cache(
         changed = [key for key, value in asked.items() if value != getattr(plan, key)]
         if changed:
             raise SaekitError(f"the harvest at '{path}' was begun with another {', '.join(changed)}")
-        source = plan.open(device, trust_remote_code)
+        source = _open(plan, device, trust_remote_code)
         if field := first_change(beginning.provenance, source.provenance("train", gradients=plan.gradients)):
             raise SaekitError(
                 f"the {field} is not what it was when the harvest at '{path}' was begun; --overwrite begins anew"

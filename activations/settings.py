@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from saekit.settings import MANY, Settings, setting
 
@@ -34,3 +35,28 @@ class SourceSettings(Settings):
         None, description="whether contexts begin with BOS; the model's own if not given"
     )
     model_dtype: Literal["float32", "bfloat16", "float16"] = setting("float32", description="in which the model runs")
+
+    @classmethod
+    def of(cls, provenance: Mapping[str, Any]) -> SourceSettings | None:
+        """The settings that made activations of this provenance; None where they were not harvested by saekit."""
+        names = {field: FACTS.get(field, field) for field in cls.model_fields}
+        told = {field: provenance[name] for field, name in names.items() if provenance.get(name) is not None}
+        needed = {"model", "hook", "dataset", "column", "split", "context_length", "model_dtype"}
+        return cls(**told) if needed <= told.keys() and provenance.get("part") == "train" else None
+
+
+FACTS = {"split": "dataset_split"}  # settings that a provenance calls otherwise
+
+
+class HarvestPlan(SourceSettings):
+    """What a cache is to hold. Every field is a flag of ``saekit cache``."""
+
+    tokens: int = setting(2_000_000, gt=0, lt=2**62, description="tokens to store")
+    dtype: Literal["float32", "bfloat16", "float16"] = setting("bfloat16", description="how activations are stored")
+    gradients: bool = setting(False, description="store the gradients of the next-token loss too, for gradient_topk")
+    skip_bad_tokens: bool = setting(False, description="leave out tokens that are NaN or infinite, and count them")
+
+    @property
+    def source(self) -> SourceSettings:
+        """Where the activations come from."""
+        return SourceSettings(**self.model_dump(include=set(SourceSettings.model_fields)))

@@ -20,7 +20,7 @@ import xxhash
 from safetensors.torch import save_file
 from torch import Tensor
 
-from saekit.activations.harvesting import ActivationBatch
+from saekit.activations.batch import ActivationBatch
 from saekit.activations.manifest import Shard
 from saekit.errors import SaekitError, first_line
 from saekit.files import replace_file

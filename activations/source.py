@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from saekit.activations.batch import ActivationBatch
 from saekit.activations.boot import text_tokenizer
 from saekit.activations.finite import SAMPLE, BadTokens, norm_limit
 from saekit.activations.gradients import LOSS
-from saekit.activations.harvesting import ActivationBatch, harvest
+from saekit.activations.harvesting import harvest
 from saekit.activations.model import (
     EMBEDDED,
     check_hook,
@@ -21,6 +22,7 @@ from saekit.activations.model import (
 )
 from saekit.activations.python_source import Split
 from saekit.activations.rules import OWN_RULES, TextRules
+from saekit.activations.settings import SourceSettings
 from saekit.activations.text import PYTHON, TextSource, open_text
 from saekit.activations.tokens import MASK, ContextBatch, pack, tokenizer_fingerprint
 from saekit.errors import SaekitError
@@ -53,6 +55,23 @@ class ActivationSource:
     dataset_config: str | None = None
     skip_first: int = 1
     rules: TextRules = OWN_RULES
+
+    @classmethod
+    def of(
+        cls,
+        settings: SourceSettings,
+        *,
+        device: str | None = None,
+        trust_remote_code: bool = False,
+        **more: Any,
+    ) -> ActivationSource:
+        """``open`` by settings; what dictionaries of others need too (``rules``, ``revision``, ...) stands beside them.
+
+        Raises:
+            SaekitError: as ``open``.
+        """
+        asked = settings.model_dump(exclude={"max_norm", "model_dtype"})
+        return cls.open(**asked, dtype=settings.model_dtype, device=device, trust_remote_code=trust_remote_code, **more)
 
     @classmethod
     def open(

@@ -18,9 +18,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from saekit.activations.batch import ActivationBatch
 from saekit.activations.cache import ActivationCache
 from saekit.activations.finite import BadTokens
-from saekit.activations.harvesting import ActivationBatch, harvest, harvest_hooks
+from saekit.activations.harvesting import harvest, harvest_hooks
 from saekit.activations.source import ActivationSource, contexts_at_once
 from saekit.activations.tokens import ContextBatch
 from saekit.errors import SaekitWarning

@@ -15,6 +15,7 @@ from saekit.activations import ActivationCache, ActivationSource, ShuffledStream
 from saekit.activations.finite import BadTokens, limits_in
 from saekit.activations.harvesting import harvest_hooks
 from saekit.activations.manifest import as_known
+from saekit.activations.settings import FACTS, SourceSettings
 from saekit.activations.stream import StreamState, cache_rows, live_rows, live_rows_of_hooks
 from saekit.errors import SaekitError
 from saekit.kernels.devices import has_fast_bfloat16
@@ -22,19 +23,7 @@ from saekit.trainers.config import TrainConfig
 from saekit.trainers.variants import VARIANTS
 
 # settings that a cache answers for, and the facts of its provenance that they must equal
-_FACTS = {
-    "model": "model",
-    "model_dtype": "model_dtype",
-    "hook": "hook",
-    "dataset": "dataset",
-    "split": "dataset_split",
-    "dataset_config": "dataset_config",
-    "column": "column",
-    "context_length": "context_length",
-    "skip_first": "skip_first",
-    "max_norm": "max_norm",
-    "prepend_bos": "prepend_bos",
-}
+_FACTS = {field: FACTS.get(field, field) for field in SourceSettings.model_fields if field != "streaming"}
 
 
 @dataclass(frozen=True)
@@ -128,21 +117,7 @@ def data_of_hooks(
 
 
 def _source(config: TrainConfig, device: torch.device, trust_remote_code: bool) -> ActivationSource:
-    source = ActivationSource.open(
-        config.model,
-        config.hook,
-        config.dataset,
-        column=config.column,
-        split=config.split,
-        dataset_config=config.dataset_config,
-        streaming=config.streaming,
-        context_length=config.context_length,
-        skip_first=config.skip_first,
-        device=str(device),
-        prepend_bos=config.prepend_bos,
-        dtype=config.model_dtype,
-        trust_remote_code=trust_remote_code,
-    )
+    source = ActivationSource.of(config.source, device=str(device), trust_remote_code=trust_remote_code)
     next(source.contexts("calibration"))  # better now than after the training
     next(source.contexts("heldout"))
     return source

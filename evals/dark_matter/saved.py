@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from saekit.activations import ActivationCache, ActivationSource, ContextBatch, Harvest, harvest_hooks
+from saekit.activations.batch import ActivationBatch
 from saekit.activations.gradients import not_causal
-from saekit.activations.harvesting import ActivationBatch
 from saekit.activations.model import check_hook, recorded
 from saekit.errors import SaekitError
 from saekit.evals.dark_matter.error_cost import error_downstream, only_tested, without_start

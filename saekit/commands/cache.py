@@ -6,10 +6,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import typer
 
-from saekit.commands.help import DTYPES, among
+from saekit.activations.settings import HarvestPlan
+from saekit.commands.flags import flags, with_flags
 from saekit.errors import SaekitError
 
 cache_app = typer.Typer()
@@ -19,32 +21,12 @@ cache_app = typer.Typer()
 def cache(
     ctx: typer.Context,
     out: Path | None = typer.Option(None, help="folder of the cache; a harvest needs it"),
-    tokens: int = typer.Option(2_000_000, min=1, help="tokens to store"),
-    model: str = typer.Option("embedded", help="'embedded', a Hugging Face folder, a GGUF file, or a name on the hub"),
-    hook: str | None = typer.Option(None, help="TransformerLens hook point [the residual after half of the blocks]"),
-    dataset: str = typer.Option("python", help="'python', a local text/JSONL/Parquet file, or a name on the hub"),
-    column: str = typer.Option("text", help="column of the dataset that holds the text"),
-    split: str = typer.Option("train", help="split of a dataset of the hub"),
-    dataset_config: str | None = typer.Option(None, help="configuration of a dataset that has several"),
-    streaming: bool = typer.Option(True, help="read a dataset of the hub as it downloads"),
-    context_length: int | None = typer.Option(None, min=3, help="tokens a context"),
-    skip_first: int = typer.Option(1, min=1, help="positions at the start of each context that are not stored"),
-    max_norm: float | None = typer.Option(
-        None, help="leave out tokens of more than so many times the median norm (attention sinks), and count them"
-    ),
-    dtype: str = typer.Option(
-        "bfloat16", help="how activations are stored: float32, bfloat16, float16", autocompletion=among(*DTYPES)
-    ),
-    model_dtype: str = typer.Option(
-        "float32", help="in which the model runs: float32, bfloat16, float16", autocompletion=among(*DTYPES)
-    ),
-    gradients: bool = typer.Option(False, help="store the gradients of the next-token loss too, for gradient_topk"),
-    skip_bad_tokens: bool = typer.Option(False, help="leave out tokens that are NaN or infinite, and count them"),
     device: str = typer.Option("auto", help="auto, cpu, cuda, mps"),
     trust_remote_code: bool = typer.Option(False, help="let code run that comes with the model"),
     resume: bool = typer.Option(False, help="go on with the harvest in --out; other flags may be left out"),
     overwrite: bool = typer.Option(False, help="replace a cache in --out"),
     quiet: bool = typer.Option(False, help="no progress bar"),
+    **asked: Any,
 ) -> None:
     """Harvest activations of the training text into a cache that `saekit train --cache` reads.
 
@@ -57,33 +39,28 @@ def cache(
     if resume and overwrite:
         raise SaekitError("a harvest is either resumed or overwritten, not both")
 
-    from saekit.activations.resumable import HarvestPlan, harvest_cache, resume_cache
+    from saekit.activations.resumable import harvest_cache, resume_cache
     from saekit.interrupt import Interrupted
     from saekit.machine import pick_device
 
-    given = {
-        name: value for name, value in ctx.params.items() if _given(ctx, name) and name in HarvestPlan.model_fields
-    }
+    given = {name: value for name, value in asked.items() if value is not None}
+    plan = HarvestPlan(**given)
     try:
         with _bar(f"harvesting {out.name}", quiet) as (progress, tell):
             about = {"device": str(pick_device(device)), "trust_remote_code": trust_remote_code}
             if resume:
                 made = resume_cache(out, given, progress=progress, tell=tell, **about)  # type: ignore[arg-type]
             else:
-                plan = HarvestPlan(**given)
                 made = harvest_cache(out, plan, overwrite=overwrite, progress=progress, tell=tell, **about)  # type: ignore[arg-type]
     except Interrupted as stop:
         print(f"\nsaekit: stopped; go on with: saekit cache --out {out} --resume", file=sys.stderr)
         sys.exit(stop.code)
-    if len(made) < (tokens if not resume else 0):
-        print(f"saekit: the text held only {len(made):,} of {tokens:,} tokens", file=sys.stderr)
+    if not resume and len(made) < plan.tokens:
+        print(f"saekit: the text held only {len(made):,} of {plan.tokens:,} tokens", file=sys.stderr)
     print(f"cache: {out}    {len(made):,} tokens of width {made.d_in}, {made.dtype}, {len(made.shards)} shards")
 
 
-def _given(ctx: typer.Context, name: str) -> bool:
-    """Whether a flag stands on the command line."""
-    source = ctx.get_parameter_source(name)
-    return source is not None and source.name != "DEFAULT"
+with_flags(cache, flags(HarvestPlan, "Data"))
 
 
 @cache_app.command()

@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from saekit.commands.help import among
+from saekit.commands.flags import among
 from saekit.files import check_free, check_writable, expanded
 from saekit.formats.registry import FORMATS
 

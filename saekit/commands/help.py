@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from rich.markup import escape
 
-_TEXT = ("model", "hook", "dataset", "column", "split", "dataset_config", "streaming", "context_length")
-_WHICH = ("skip_first", "max_norm", "skip_bad_tokens")
-DTYPES = ("float32", "bfloat16", "float16")
 _RUN = ("out", "config", "resume", "overwrite", "device", "trust_remote_code", "quiet")
 
 # by command and title, parameters that stand in a panel of their own, where their settings do not say which
 _PANELS: dict[str, dict[str, tuple[str, ...]]] = {
-    "cache": {"Data": (*_TEXT, *_WHICH, "tokens", "dtype", "model_dtype", "gradients"), "Run": _RUN},
+    "cache": {"Run": _RUN},
     "eval": {"Run": (*_RUN, "html", "features_shown")},
     "convert": {
         "With --lossy": ("model", "hook", "dataset", "dataset_config", "cache", "tokens", "trust_remote_code", "device")
@@ -77,8 +74,3 @@ def _below(command: Any) -> Iterator[Any]:
     yield command
     for each in getattr(command, "commands", {}).values():
         yield from _below(each)
-
-
-def among(*values: str) -> Callable[[str], list[str]]:
-    """For a flag's ``autocompletion``: those of some values that begin with what is typed."""
-    return lambda incomplete: [value for value in values if value.startswith(incomplete)]

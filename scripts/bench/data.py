@@ -28,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from common import machine, save, spread, table
 
 from saekit.activations import ActivationCache, ActivationSource
-from saekit.activations.harvesting import ActivationBatch, harvest
+from saekit.activations.batch import ActivationBatch
+from saekit.activations.harvesting import harvest
 from saekit.activations.model import truncated
 from saekit.trainers import TrainConfig, train
 

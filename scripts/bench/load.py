@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from common import machine, save, table
 
 from saekit.activations import ActivationCache
-from saekit.activations.harvesting import ActivationBatch
+from saekit.activations.batch import ActivationBatch
 from saekit.activations.repair import verify
 from saekit.activations.stream import ShuffledStream, cache_rows
 

@@ -15,7 +15,7 @@ from saekit import SaekitError
 from saekit.activations import ActivationBatch, ActivationCache, ActivationSource
 from saekit.activations.repair import repair, verify
 from saekit.activations.resumable import HarvestPlan, harvest_cache, resume_cache
-from saekit.activations.unfinished import Place, regrouped
+from saekit.activations.staging import Place, regrouped
 from saekit.files import locked
 from saekit.interrupt import Interrupted
 

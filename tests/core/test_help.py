@@ -12,7 +12,8 @@ import typer
 
 import saekit
 from saekit.cli import app
-from saekit.commands.help import _EXAMPLES, _PANELS, among
+from saekit.commands.flags import among
+from saekit.commands.help import _EXAMPLES, _PANELS
 from saekit.trainers.loggers import LOGGERS
 
 COMMANDS = typer.main.get_command(app).commands  # as they are before anything is done to their texts

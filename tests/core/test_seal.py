@@ -15,7 +15,7 @@ from saekit import SAEConfig, SaekitError, SparseAutoencoder
 from saekit.activations import ActivationCache
 from saekit.activations.manifest import Manifest
 from saekit.activations.resumable import _append, _read_journal
-from saekit.activations.unfinished import JOURNAL
+from saekit.activations.staging import JOURNAL
 from saekit.seal import BLANK, file_unbroken, stamp, stamp_file, unbroken
 from saekit.trainers.checkpoint import load_checkpoints, save_checkpoint
 

@@ -22,7 +22,7 @@ from saekit.activations.manifest import MANIFEST
 from saekit.activations.repair import repair, verify
 from saekit.activations.resumable import HarvestPlan, harvest_cache, resume_cache
 from saekit.activations.shards import checksum, write_shard
-from saekit.activations.unfinished import JOURNAL
+from saekit.activations.staging import JOURNAL
 from saekit.seal import BLANK, stamp
 from saekit.trainers import TrainConfig, train
 from saekit.trainers.checkpoint import checkpoints

@@ -109,7 +109,7 @@ def test_what_safetensors_leaves_when_it_is_killed(more, harvest, harvested, tmp
     """It writes under a name of its own first, which a process that is killed leaves there."""
     out, part = tmp_path / "cache", tmp_path / ("cache" + PART)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("saekit.activations.unfinished.Manifest.write", lambda *_: stop("the disk is full"))
+        patch.setattr("saekit.activations.staging.Manifest.write", lambda *_: stop("the disk is full"))
         told(harvest(out), "the disk is full")
     (part / ".tmpA1b2C3").write_bytes(bytes(1000))
     done = harvest(out, *more)

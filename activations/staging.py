@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from saekit.activations.batch import ActivationBatch
 from saekit.activations.division import Division, Grouping, divided
-from saekit.activations.harvesting import ActivationBatch
 from saekit.activations.manifest import MANIFEST, Manifest, checked
 from saekit.activations.model import DTYPES
 from saekit.activations.shards import read_shard
@@ -30,7 +30,7 @@ JOURNAL = "harvest.jsonl"  # what of a harvest is on the disk already
 _OURS = ("shard-", MANIFEST, JOURNAL, ".tmp")  # beginnings of names
 
 
-def unfinished(folder: Path) -> Path:
+def staging(folder: Path) -> Path:
     """Where the cache of this place is written until it is whole."""
     return folder.with_name(folder.name + PART)
 
@@ -52,7 +52,7 @@ def check_begin(path: str | Path, dtype: str, *, overwrite: bool, alone: bool = 
     if dtype not in DTYPES:
         raise SaekitError(f"unknown dtype '{dtype}'{did_you_mean(dtype, DTYPES)}")
     target = expanded(path).resolve()
-    folder = unfinished(target)
+    folder = staging(target)
     if foreign := [p.name for p in folder.glob("*") if not p.name.startswith(_OURS)]:
         raise SaekitError(f"'{folder}' is needed while the cache is written, but holds '{foreign[0]}'; move it away")
     if folder.is_dir() and not alone:
@@ -78,7 +78,7 @@ def begun(path: str | Path, dtype: str, *, overwrite: bool) -> Iterator[tuple[Pa
         SaekitError: as ``check_begin``, or another process writes there.
     """
     target = check_begin(path, dtype, overwrite=overwrite)
-    with held(target) as folder:
+    with staging_lock(target) as folder:
         check_begin(path, dtype, overwrite=overwrite, alone=True)  # another process may have come first
         for file in folder.glob("*"):
             file.unlink()
@@ -92,13 +92,13 @@ def begun(path: str | Path, dtype: str, *, overwrite: bool) -> Iterator[tuple[Pa
 
 
 @contextmanager
-def held(target: Path) -> Iterator[Path]:
+def staging_lock(target: Path) -> Iterator[Path]:
     """The folder in which the cache of a place is written, for this process alone; it is made where it is missing.
 
     Raises:
         SaekitError: another process writes there, or the folder cannot be made.
     """
-    folder = unfinished(target)
+    folder = staging(target)
     writable_folder(folder, overwrite=True)
     with locked(folder, "harvesting"):
         yield folder
