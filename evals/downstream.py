@@ -18,7 +18,6 @@ from saekit.activations.unembedding import Unembedding
 from saekit.errors import SaekitError
 from saekit.evals.evaluation import Context, Evaluation, Figure
 from saekit.evals.intervals import DocumentSums
-from saekit.sae import SparseAutoencoder
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -136,21 +135,20 @@ def costs(
     return found
 
 
-def costs_of_reconstruction(
-    sae: SparseAutoencoder,
-    model: TransformerBridge,
-    hook: str,
-    contexts: Iterable[ContextBatch],
-    mean: Float[Tensor, "d"],
-) -> Costs:
-    """``costs`` of the ``replacements``, with the divergence of the reconstruction."""
+def costs_of_reconstruction(context: Context) -> Costs:
+    """``costs`` of the ``replacements``, with the divergence of the reconstruction; counted once for all that ask."""
+    sae = context.sae
 
     def reconstruct(x: Tensor) -> Tensor:
         with torch.no_grad():
             x_hat: Tensor = sae(x.to(sae.W_dec.device))
         return x_hat.to(x.device)
 
-    return costs(model, hook, contexts, replacements(reconstruct, mean), ["reconstructed"])
+    if "costs" not in context.shared:
+        edits = replacements(reconstruct, context.accumulators["reconstruction"].mean())
+        context.shared["costs"] = costs(context.model, context.hook, context.contexts(), edits, ["reconstructed"])
+    found: Costs = context.shared["costs"]
+    return found
 
 
 def replacements(reconstruct: Edit, mean: Float[Tensor, "d"]) -> dict[str, Edit | None]:
@@ -224,4 +222,4 @@ class DownstreamEvaluation(Evaluation):
 
     def run(self, context: Context) -> dict[str, Any]:
         """Splice and score."""
-        return downstream(context.costs)
+        return downstream(costs_of_reconstruction(context))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from saekit.settings import Settings
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
 
     from saekit.activations import ContextBatch
     from saekit.code import SparseCode
-    from saekit.evals.downstream import Costs
     from saekit.sae import SparseAutoencoder
 
 
@@ -77,6 +75,7 @@ class Context:
         contexts: makes the held-out contexts, the same ones each time; each call is a pass.
         settings: the evaluation's own.
         accumulators: of the evaluations of the pass over the activations, by name.
+        shared: what one evaluation leaves for those after it.
     """
 
     sae: SparseAutoencoder
@@ -86,17 +85,6 @@ class Context:
     settings: Settings
     accumulators: dict[str, Any]
     shared: dict[str, Any] = field(default_factory=dict)
-
-    @cached_property
-    def costs(self) -> Costs:
-        """What x, x̂, 0 and the mean in place of the activations cost; counted once for all that ask."""
-        from saekit.evals.downstream import costs_of_reconstruction
-
-        if "costs" not in self.shared:
-            mean = self.accumulators["reconstruction"].mean()
-            self.shared["costs"] = costs_of_reconstruction(self.sae, self.model, self.hook, self.contexts(), mean)
-        found: Costs = self.shared["costs"]
-        return found
 
 
 class Evaluation:

@@ -21,7 +21,7 @@ from saekit.activations.gradients import Labels, with_gradients
 from saekit.activations.tokens import PADDING
 from saekit.allocation import gradient_choice, influence_of
 from saekit.errors import SaekitError
-from saekit.evals.downstream import Costs, Edit, costs
+from saekit.evals.downstream import Costs, Edit, costs, costs_of_reconstruction
 from saekit.evals.evaluation import Context, Evaluation, Figure
 from saekit.evals.reconstruction import Reconstruction
 from saekit.sae import SparseAutoencoder
@@ -136,4 +136,5 @@ class GradientSelectionEvaluation(Evaluation):
         """With the β of the training."""
         beta = trained_beta(context.sae)
         assert beta is not None
-        return dict(gradient_selection(context.sae, context.model, context.hook, context.contexts, beta, context.costs))
+        clean = costs_of_reconstruction(context)
+        return dict(gradient_selection(context.sae, context.model, context.hook, context.contexts, beta, clean))

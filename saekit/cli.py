@@ -34,7 +34,7 @@ _UsageError: Any = typer.BadParameter.__base__  # click's, which typer may carry
 
 def _print_version(asked: bool) -> None:
     if asked:
-        from saekit import __version__
+        from saekit.version import __version__
 
         print(f"saekit {__version__}")
         raise typer.Exit

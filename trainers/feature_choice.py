@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from saekit.settings import setting
-from saekit.trainers.variant import Batch, BatchSettings, Variant
+from saekit.trainers.variant import Batch, BatchSettings, RunConfig, Variant
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,7 +43,7 @@ class FeatureChoice(Variant):
     architecture = "jumprelu"
     compares_tokens = True
 
-    def __init__(self, config: Any, d_sae: int) -> None:
+    def __init__(self, config: RunConfig, d_sae: int) -> None:
         super().__init__(config, d_sae)
         self.budgets: Tensor | None = None  # [F] since the switch
         self.law: ZipfLaw | None = None
@@ -64,7 +64,7 @@ class FeatureChoice(Variant):
     def switched(self, batch: Batch) -> bool:
         """Whether the budgets hold; for the last step they do."""
         last = (self.config.steps - 1) / self.config.steps
-        return batch.done >= min(1 - self.fraction, last)
+        return bool(batch.done >= min(1 - self.fraction, last))
 
     def allocate(self, batch: Batch) -> SparseCode:
         """Mutual choice before the switch, the budgets' largest of each column after it."""

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from saekit.code import SparseCode
     from saekit.sae import Architecture, SparseAutoencoder
     from saekit.trainers.calibration import Heldout
+    from saekit.trainers.gated_terms import Gate
     from saekit.trainers.terms import Term
 
 
@@ -26,34 +27,37 @@ class Gated(ReLU):
     """A gate and a magnitude; saved as the ``jumprelu`` dictionary that it is."""
 
     architecture: Architecture = "jumprelu"
-    gate: SparseCode  # of the last batch: pairs with π > 0, and π
+    gate: Gate
 
     def begin(self, sae: SparseAutoencoder) -> None:
         """Make scale and shift of the magnitudes, which begin as the gate's values."""
+        from saekit.trainers.gated_terms import Gate
+
         super().begin(sae)
-        self.log_scale, self.shift = (sae.b_enc.detach().clone().zero_().requires_grad_() for _ in range(2))
+        zeros = sae.b_enc.detach().clone().zero_()
+        self.gate = Gate(zeros.clone().requires_grad_(), zeros.requires_grad_())
 
     def parameters(self) -> dict[str, Tensor]:
         """r and b, [F] each."""
-        return {"log_scale": self.log_scale, "shift": self.shift}
+        return {"log_scale": self.gate.log_scale, "shift": self.gate.shift}
 
     def allocate(self, batch: Batch) -> SparseCode:
         """All pairs with a positive gate and a positive magnitude."""
-        self.gate = super().allocate(batch)
-        features = self.gate.features
-        z = self.gate.values * self.log_scale.detach().exp()[features] + self.shift.detach()[features]
-        return self.gate.with_values(z).where(z > 0)
+        pairs = self.gate.pairs = super().allocate(batch)
+        scale, shift = self.gate.log_scale.detach().exp(), self.gate.shift.detach()
+        z = pairs.values * scale[pairs.features] + shift[pairs.features]
+        return pairs.with_values(z).where(z > 0)
 
     def terms(self) -> Iterable[Term]:
         """The paper's three."""
         from saekit.trainers.gated_terms import GatedL1, GatedReconstruction, GateReconstruction
 
-        return [GatedReconstruction(self), GatedL1(self), GateReconstruction(self)]
+        return [GatedReconstruction(self.gate), GatedL1(self.control, self.gate), GateReconstruction(self.gate)]
 
     def calibrate(self, sae: SparseAutoencoder, heldout: Heldout) -> None:
         """Fold the scale into the encoder: z = π' = e^r π + b, and π > 0 is π' > b."""
         assert sae.threshold is not None
-        scale, shift = self.log_scale.detach().exp(), self.shift.detach()
+        scale, shift = self.gate.log_scale.detach().exp(), self.gate.shift.detach()
         sae.W_enc.mul_(scale)
         sae.b_enc.mul_(scale).add_(shift)
         sae.threshold.copy_(shift.clamp(min=0))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -11,19 +11,36 @@ from torch import Tensor
 from saekit.code import SparseCode
 from saekit.kernels.decode import decode
 from saekit.trainers.penalties import L1
+from saekit.trainers.sparsity_control import SparsityControl
 from saekit.trainers.terms import AutogradTerm, Step
 
-if TYPE_CHECKING:
-    from saekit.trainers.gated import Gated
+
+@dataclass
+class Gate:
+    """What the terms share with the variant.
+
+    Attributes:
+        log_scale, shift: r and b, [F] each.
+        pairs: of the last batch, those with a positive gate, and its value.
+    """
+
+    log_scale: Float[Tensor, "F"]
+    shift: Float[Tensor, "F"]
+    pairs: SparseCode | None = None
+
+    def open(self) -> SparseCode:
+        """The pairs of the last batch."""
+        assert self.pairs is not None
+        return self.pairs
 
 
 class _OnTheGate(AutogradTerm):
-    def __init__(self, variant: Gated) -> None:
-        self.variant = variant
+    def __init__(self, gate: Gate) -> None:
+        self.gate = gate
 
     def code(self, step: Step) -> SparseCode:
         """Pairs with a positive gate, and its value."""
-        return self.variant.gate
+        return self.gate.open()
 
 
 class GatedReconstruction(_OnTheGate):
@@ -35,7 +52,7 @@ class GatedReconstruction(_OnTheGate):
         self, step: Step, code: SparseCode, W_dec: Float[Tensor, "F d"], b_dec: Float[Tensor, "d"]
     ) -> Float[Tensor, ""]:
         """Through scale and shift."""
-        scale, shift = self.variant.log_scale.exp()[code.features], self.variant.shift[code.features]
+        scale, shift = self.gate.log_scale.exp()[code.features], self.gate.shift[code.features]
         z = torch.relu(code.values * scale + shift)
         return (step.x - decode(code.with_values(z), W_dec, b_dec)).square().sum() / step.variance
 
@@ -55,10 +72,10 @@ class GateReconstruction(_OnTheGate):
 class GatedL1(L1):
     """The L1 penalty of the gate."""
 
-    def __init__(self, variant: Gated) -> None:
-        super().__init__(variant.control)
-        self.variant = variant
+    def __init__(self, control: SparsityControl, gate: Gate) -> None:
+        super().__init__(control)
+        self.gate = gate
 
     def code(self, step: Step) -> SparseCode:
         """Pairs with a positive gate, and its value."""
-        return self.variant.gate
+        return self.gate.open()

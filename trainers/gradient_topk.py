@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from saekit.settings import setting
-from saekit.trainers.variant import Batch, KSettings, Variant
+from saekit.trainers.variant import Batch, KSettings, RunConfig, Variant
 
 if TYPE_CHECKING:
     from saekit.code import SparseCode
-    from saekit.trainers.config import TrainConfig
 
 
 class GradientTopK(Variant):
@@ -23,7 +22,7 @@ class GradientTopK(Variant):
     architecture = "topk"
 
     @classmethod
-    def needs_gradients(cls, config: TrainConfig) -> bool:
+    def needs_gradients(cls, config: RunConfig) -> bool:
         """With a weight of 0 it is TopK, and nothing is asked of the model that TopK does not ask."""
         return bool(config.beta > 0)
 

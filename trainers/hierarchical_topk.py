@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from saekit.errors import SaekitError
 from saekit.settings import setting
-from saekit.trainers.variant import Batch, KSettings, Variant
+from saekit.trainers.variant import Batch, KSettings, RunConfig, Variant
 
 if TYPE_CHECKING:
     from saekit.code import SparseCode
     from saekit.sae import Architecture
-    from saekit.trainers.config import TrainConfig
     from saekit.trainers.terms import Term
 
 
@@ -32,7 +31,7 @@ class HierarchicalTopK(Variant):
 
     architecture: Architecture = "topk"
 
-    def __init__(self, config: TrainConfig, d_sae: int) -> None:
+    def __init__(self, config: RunConfig, d_sae: int) -> None:
         super().__init__(config, d_sae)
         self.ks = _list(config.k_list, self.k)
 

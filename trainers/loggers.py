@@ -9,19 +9,30 @@ import json
 import os
 import secrets
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from saekit.errors import SaekitError, first_line
 from saekit.files import replace_file
 from saekit.reading import read_json
 
-if TYPE_CHECKING:
-    from saekit.trainers.config import TrainConfig
-
 WANDB, TENSORBOARD = "wandb.json", "tensorboard"  # in a run's folder
 _EVENTS = "events.out.tfevents.*"
+
+
+class LoggedRun(Protocol):
+    """What loggers ask of a run (``TrainConfig``)."""
+
+    log: Sequence[str]
+
+    @property
+    def out(self) -> Path:
+        """Its folder."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its settings by their flat names, as JSON holds them."""
 
 
 class Logger(Protocol):
@@ -35,7 +46,7 @@ class Logger(Protocol):
     package: str | None
     where: str
 
-    def __init__(self, config: TrainConfig, step: int, logged: int) -> None:
+    def __init__(self, config: LoggedRun, step: int, logged: int) -> None:
         """Open it.
 
         Args:
@@ -56,7 +67,7 @@ class WandbLogger:
 
     package: str | None = "wandb"
 
-    def __init__(self, config: TrainConfig, step: int, logged: int) -> None:
+    def __init__(self, config: LoggedRun, step: int, logged: int) -> None:
         import wandb
 
         known = config.out / WANDB
@@ -91,7 +102,7 @@ class TensorBoardLogger:
 
     package: str | None = "tensorboard"
 
-    def __init__(self, config: TrainConfig, step: int, logged: int) -> None:
+    def __init__(self, config: LoggedRun, step: int, logged: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         folder = config.out / TENSORBOARD
@@ -128,7 +139,7 @@ def check_installed(names: list[str]) -> None:
 class OpenLoggers:
     """The loggers of one run. One that fails is told of once and gets nothing more."""
 
-    def __init__(self, config: TrainConfig, step: int, logged: int) -> None:
+    def __init__(self, config: LoggedRun, step: int, logged: int) -> None:
         """Open them.
 
         Raises:

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from saekit.errors import SaekitError
 from saekit.settings import setting
 from saekit.trainers.mutual_choice import MutualChoice
-from saekit.trainers.variant import Batch, BatchSettings
+from saekit.trainers.variant import Batch, BatchSettings, RunConfig
 
 if TYPE_CHECKING:
     from saekit.code import SparseCode
     from saekit.sae import SparseAutoencoder
     from saekit.trainers.calibration import Heldout
-    from saekit.trainers.config import TrainConfig
     from saekit.trainers.terms import Term
 
 
@@ -35,7 +34,7 @@ class Matryoshka(MutualChoice):
             "0.0625,0.125,0.25,0.5,1", description="widths that reconstruct alone, as shares of the width or numbers"
         )
 
-    def __init__(self, config: TrainConfig, d_sae: int) -> None:
+    def __init__(self, config: RunConfig, d_sae: int) -> None:
         super().__init__(config, d_sae)
         self.by_token = config.choice == "token"
         if self.by_token:

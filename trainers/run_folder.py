@@ -17,6 +17,7 @@ from saekit.files import (
     replace_file,
     writable_folder,
 )
+from saekit.loading import load
 from saekit.sae import SparseAutoencoder
 from saekit.trainers.checkpoint import checkpoints
 from saekit.trainers.config import TrainConfig
@@ -54,12 +55,10 @@ def finished_run(config: TrainConfig) -> Run | None:
     Raises:
         SaekitError: its dictionary is damaged.
     """
-    import saekit
-
     if not (config.out / DICTIONARY / "cfg.json").exists():
         return None
     try:
-        return Run(saekit.load(config.out), config.out, config)
+        return Run(load(config.out), config.out, config)
     except SaekitError as error:
         again = config.steps in checkpoints(config.out / CHECKPOINTS)
         hint = f"; without the folder '{config.out / DICTIONARY}', --resume makes it again" if again else ""

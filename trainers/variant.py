@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from saekit.settings import MANY, Settings, setting
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from saekit.sae import Architecture, SparseAutoencoder
     from saekit.selection import DenseSelection, Selection
     from saekit.trainers.calibration import Heldout
-    from saekit.trainers.config import TrainConfig
     from saekit.trainers.statistics import Statistics
     from saekit.trainers.terms import Term
 
@@ -51,6 +50,12 @@ class Batch:
         return self.select.token_norms
 
 
+class RunConfig(Protocol):
+    """What a variant may ask of its run: every setting by its flat name, and ``steps`` (``TrainConfig``)."""
+
+    def __getattr__(self, key: str) -> Any: ...
+
+
 class KSettings(Settings):
     """Of variants that are told how many features are active."""
 
@@ -79,7 +84,7 @@ class Variant:
     architecture: Architecture = "topk"
     compares_tokens = False
 
-    def __init__(self, config: TrainConfig, d_sae: int) -> None:
+    def __init__(self, config: RunConfig, d_sae: int) -> None:
         """Take from the config what the rule needs.
 
         Raises:
@@ -93,7 +98,7 @@ class Variant:
         return int(self.config.k)
 
     @classmethod
-    def needs_gradients(cls, config: TrainConfig) -> bool:
+    def needs_gradients(cls, config: RunConfig) -> bool:
         """Whether batches must come with gradients of the model's loss, with these settings."""
         return False
 

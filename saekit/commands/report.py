@@ -21,12 +21,12 @@ _FIRST = 64  # contexts by which features of a wide dictionary are ranked
 
 def report_on_run(path: Path, evaluator: Evaluator | None, shown: int, quiet: bool) -> None:
     """Write ``report.html`` of a run as it is saved; without an evaluator, with the curves of its training alone."""
-    import saekit
     from saekit.evals.html import Subject, write_report
     from saekit.evals.report import groups_in
+    from saekit.loading import load
     from saekit.trainers.run_folder import EVALUATION, METRICS, REPORT
 
-    sae = saekit.load(path, device=evaluator.device if evaluator is not None else "cpu")
+    sae = load(path, device=evaluator.device if evaluator is not None else "cpu")
     study: FeatureStudy | None
     why_not: str | None
     if evaluator is None:
@@ -41,12 +41,12 @@ def report_on_run(path: Path, evaluator: Evaluator | None, shown: int, quiet: bo
 
 def report_on_several(out: Path, reports: Mapping[str, Report], evaluator: Evaluator, shown: int, quiet: bool) -> None:
     """Write the report of dictionaries that were judged: a table of all, and the first in detail."""
-    import saekit
     from saekit.evals.html import Subject, write_report
+    from saekit.loading import load
 
     subjects = []
     for path, report in reports.items():
-        sae = saekit.load(path, device=evaluator.device)
+        sae = load(path, device=evaluator.device)
         metrics = Path(path) / "metrics.jsonl"
         groups = {**report.groups, **_dark_matter(Path(path) / "eval.json")}
         subjects.append(Subject(path, sae, groups, report.about, metrics if metrics.is_file() else None))
