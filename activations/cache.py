@@ -67,7 +67,7 @@ class ActivationCache:
         facts: list[Any] = [
             {key: value for key, value in shard.items() if key not in ("batch", "row")} for shard in self.shards
         ]
-        facts += [] if self.division.by == "end" else [self.division.model_dump()]
+        facts.append(self.division.model_dump())
         return hashlib.blake2b(json.dumps([self.d_in, facts]).encode(), digest_size=16).hexdigest()
 
     @classmethod
@@ -88,7 +88,7 @@ class ActivationCache:
             hint = f", only an unfinished harvest; `saekit cache --out {path} --resume` goes on with it"
             raise SaekitError(f"there is no activation cache at '{path}': no {MANIFEST}{hint if begun else ''}")
         found = Manifest.read(folder)
-        facts = (dict(found.provenance), found.d_in, found.dtype, tuple(found.shards), found.parts, found.gradients)
+        facts = (dict(found.provenance), found.d_in, found.dtype, tuple(found.shards), found.division, found.gradients)
         cache = cls(folder, *facts)
         for shard in cache.shards if complete else ():
             file = folder / shard["file"]

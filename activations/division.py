@@ -55,15 +55,14 @@ class Division(BaseModel):
     """How a cache is divided into its parts.
 
     Attributes:
-        by: what a group is: ``documents``, ``blocks`` of neighbouring rows; or ``end``: no groups, the last rows are
-            held out and those before them serve the calibration, as in caches of earlier versions.
+        by: what a group is: ``documents``, or ``blocks`` of neighbouring rows.
         start: place on the circle where the arc that is held out begins.
         heldout, calibration: places of the two arcs.
         rows: of each part.
     """
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
-    by: Literal["documents", "blocks", "end"]
+    by: Grouping
     start: Place = 0
     heldout: Place = 0
     calibration: Place = 0
@@ -78,28 +77,16 @@ class Division(BaseModel):
             documents: [m] numbers of the rows' documents.
         """
         numbers = np.arange(first, first + len(documents))
-        if self.by == "end":
-            places, names = numbers, ("train", "calibration", "heldout")
-            edges = np.cumsum([self.rows.train, self.rows.calibration])
-        else:
-            groups = documents.numpy() if self.by == "documents" else blocks(numbers)
-            places, names = (_places(groups) - self.start) % _PLACES, ("heldout", "calibration", "train")
-            edges = np.cumsum([self.heldout, self.calibration])
+        groups = documents.numpy() if self.by == "documents" else blocks(numbers)
+        places, names = (_places(groups) - self.start) % _PLACES, ("heldout", "calibration", "train")
+        edges = np.cumsum([self.heldout, self.calibration])
         return torch.from_numpy(np.searchsorted(edges, places, side="right") == names.index(part))
 
     @property
     def told(self) -> str:
         """In words."""
-        if self.by == "end":
-            return "the last rows are held out, those before them serve the calibration"
         whole = "documents" if self.by == "documents" else f"blocks of up to {_BLOCK} neighbouring rows"
         return f"a hash divides whole {whole} among the parts"
-
-
-def at_end(rows: int) -> Division:
-    """The division of caches of earlier versions: the last 5% (at most 65,536) held out, 5% before to calibrate on."""
-    heldout, calibration = (min(rows // 20, _MOST[part]) for part in ("heldout", "calibration"))
-    return Division(by="end", rows=Parts(train=rows - heldout - calibration, calibration=calibration, heldout=heldout))
 
 
 def divided(columns: Iterable[Int[Tensor, "m"]], by: Grouping | None = None) -> Division:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from typing_extensions import NotRequired, TypedDict
 
-from saekit.activations.division import Count, Division, at_end
+from saekit.activations.division import Count, Division
 from saekit.activations.tokens import MASK
 from saekit.errors import SaekitError
 from saekit.files import replace_file
@@ -18,7 +18,7 @@ from saekit.reading import parse_json, read_bounded
 from saekit.seal import BLANK, stamp, unbroken
 
 MANIFEST = "manifest.json"
-FORMAT = 3  # 2 had no division; 1 had neither seals nor the shards' places in the text
+FORMAT: Literal[3] = 3  # those before were never released
 _LONGEST = 1 << 26  # bytes
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
@@ -34,8 +34,7 @@ class Shard(TypedDict):
     file: Annotated[str, Field(pattern=r"^shard-\d{5,9}\.safetensors$")]
     rows: Annotated[int, Field(gt=0, lt=2**48)]
     bytes: Annotated[int, Field(gt=0, lt=2**62)]
-    xxh3_128: NotRequired[Digest]
-    blake2b: NotRequired[Digest]  # which the first caches had instead
+    xxh3_128: Digest
     batch: NotRequired[Count]
     row: NotRequired[Count]
 
@@ -70,33 +69,24 @@ class Manifest(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, validate_by_name=True)
 
     seal: str = ""
-    format: Annotated[int, Field(ge=1, le=FORMAT)] = FORMAT
+    format: Literal[3] = FORMAT
     # before 0.2 it was called the passport
     provenance: Annotated[Provenance, Field(validation_alias=AliasChoices("provenance", "passport"))]
     d_in: Annotated[int, Field(gt=0, lt=2**31)]
     dtype: Literal["float32", "bfloat16", "float16"]
     gradients: bool = False
     skipped: Count = 0
-    division: Division | None = None  # None in formats 1 and 2
+    division: Division
     shards: Annotated[list[Shard], Field(min_length=1)]
 
     @model_validator(mode="after")
     def _checked(self) -> Manifest:
-        if any("xxh3_128" not in shard and "blake2b" not in shard for shard in self.shards):
-            raise ValueError("a shard has no checksum")
         row = self.d_in * (4 if self.dtype == "float32" else 2) * (1 + self.gradients) + 16
         if any(shard["bytes"] < shard["rows"] * row for shard in self.shards):
             raise ValueError("a shard has more rows than its bytes can hold")
-        if (self.division is None) != (self.format < 3):
-            raise ValueError(f"a manifest of format {self.format} {'has no' if self.format > 2 else 'has a'} division")
-        if self.parts.rows.total != sum(shard["rows"] for shard in self.shards):
+        if self.division.rows.total != sum(shard["rows"] for shard in self.shards):
             raise ValueError("its division is of another number of rows")
         return self
-
-    @property
-    def parts(self) -> Division:
-        """How the rows are divided."""
-        return self.division or at_end(sum(shard["rows"] for shard in self.shards))
 
     def write(self, folder: Path) -> None:
         """Write it, with its seal.
@@ -119,8 +109,11 @@ class Manifest(BaseModel):
         whole = unbroken(content)
         if whole is False:
             raise SaekitError(f"'{path}' is damaged: its seal is broken; harvest the cache again (--overwrite)")
-        found: Manifest = checked(cls, parse_json(content, path), path)
-        if found.format > 1 and whole is None:
+        facts = parse_json(content, path)
+        if isinstance(facts, dict) and facts.get("format") in (1, 2):
+            raise SaekitError(f"'{folder}' was written before the first release; harvest the cache again (--overwrite)")
+        found: Manifest = checked(cls, facts, path)
+        if whole is None:
             raise SaekitError(f"'{path}' is damaged: it has no seal; harvest the cache again (--overwrite)")
         return found
 

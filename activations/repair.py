@@ -115,7 +115,6 @@ def _harvest_again(cache: ActivationCache, files: set[str], device: str | None, 
             DTYPES[cache.dtype],
             facts,
             expected=shard,
-            sums=manifest.format > 1,
         )
 
 
@@ -131,7 +130,7 @@ def _source(cache: ActivationCache, device: str | None, trust_remote_code: bool)
 
 
 def _places(cache: ActivationCache, source: ActivationSource) -> Iterable[tuple[Place, Shard]]:
-    """Where the first row of each shard comes from; an old cache does not tell, so the tokens are counted."""
+    """Where the first row of each shard comes from; ``ActivationCache.write`` tells none: tokens are counted."""
     if all("batch" in shard and "row" in shard for shard in cache.shards):
         yield from ((Place(shard["batch"], shard["row"]), shard) for shard in cache.shards)
         return

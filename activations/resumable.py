@@ -44,7 +44,7 @@ _NOTHING = "there is no harvest to resume at '{}'; begin one without --resume"
 _LONGEST = 1 << 28  # bytes of a journal
 
 
-def _open(plan: HarvestPlan, device: str | None, trust_remote_code: bool) -> ActivationSource:
+def open_source(plan: HarvestPlan, device: str | None, trust_remote_code: bool) -> ActivationSource:
     """Load the model and open the text.
 
     Raises:
@@ -106,7 +106,7 @@ def harvest_cache(
         Interrupted: by SIGINT or SIGTERM; what was harvested is kept.
     """
     check_begin(path, plan.dtype, overwrite=overwrite)
-    source = _open(plan, device, trust_remote_code)
+    source = open_source(plan, device, trust_remote_code)
     provenance = source.provenance("train", gradients=plan.gradients)
     if plan.max_norm is not None:
         provenance |= {"max_norm": plan.max_norm, "norm_limit": source.norm_limit(plan.max_norm)}
@@ -161,7 +161,7 @@ def resume_cache(
         changed = [key for key, value in asked.items() if value != getattr(plan, key)]
         if changed:
             raise SaekitError(f"the harvest at '{path}' was begun with another {', '.join(changed)}")
-        source = _open(plan, device, trust_remote_code)
+        source = open_source(plan, device, trust_remote_code)
         if field := first_change(beginning.provenance, source.provenance("train", gradients=plan.gradients)):
             raise SaekitError(
                 f"the {field} is not what it was when the harvest at '{path}' was begun; --overwrite begins anew"

@@ -52,7 +52,9 @@ class HarvestPlan(SourceSettings):
     """What a cache is to hold. Every field is a flag of ``saekit cache``."""
 
     tokens: int = setting(2_000_000, gt=0, lt=2**62, description="tokens to store")
-    dtype: Literal["float32", "bfloat16", "float16"] = setting("bfloat16", description="how activations are stored")
+    dtype: str = setting(
+        "bfloat16", values=("float32", "bfloat16", "float16"), description="how activations are stored"
+    )
     gradients: bool = setting(False, description="store the gradients of the next-token loss too, for gradient_topk")
     skip_bad_tokens: bool = setting(False, description="leave out tokens that are NaN or infinite, and count them")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections import deque
@@ -105,7 +104,6 @@ def write_shard(
     facts: dict[str, Any],
     *,
     expected: Shard | None = None,
-    sums: bool = True,
 ) -> Shard:
     """Write a shard, and tell what the manifest tells of it.
 
@@ -117,7 +115,6 @@ def write_shard(
         dtype: in which activations are stored.
         facts: to tell besides.
         expected: what the manifest tells already; only a file with its checksum is put in place.
-        sums: whether the header has them; those of format 1 do not.
 
     Raises:
         SaekitError: the activations exceed the dtype, the checksum is another, or the disk does not take the file.
@@ -141,7 +138,7 @@ def write_shard(
                 f"store them as float32{wider}, or scale them"
             )
     blocks = {name: [_sum(block) for block in torch.split(tensor, _ROWS)] for name, tensor in tensors.items()}
-    metadata = {_SUMS: json.dumps({"rows": _ROWS, **blocks})} if sums else None
+    metadata = {_SUMS: json.dumps({"rows": _ROWS, **blocks})}
     found = ""
 
     def write(part: Path) -> None:
@@ -175,16 +172,12 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 def unchanged(path: Path, shard: Shard) -> bool:
     """Whether a file has the checksum that the manifest tells."""
-    kind = "xxh3_128" if "xxh3_128" in shard else "blake2b"
-    return checksum(path, kind) == shard.get(kind)
+    return checksum(path) == shard["xxh3_128"]
 
 
-def checksum(path: Path, kind: str = "xxh3_128") -> str:
-    """XXH3 of a file, 128 bits: it finds damage as surely as a cryptographic digest, at the speed of memory.
-
-    ``blake2b`` (128 bits too) is what the first caches have.
-    """
-    digest = xxhash.xxh3_128() if kind == "xxh3_128" else hashlib.blake2b(digest_size=16)
+def checksum(path: Path) -> str:
+    """XXH3 of a file, 128 bits: it finds damage as surely as a cryptographic digest, at the speed of memory."""
+    digest = xxhash.xxh3_128()
     buffer = memoryview(bytearray(_BLOCK))
     with path.open("rb", buffering=0) as file:
         while read := file.readinto(buffer):
@@ -197,8 +190,7 @@ def read_shard(
 ) -> list[Tensor]:
     """Rows of some tensors of a shard, read straight into fresh tensors; mapping the file would cost twice the time.
 
-    What is read is compared with its checksums; a shard of an old cache, which has none of single rows, is compared as
-    a whole when it is first touched.
+    What is read is compared with its checksums.
 
     Raises:
         SaekitError: the file is missing or damaged.
@@ -207,9 +199,6 @@ def read_shard(
     try:
         found = path.stat()
         start, header, sums = _header(path, found.st_size, found.st_mtime_ns)
-        digest = "xxh3_128" if "xxh3_128" in shard else "blake2b"
-        if sums is None and _checksum_of(path, digest, found.st_size, found.st_mtime_ns) != shard.get(digest):
-            raise ValueError("its checksum is another")
         with path.open("rb", buffering=0) as file:
             read = []
             for name in names:
@@ -217,9 +206,7 @@ def read_shard(
                 kind = _dtypes(dtype)[name]
                 if header[name]["shape"] != shape or _DTYPES[header[name]["dtype"]] != kind:
                     raise ValueError(f"{name} of shape {header[name]['shape']}, not {shape}, or not in {kind}")
-                read.append(
-                    _read_rows(file, header[name], start, low, high, (sums["rows"], sums[name]) if sums else None)
-                )
+                read.append(_read_rows(file, header[name], start, low, high, sums["rows"], sums[name]))
             return read
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         if isinstance(error, SaekitError):
@@ -233,36 +220,30 @@ def damaged(file: str, folder: Path) -> str:
 
 
 @lru_cache(1024)
-def _header(path: Path, size: int, changed: int) -> tuple[int, dict[str, Any], dict[str, Any] | None]:
-    """Where the data of a safetensors file begins, what it holds, and the checksums of its rows, where it has them.
+def _header(path: Path, size: int, changed: int) -> tuple[int, dict[str, Any], dict[str, Any]]:
+    """Where the data of a safetensors file begins, what it holds, and the checksums of its rows.
 
     It is read again where the file has changed.
     """
     with path.open("rb", buffering=0) as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(min(length, _LONGEST_HEADER)))
-    sums = json.loads(header.get("__metadata__", {}).get(_SUMS, "null"))
-    if sums is not None and not (isinstance(sums["rows"], int) and sums["rows"] > 0):
+    sums = json.loads(header["__metadata__"][_SUMS])
+    if not (isinstance(sums["rows"], int) and sums["rows"] > 0):
         raise ValueError("its checksums are of no rows")
     return 8 + length, header, sums
 
 
-@lru_cache(4096)
-def _checksum_of(path: Path, kind: str, size: int, changed: int) -> str:
-    return checksum(path, kind)
-
-
 def _read_rows(
-    file: FileIO, entry: dict[str, Any], start: int, low: int, high: int, sums: tuple[int, list[str]] | None
+    file: FileIO, entry: dict[str, Any], start: int, low: int, high: int, step: int, sums: list[str]
 ) -> Tensor:
-    """Rows of one tensor of a safetensors file whose data begins at byte ``start``, compared with their checksums."""
+    """Rows of one tensor of a file whose data begins at byte ``start``, compared with sums of ``step`` rows each."""
     (rows, *rest), (begin, end) = entry["shape"], entry["data_offsets"]
     dtype = _DTYPES[entry["dtype"]]
     size = math.prod(rest) * dtype.itemsize
     whole = min([rows, begin + 1, *rest]) > 0 and end - begin == rows * size and start + end <= file.seek(0, 2)
     if not (whole and 0 <= low < high <= rows):  # before anything of that size is made
         raise ValueError(f"{rows} rows of {rest} in {end - begin} bytes")
-    step = sums[0] if sums else 1
     first, last = low // step * step, min(-(-high // step) * step, rows)  # whole blocks
     tensor = torch.empty((last - first, *rest), dtype=dtype)
     file.seek(start + begin + first * size)
@@ -272,8 +253,7 @@ def _read_rows(
         if not read:
             raise ValueError("it ends early")
         done += read
-    if sums:
-        for number, place in enumerate(range(0, len(view), step * size), first // step):
-            if xxhash.xxh3_64_hexdigest(view[place : place + step * size]) != sums[1][number]:
-                raise ValueError(f"rows from {number * step} have changed")
+    for number, at in enumerate(range(0, len(view), step * size), first // step):
+        if xxhash.xxh3_64_hexdigest(view[at : at + step * size]) != sums[number]:
+            raise ValueError(f"rows from {number * step} have changed")
     return tensor if (low, high) == (first, last) else tensor[low - first : high - first]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
@@ -72,6 +73,8 @@ class Evaluator:
         for name, count in (("tokens", tokens), ("context_length", source.get("context_length"))):
             if count is not None and count < 1:
                 raise SaekitError(f"{name} = {count} is no number of tokens to judge by")
+        if (norm := source.get("max_norm")) is not None and not 1 < norm < math.inf:
+            raise SaekitError(f"--max-norm is a multiple of the median norm, more than 1, not {norm}")
         self.source = _Source(**source)
         self.cache, self.tokens, self.device, self.trust_remote_code = cache, tokens, device, trust_remote_code
         self.on_contexts, self.settings = on_contexts, dict(settings or {})

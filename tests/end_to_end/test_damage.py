@@ -17,11 +17,9 @@ import torch
 import saekit
 from saekit import SAEConfig, SaekitError, SparseAutoencoder
 from saekit.activations import ActivationCache
-from saekit.activations.division import at_end
 from saekit.activations.manifest import MANIFEST
 from saekit.activations.repair import repair, verify
-from saekit.activations.resumable import HarvestPlan, harvest_cache, resume_cache
-from saekit.activations.shards import checksum, write_shard
+from saekit.activations.resumable import HarvestPlan, harvest_cache, open_source, resume_cache
 from saekit.activations.staging import JOURNAL
 from saekit.seal import BLANK, stamp
 from saekit.trainers import TrainConfig, train
@@ -144,8 +142,8 @@ def whole(tmp_path_factory):
 
         (home / "text.txt").write_text("\n".join(f"line {i} says that {i * i} is a square" for i in range(2000)))
         plan = HarvestPlan(dataset=str(home / "text.txt"), tokens=1300, context_length=8, dtype="float32")
-        source = plan.open("cpu", False)
-        patch.setattr(HarvestPlan, "open", lambda *_: source)
+        source = open_source(plan, "cpu", False)
+        patch.setattr("saekit.activations.resumable.open_source", lambda *_: source)
         harvest_cache(home / "harvest", plan)
         harvested = everything(home / "harvest")
         with pytest.raises(KeyboardInterrupt):
@@ -233,7 +231,7 @@ def test_both_checkpoints(whole, tmp_path, steps, what, kind, n):
 @pytest.mark.parametrize(("what", "kind", "n"), cases("journal", "shard of a harvest"))
 def test_an_unfinished_harvest(whole, tmp_path, monkeypatch, what, kind, n):
     rng, folder = note(what, kind, n), shutil.copytree(whole.home / "begun.part", tmp_path / "begun.part")
-    monkeypatch.setattr(HarvestPlan, "open", lambda *_: whole.source)
+    monkeypatch.setattr("saekit.activations.resumable.open_source", lambda *_: whole.source)
     shards = sorted(folder.glob("shard-*"))
     damage(folder / JOURNAL if what == "journal" else rng.choice(shards), kind, rng)
     before, told, refusal = everything(folder), [], ""
@@ -331,42 +329,13 @@ def test_a_tensors_cache_cannot_be_repaired(tmp_path, saekit_main):
     refused(saekit_main("cache", "repair", "c", "--quiet", cwd=tmp_path), "were not harvested by `saekit cache`")
 
 
-@pytest.mark.parametrize("kind", ["xxh3_128", "blake2b"])
-def test_a_cache_of_the_first_format(harvested, steps, saekit_main, kind):
-    """It has one checksum a shard, of either kind, and tells nothing of the shards' places in the text."""
-    place, old = harvested.parent, harvested.with_name("old")
-    old.mkdir()
-    cache, manifest = ActivationCache.open(harvested), json.loads((harvested / MANIFEST).read_text())
-    shards, first = [], 0
-    for shard in cache.shards:
-        rows, first = cache.read(first, first + shard["rows"]), first + shard["rows"]
-        facts = write_shard(old / shard["file"], rows, torch.bfloat16, {}, sums=False)
-        shards.append({key: facts[key] for key in ("file", "rows", "bytes")})
-        shards[-1][kind] = checksum(old / shard["file"], kind)
-    facts = {"format": 1, **{key: manifest[key] for key in ("provenance", "d_in", "dtype", "gradients")}}
-    (old / MANIFEST).write_text(json.dumps({**facts, "shards": shards}, indent=2) + "\n")
-
-    before, rng, asked = everything(old), random.Random(0), {"width": 32, "tokens": 64 * 10}
-    assert before["shard-00001.safetensors"] != everything(harvested)["shard-00001.safetensors"]
-    like = ActivationCache.write(
-        place / "like", [cache.read(0, len(cache))], cache.provenance, dtype=cache.dtype, division=at_end(len(cache))
-    )
-    state = train(settings(place, place / "new", cache=like.path, **asked), quiet=True).sae.state_dict()
-    again = train(settings(place, place / "run", cache=old, **asked), quiet=True).sae.state_dict()
-    assert all(torch.equal(state[name], value) for name, value in again.items())
-    assert saekit_main("cache", "verify", "old", "--quiet", cwd=place).returncode == 0
-
-    steps.clear()
-    for number in (1, 2):
-        damage(old / f"shard-0000{number}.safetensors", "a bit", rng)
-    done = saekit_main("cache", "verify", "old", "--quiet", cwd=place)
-    refused(done, "2 of the 3 shards")
-    with pytest.raises(SaekitError, match=r"shard-0000[12].safetensors' .* is missing or damaged"):
-        train(settings(place, place / "damaged", cache=old, **asked), quiet=True)
-    assert not steps, "the first rows come from each shard"
-    done = saekit_main("cache", "repair", "old", "--quiet", cwd=place)
-    assert done.returncode == 0, done.stderr
-    assert everything(old) == before
+def test_a_cache_from_before_the_first_release(tmp_path, saekit_main):
+    ActivationCache.from_tensor(tmp_path / "c", torch.randn(100, 3))
+    manifest = json.loads((tmp_path / "c" / MANIFEST).read_text())
+    for version in (1, 2):
+        old = {key: value for key, value in manifest.items() if key not in ("seal", "division")}
+        (tmp_path / "c" / MANIFEST).write_text(json.dumps({**old, "format": version}))
+        refused(saekit_main("cache", "verify", "c", "--quiet", cwd=tmp_path), "was written before the first release")
 
 
 def test_what_was_trained_before_damage_showed_is_not_lost(whole, tmp_path, steps):

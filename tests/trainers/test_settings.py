@@ -47,7 +47,10 @@ def test_a_key_goes_to_the_part_that_owns_it():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"variant": "topk", "zipf_shift": 3}, "zipf_shift belongs to feature_choice; this run has variant topk"),
+        (
+            {"variant": "topk", "zipf_shift": 3},
+            "zipf_shift belongs to feature_choice, frequency_control; this run has variant topk",
+        ),
         ({"variant": "mutual_choice", "beta": 1}, "beta belongs to gradient_topk; this run has variant mutual_choice"),
         ({"tau": 0.1}, "tau belongs to aux_zipf; this run has auxiliary loss none"),
         ({"aux": "aux_k", "tau": 0.1}, "tau belongs to aux_zipf; this run has auxiliary loss aux_k"),
@@ -63,10 +66,10 @@ def test_a_key_of_a_part_that_is_not_chosen_is_refused_by_name(values, message):
 
 
 def test_the_command_line_refuses_it_too(saekit_main, tmp_path):
-    done = saekit_main("train", "--variant", "topk", "--zipf-shift", "3", cwd=tmp_path)
+    done = saekit_main("train", "--variant", "topk", "--feature-choice-fraction", "0.3", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (
         2,
-        "saekit: zipf_shift belongs to feature_choice; this run has variant topk\n",
+        "saekit: feature_choice_fraction belongs to feature_choice; this run has variant topk\n",
     )
     assert not list(tmp_path.iterdir())
 

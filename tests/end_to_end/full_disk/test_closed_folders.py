@@ -125,7 +125,7 @@ def test_a_harvest_into_a_disk_of_its_own(options, harvest, harvested, tmp_path)
     """A cache is written beside its place, which for a whole disk is on another disk: told early, or done."""
     with mounted(tmp_path / "cache", options) as out, pytest.MonkeyPatch.context() as patch:
         if "ro" in options:
-            patch.setattr("saekit.activations.resumable.HarvestPlan.open", lambda *_: stop("too late"))
+            patch.setattr("saekit.activations.resumable.open_source", lambda *_: stop("too late"))
         done = harvest(out)
         if done.returncode:
             assert "too late" not in told(done, f"'{out}")
