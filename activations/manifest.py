@@ -110,7 +110,8 @@ class Manifest(BaseModel):
         if whole is False:
             raise SaekitError(f"'{path}' is damaged: its seal is broken; harvest the cache again (--overwrite)")
         facts = parse_json(content, path)
-        if isinstance(facts, dict) and facts.get("format") in (1, 2):
+        number = facts.get("format") if isinstance(facts, dict) else None
+        if type(number) is int and 1 <= number < FORMAT:
             raise SaekitError(f"'{folder}' was written before the first release; harvest the cache again (--overwrite)")
         found: Manifest = checked(cls, facts, path)
         if whole is None:
