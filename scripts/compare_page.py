@@ -18,16 +18,46 @@ COLOURS = {
     "mutual_choice raw": "#56b4e9",
     "feature_choice": "#d55e00",
     "gradient_topk": "#009e73",
+    "relu": "#999999",
+    "jumprelu": "#cc79a7",
+    "gated": "#8c6d31",
+    "matryoshka": "#7b3294",
+    "hierarchical_topk": "#b8a100",
+    "frequency_control": "#a50f15",
 }
 LOSSES = {"none": "", "aux_k": " + aux_k", "aux_zipf": " + aux_zipf"}
 BEGIN = "<!-- written by scripts/compare_variants: begin -->"
 
 
-def write_page(results: list[Result], folder: Path, planned: int) -> None:
-    """Put the table into ``variants.md`` between its marks (what stands around them stays) and draw the figure."""
-    page = MarkedPage(folder / "variants.md", BEGIN, "The variants compared")
-    draw(results, folder / "variants.png")
-    page.write(table(results, planned))
+def write_page(results: list[Result], path: Path, planned: int) -> None:
+    """Put the table into the page between its marks (what stands around them stays) and draw the figure beside it."""
+    page = MarkedPage(path, BEGIN, "The variants compared")
+    best = best_rates(results)
+    figure = path.with_suffix(".png")
+    draw(best, figure)
+    page.write(table(best, len(results), planned, figure.name))
+
+
+def best_rates(results: list[Result]) -> list[Result]:
+    """Of each arm, loss and k the runs of one learning rate: of the lowest FVU over TopK's at the same L0.
+
+    TopK's own rate is chosen by FVU, its L0 being k. Another k may take another rate.
+    """
+    by_rate: dict[tuple[str, str, int], dict[float, list[Result]]] = defaultdict(lambda: defaultdict(list))
+    for r in results:
+        job = r["job"]
+        by_rate[job["arm"], job["aux"], job["k"]][job.get("lr", 1.0)].append(r)
+
+    def chosen(keys: list[tuple[str, str, int]], topk: list[Result]) -> list[Result]:
+        def figure(runs: list[Result]) -> float:
+            at = [topk_at(topk, r["sparsity"]["l0"], "reconstruction", "fvu") if topk else 1.0 for r in runs]
+            return mean(r["reconstruction"]["fvu"] / fvu for r, fvu in zip(runs, at, strict=True))
+
+        rates = [by_rate[key].values() for key in keys]
+        return [r for runs in rates for r in min(runs, key=figure)]
+
+    topk = chosen([key for key in by_rate if key[:2] == ("topk", "none")], [])
+    return topk + chosen([key for key in by_rate if key[:2] != ("topk", "none")], topk)
 
 
 def grouped(results: list[Result]) -> Groups:
@@ -54,14 +84,17 @@ def topk_at(results: list[Result], l0: float, group: str, key: str) -> float:
     return float(np.exp(np.interp(np.log(l0), np.log(x), np.log(y))))
 
 
-def table(results: list[Result], planned: int) -> str:
+def table(results: list[Result], done: int, planned: int, figure: str) -> str:
     """One row for each arm, loss and k; several seeds as mean and range."""
     first = results[0]
     settings = first["settings"]
+    rate = f"{settings['lr'] / first['job'].get('lr', 1.0):.2e}"  # the first run's, before its factor
+    if any(r["job"].get("lr", 1.0) != 1 for r in results):
+        rate += " times the best factor of those tried"
     lines = [
         f"Embedded model, width {settings['width']:,}, {settings['tokens']:,} training tokens in batches of "
-        f"{settings['batch_size']:,}, learning rate {settings['lr']:.2e}; {len(results)} of the {planned} runs "
-        f"planned. FVU, L0, dead and low on {first['sparsity']['tokens']:,} held-out tokens; cross-entropy (CE, nats "
+        f"{settings['batch_size']:,}, learning rate {rate}; {done} of the {planned} runs planned. "
+        f"FVU, L0, dead and low on {first['sparsity']['tokens']:,} held-out tokens; cross-entropy (CE, nats "
         f"a token; {first['downstream']['ce_clean']:.4f} without a dictionary) on {first['downstream']['tokens']:,}.",
         "",
         "| k | variant | seeds | L0 | FVU | ÷ TopK's | CE increase | ÷ TopK's | KL | dead | low |",
@@ -89,7 +122,7 @@ def table(results: list[Result], planned: int) -> str:
         "its seeds). KL: nats a token from the model's own predictions. dead: never fired. low: density below a tenth "
         "of the Zipf curve fitted to that dictionary's densities, the dead among them. Several seeds: mean (range).",
         "",
-        "![FVU and cross-entropy increase against L0; dead and underutilised features; density by rank](variants.png)",
+        f"![FVU and cross-entropy increase against L0; dead and underutilised features; density by rank]({figure})",
     ]
     extra = [r for r in results if "gradient_selection" in r and r["job"]["aux"] == "none" and r["job"]["seed"] == 0]
     if extra:

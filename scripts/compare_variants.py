@@ -1,11 +1,14 @@
-"""Train all variants at equal budget on one cache of the embedded model and compare them on held-out text.
+"""Train variants at equal budget on one cache of the embedded model and compare them on held-out text.
 
-    scripts/compare_variants --out runs/compare --page docs
+    scripts/compare_variants --out runs/compare --page docs/variants.md
+    scripts/compare_variants --out runs/baselines --page docs/baselines.md --arms all --lrs 0.5 1 2 --width 1024 \\
+        --seeds 1 --aux none
 
 Every run is a folder of its own below ``--out``; what is there already is not done again, so the comparison can be
-stopped and started. ``--page`` receives ``variants.md`` (the table) and ``variants.png`` (the figure).
+stopped and started. ``--page`` receives the table, and the figure beside it.
 
-All runs have the same tokens, batches, learning rate and initial weights (for a seed). Judged by the inference rule of
+All runs have the same tokens, batches and initial weights (for a seed), and the same learning rates: the default times
+each of ``--lrs``. Where there are several, the page shows the best. Judged by the inference rule of
 the saved dictionary: cross-entropy on ``--ce-tokens`` held-out tokens; FVU, L0 and who is dead or underutilised on
 ``--heldout-tokens``.
 """
@@ -23,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compare_page import write_page
+from compare_page import LOSSES, write_page
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, track
 from studies import told
 
@@ -42,9 +45,15 @@ ARMS: dict[str, dict[str, Any]] = {
     "mutual_choice raw": {"variant": "mutual_choice", "affinity_scale": "none"},
     "feature_choice": {"variant": "feature_choice"},
     "gradient_topk": {"variant": "gradient_topk"},
+    "relu": {"variant": "relu"},
+    "jumprelu": {"variant": "jumprelu"},
+    "gated": {"variant": "gated"},
+    "matryoshka": {"variant": "matryoshka"},
+    "hierarchical_topk": {"variant": "hierarchical_topk"},
+    "frequency_control": {"variant": "frequency_control"},
 }
+PAPERS = tuple(ARMS)[:5]  # what is compared where no arms are named
 SETTINGS = ("tokens", "width", "batch_size", "heldout_tokens", "ce_tokens")
-MAIN = tuple(arm for arm in ARMS if not arm.endswith("raw"))
 
 
 @dataclass(frozen=True)
@@ -55,26 +64,33 @@ class Job:
     aux: str
     k: int
     seed: int
+    lr: float = 1.0  # times the default
 
     @property
     def name(self) -> str:
         """Its folder."""
-        return f"{self.arm.replace(' ', '_')}-{self.aux}-k{self.k}-seed{self.seed}"
+        rate = "" if self.lr == 1 else f"-lr{self.lr:g}"
+        return f"{self.arm.replace(' ', '_')}-{self.aux}-k{self.k}-seed{self.seed}{rate}"
 
 
-def plan(ks: list[int], headline: int, seeds: int) -> list[Job]:
+def plan(asked: argparse.Namespace) -> list[Job]:
     """The headline sparsity first, then the others, the auxiliary losses, and further seeds of the headline."""
-    ks = sorted(ks, key=lambda k: (k != headline, k))
-    jobs = [Job(arm, "none", k, 0) for k in ks for arm in ARMS]
-    jobs += [Job(arm, aux, k, 0) for k in ks for arm in MAIN for aux in ("aux_k", "aux_zipf")]
-    return jobs + [Job(arm, "none", headline, seed) for seed in range(1, seeds) for arm in MAIN]
+    ks = sorted(asked.k, key=lambda k: (k != asked.headline, k))
+    lrs = sorted(asked.lrs, key=lambda lr: (lr != 1, lr))
+    main = [arm for arm in asked.arms if not arm.endswith("raw")]
+    jobs = [Job(arm, "none", k, 0, lr) for k in ks for lr in lrs for arm in asked.arms]
+    jobs += [Job(arm, aux, k, 0) for k in ks for arm in main for aux in asked.aux if aux != "none"]
+    return jobs + [Job(arm, "none", asked.headline, seed) for seed in range(1, asked.seeds) for arm in main]
 
 
 def main() -> None:
     """Read the command line and compare."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder of the runs")
-    parser.add_argument("--page", type=Path, help="folder that receives variants.md and variants.png")
+    parser.add_argument("--page", type=Path, help="the page, a .md file; the figure is put beside it")
+    parser.add_argument("--arms", nargs="+", choices=[*ARMS, "all"], default=list(PAPERS), metavar="ARM")
+    parser.add_argument("--aux", nargs="+", choices=LOSSES, default=list(LOSSES), metavar="LOSS")
+    parser.add_argument("--lrs", type=float, nargs="+", default=[1.0], help="learning rates, times the default")
     parser.add_argument("--cache", type=Path, help="cache with gradients; harvested below --out if not given")
     parser.add_argument("--tokens", type=int, default=5_000_000, help="training tokens a run")
     parser.add_argument("--width", type=int, default=4096)
@@ -87,6 +103,8 @@ def main() -> None:
     parser.add_argument("--parallel", type=int, default=2, help="runs side by side; the cores are shared out")
     parser.add_argument("--only-page", action="store_true", help="train nothing, write the page from what is there")
     arguments = parser.parse_args()
+    if "all" in arguments.arms:
+        arguments.arms = list(ARMS)
     if arguments.headline not in arguments.k:
         parser.error(f"--headline {arguments.headline} is none of --k {' '.join(map(str, arguments.k))}")
     with told("compare_variants", BrokenProcessPool):
@@ -95,7 +113,7 @@ def main() -> None:
 
 def compare(arguments: argparse.Namespace) -> None:
     """Do the runs that are missing and write the page from all of them."""
-    jobs = plan(arguments.k, arguments.headline, arguments.seeds)
+    jobs = plan(arguments)
     arguments.out.mkdir(parents=True, exist_ok=True)
     finished(jobs, arguments)  # refuses what does not belong together before anything is done
     if not arguments.only_page:
@@ -199,6 +217,8 @@ def run_one(job: Job, arguments: argparse.Namespace) -> None:
         cache=arguments.cache,
         out=arguments.out / job.name,
     )
+    if job.lr != 1:
+        config = config.replace(lr=job.lr * config.peak_lr)
     train(config, resume=(config.out / "config.yaml").exists(), quiet=True)
     evaluator = Evaluator(model="embedded", tokens=arguments.ce_tokens)
     groups = evaluator(config.out).groups

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import json
 import sys
@@ -29,7 +30,7 @@ def made_up(job, fvu, l0):
     sparsity |= {"density_by_rank": {"rank": [1, 10, 100], "density": [0.5, 0.1, 0.0]}}
     sparsity |= {"zipf": {"exponent": 1.0, "shift": 1.0, "scale": 1.0, "r2": 1.0}}
     return {
-        "job": {"arm": job.arm, "aux": job.aux, "k": job.k, "seed": job.seed},
+        "job": dataclasses.asdict(job),
         "settings": {"tokens": 1000, "width": 100, "batch_size": 10, "lr": 1e-3, "heldout_tokens": 10, "ce_tokens": 5},
         "sparsity": sparsity,
         "reconstruction": {"fvu": fvu},
@@ -37,8 +38,14 @@ def made_up(job, fvu, l0):
     }
 
 
+def asked(scripts, **changes):
+    """What the command line gives, with these changes."""
+    names = {"arms": list(scripts[0].PAPERS), "aux": list(scripts[1].LOSSES), "lrs": [1.0], "headline": 32}
+    return argparse.Namespace(**{**names, **changes})
+
+
 def test_the_plan(scripts):
-    jobs = scripts[0].plan([16, 32], headline=32, seeds=3)
+    jobs = scripts[0].plan(asked(scripts, k=[16, 32], seeds=3))
     assert len(set(jobs)) == len(jobs) == 10 + 16 + 8
     assert {job.seed for job in jobs if job.k == 16} == {0}
     assert {job.aux for job in jobs if job.arm == "mutual_choice raw"} == {"none"}
@@ -47,7 +54,7 @@ def test_the_plan(scripts):
 def test_table_and_figure(scripts, tmp_path):
     compare, page = scripts
     results = []
-    for job in compare.plan([16, 32, 64], headline=32, seeds=2):
+    for job in compare.plan(asked(scripts, k=[16, 32, 64], seeds=2)):
         l0 = job.k if job.arm == "topk" else 0.9 * job.k
         better = 1.0 if job.arm == "topk" else 0.8
         results.append(made_up(job, better * 2 / l0, l0))
@@ -55,7 +62,7 @@ def test_table_and_figure(scripts, tmp_path):
     assert page.topk_at(results, 45.0, "reconstruction", "fvu") == pytest.approx(2 / 45)
     assert page.topk_at(results, 10.0, "reconstruction", "fvu") == pytest.approx(2 / 10)
     (tmp_path / "variants.md").write_text(f"words before\n{page.BEGIN}\nold\n<!-- end -->\nwords after\n")
-    page.write_page(results, tmp_path, planned=len(results))
+    page.write_page(results, tmp_path / "variants.md", planned=len(results))
     text = (tmp_path / "variants.md").read_text()
     assert text.startswith("words before")
     assert text.endswith("words after\n")
@@ -64,8 +71,26 @@ def test_table_and_figure(scripts, tmp_path):
     assert [cell.strip() for cell in rows[0].split("|")[3:7]] == ["1", "14.4", "0.1111", "0.800"]
     assert text.count("| 32 | topk |") == 1, "seeds share a row"
     assert (tmp_path / "variants.png").stat().st_size > 10_000
-    page.write_page(results, tmp_path / "new", planned=len(results))
+    page.write_page(results, tmp_path / "new/variants.md", planned=len(results))
     assert page.BEGIN in (tmp_path / "new/variants.md").read_text()
+
+
+def test_the_best_learning_rate_is_shown(scripts):
+    """By FVU over TopK's at the same L0: a rate that only leaves more features active is not better."""
+    compare, page = scripts
+    jobs = compare.plan(asked(scripts, arms=["topk", "relu"], aux=["none"], lrs=[0.5, 1.0], k=[16, 32], seeds=1))
+    assert len({job.name for job in jobs}) == len(jobs) == 8
+    results = []
+    for job in jobs:
+        slow = job.lr == 0.5
+        l0 = job.k if job.arm == "topk" else job.k * (1.9 if slow else 1.0)
+        results.append(made_up(job, (1.0 if job.arm == "topk" else 1.5) * (1.2 if slow else 1.0) * 2 / l0, l0))
+    best = page.best_rates(results)
+    assert {(r["job"]["arm"], r["job"]["k"], r["job"]["lr"]) for r in best} == {
+        *(("topk", 16, 1.0), ("topk", 32, 1.0), ("relu", 16, 1.0), ("relu", 32, 1.0)),
+    }
+    assert "4 of the 9 runs" not in page.table(best, len(results), 9, "x.png")
+    assert "8 of the 9 runs planned" in page.table(best, len(results), 9, "x.png")
 
 
 def test_results_that_do_not_belong_together_are_refused(scripts, tmp_path):
