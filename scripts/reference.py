@@ -30,6 +30,7 @@ def page(package: str, folder: Path) -> Iterator[str]:
     """The lines of a folder's page: what the package says of itself, its public names, its modules."""
     public, own = names_of(folder / "__init__.py")
     yield f"# {package}\n"
+    public = [name for name in public if not name.startswith("_")]  # no page shows __version__
     if public:
         yield "Public names: " + ", ".join(f"[`{name}`][{package}.{name}]" for name in public) + ".\n"
     hidden = "show_root_heading: false, show_root_toc_entry: false"
