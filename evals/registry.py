@@ -6,15 +6,14 @@ entry point of the group ``saekit.evals``. Command line, tables, ``eval.json``, 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from importlib import import_module
-from importlib.metadata import entry_points
 from typing import Any, NamedTuple
 
-from saekit.errors import SaekitError, SaekitWarning, did_you_mean
+from saekit.errors import SaekitError, did_you_mean
 from saekit.evals.dark_matter.settings import DarkMatterSettings
 from saekit.evals.evaluation import Evaluation, Figure
+from saekit.plugins import add_from_packages
 from saekit.settings import Settings
 
 
@@ -77,15 +76,4 @@ def routed(given: Mapping[str, Any]) -> dict[str, Settings]:
     }
 
 
-def add_from_packages() -> None:
-    """Register what installed packages offer; one that cannot be loaded is left out, with a warning."""
-    for point in entry_points(group="saekit.evals"):
-        try:
-            EVALUATIONS.setdefault(point.name, point.load())
-        except Exception as error:  # whatever a stranger's module raises
-            warnings.warn(
-                f"the evaluation '{point.name}' ({point.value}) cannot be loaded: {error}", SaekitWarning, stacklevel=2
-            )
-
-
-add_from_packages()  # last: they import from here
+add_from_packages(EVALUATIONS, "saekit.evals", "evaluation")  # last: they import from here

@@ -6,10 +6,7 @@ entry point of the group ``saekit.variants``.
 
 from __future__ import annotations
 
-import warnings
-from importlib.metadata import entry_points
-
-from saekit.errors import SaekitWarning
+from saekit.plugins import add_from_packages
 from saekit.trainers.feature_choice import FeatureChoice
 from saekit.trainers.frequency_control import FrequencyControl
 from saekit.trainers.gated import Gated
@@ -36,16 +33,4 @@ VARIANTS: dict[str, type[Variant]] = {
     "hierarchical_topk": HierarchicalTopK,
 }
 
-
-def add_from_packages() -> None:
-    """Register what installed packages offer; one that cannot be loaded is left out, with a warning."""
-    for point in entry_points(group="saekit.variants"):
-        try:
-            VARIANTS.setdefault(point.name, point.load())
-        except Exception as error:  # whatever a stranger's module raises
-            warnings.warn(
-                f"the variant '{point.name}' ({point.value}) cannot be loaded: {error}", SaekitWarning, stacklevel=2
-            )
-
-
-add_from_packages()  # last: they import from here
+add_from_packages(VARIANTS, "saekit.variants", "variant")  # last: they import from here

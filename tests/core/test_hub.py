@@ -284,19 +284,19 @@ def test_a_format_of_another_package(hub, monkeypatch):
     """The hub's half knows of files what the registry says."""
 
     class Renamed(type(FORMATS["saelens"])):
-        weights, requires, optional = ("theirs.safetensors",), ("theirs.json",), ("../shared.json",)
+        weights, requires, optional = ("theirs.safetensors",), ("theirs.json",), ("../common.json",)
 
         def read(self, file):
             raise SaekitError(f"{sorted(each.name for each in file.parent.iterdir())} beside {file.parents[1].name}")
 
-    files = {"a/theirs.safetensors": b"x", "a/theirs.json": b"{}", "a/cfg.json": b"{}", "shared.json": b"[]"}
+    files = {"a/theirs.safetensors": b"x", "a/theirs.json": b"{}", "a/cfg.json": b"{}", "common.json": b"[]"}
     hub.add("me/x", files)
     with pytest.raises(SaekitError, match="holds no dictionary in a known format"):
         saekit.load("hf://me/x/a")
     monkeypatch.setitem(FORMATS, "renamed", Renamed())
     with pytest.raises(SaekitError, match=r"\['theirs.json', 'theirs.safetensors'\] beside"):
         saekit.load("hf://me/x/a")
-    assert hub.fetched() == ["a/theirs.json", "a/theirs.safetensors", "shared.json"]
+    assert hub.fetched() == ["a/theirs.json", "a/theirs.safetensors", "common.json"]
 
 
 def test_a_download_that_was_cut_off_is_no_dictionary(hub, monkeypatch):

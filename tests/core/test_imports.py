@@ -15,7 +15,7 @@ FOLDERS = {
 
 # from the ground up; a file imports its own layer and those below it
 LAYERS = {
-    "storage": ("errors", "files", "finite", "interrupt", "lazy", "reading", "seal", "settings", "version"),
+    "storage": ("errors", "files", "finite", "interrupt", "lazy", "plugins", "reading", "seal", "settings", "version"),
     "kernels": ("code", "kernels", "machine", "no_installs"),
     "dictionary": (
         *("allocation", "display", "embedded", "formats", "hub", "loading", "positions", "processing", "sae"),

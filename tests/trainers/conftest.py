@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
+from saekit import SaekitError
 from saekit.activations import ActivationCache
+from saekit.trainers.loop import take_steps
 
 
 @pytest.fixture
@@ -25,3 +29,28 @@ def lm_activations(source, tmp_path_factory):
     path = tmp_path_factory.mktemp("lm") / "cache"
     ActivationCache.write(path, source.batches("train", 60_000), source.provenance("train"))
     return path
+
+
+@pytest.fixture
+def stopped_at(monkeypatch):
+    """``with stopped_at(step):`` a run of one dictionary raises "stopped" there."""
+
+    @contextmanager
+    def context(step):
+        def stops(trainers, stream, quiet):
+            (trainer,) = trainers
+            advance = trainer.advance
+
+            def until(rows):
+                if trainer.step == step:
+                    raise SaekitError("stopped")
+                return advance(rows)
+
+            trainer.advance = until
+            take_steps(trainers, stream, quiet)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("saekit.trainers.run.take_steps", stops)
+            yield
+
+    return context

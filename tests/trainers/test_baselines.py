@@ -14,7 +14,6 @@ from saekit.kernels.workspace import Workspace
 from saekit.sae import SAEConfig, SparseAutoencoder
 from saekit.selection import Selection
 from saekit.trainers import VARIANTS, TrainConfig, train
-from saekit.trainers.loop import take_steps
 from saekit.trainers.optimizer import DictionaryAdam
 from saekit.trainers.statistics import Statistics
 from saekit.trainers.terms import Step
@@ -212,25 +211,10 @@ def settings(name, cache, out, **changes):
 
 
 @pytest.mark.parametrize("name", BASELINES)
-def test_it_goes_on_to_the_bit_and_loads(name, cache, tmp_path, monkeypatch):
+def test_it_goes_on_to_the_bit_and_loads(name, cache, tmp_path, stopped_at):
     whole = train(settings(name, cache, tmp_path / "whole"), quiet=True)
-
-    def stops(trainers, stream, quiet):
-        (trainer,) = trainers
-        advance = trainer.advance
-
-        def until(rows):
-            if trainer.step == 12:
-                raise SaekitError("stopped")
-            return advance(rows)
-
-        trainer.advance = until
-        take_steps(trainers, stream, quiet)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("saekit.trainers.run.take_steps", stops)
-        with pytest.raises(SaekitError, match="stopped"):
-            train(settings(name, cache, tmp_path / "part"), quiet=True)
+    with stopped_at(12), pytest.raises(SaekitError, match="stopped"):
+        train(settings(name, cache, tmp_path / "part"), quiet=True)
     again = train(settings(name, cache, tmp_path / "part"), resume=True, quiet=True)
     for file in ("sae/sae_weights.safetensors", "statistics.safetensors"):
         assert (whole.path / file).read_bytes() == (again.path / file).read_bytes()

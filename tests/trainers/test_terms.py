@@ -12,7 +12,6 @@ from saekit.kernels.decode import decode
 from saekit.kernels.workspace import Workspace
 from saekit.sae import SAEConfig, SparseAutoencoder
 from saekit.trainers import VARIANTS, TrainConfig, Variant, train
-from saekit.trainers.loop import take_steps
 from saekit.trainers.optimizer import DictionaryAdam
 from saekit.trainers.statistics import Statistics
 from saekit.trainers.terms import AutogradTerm, Reconstruction, Step
@@ -136,25 +135,10 @@ def test_its_loss_has_a_name_in_the_metrics_and_its_parameter_is_learned(cache, 
     assert (cost < 0).any(), "a lower price lowers the loss"
 
 
-def test_it_goes_on_to_the_bit_where_it_was_stopped(cache, tmp_path, priced, monkeypatch):
+def test_it_goes_on_to_the_bit_where_it_was_stopped(cache, tmp_path, priced, stopped_at):
     whole = train(settings(cache, tmp_path / "whole"), quiet=True)
-
-    def stops(trainers, stream, quiet):
-        (trainer,) = trainers
-        advance = trainer.advance
-
-        def until(rows):
-            if trainer.step == 7:
-                raise SaekitError("stopped")
-            return advance(rows)
-
-        trainer.advance = until
-        take_steps(trainers, stream, quiet)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("saekit.trainers.run.take_steps", stops)
-        with pytest.raises(SaekitError, match="stopped"):
-            train(settings(cache, tmp_path / "part"), quiet=True)
+    with stopped_at(7), pytest.raises(SaekitError, match="stopped"):
+        train(settings(cache, tmp_path / "part"), quiet=True)
     again = train(settings(cache, tmp_path / "part"), resume=True, quiet=True)
     for name in ("sae/sae_weights.safetensors", "statistics.safetensors"):
         assert (whole.path / name).read_bytes() == (again.path / name).read_bytes()
