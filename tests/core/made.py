@@ -17,3 +17,8 @@ def dictionary(architecture, *, d_in=8, d_sae=32, dtype=torch.float32, **extra):
         if sae.threshold is not None:
             sae.threshold.copy_(torch.rand(d_sae) * 3)
     return sae
+
+
+def near(found, expected):
+    """Equal to 1e-5 of the largest entry."""
+    assert float((found.double() - expected.double()).abs().max()) <= 1e-5 * float(expected.abs().max())
