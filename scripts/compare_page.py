@@ -35,7 +35,7 @@ def write_page(results: list[Result], path: Path, planned: int) -> None:
     best = best_rates(results)
     figure = path.with_suffix(".png")
     draw(best, figure)
-    page.write(table(best, len(results), planned, figure.name))
+    page.write("\n\n".join(filter(None, (table(best, len(results), planned, figure.name), by_rate(results)))))
 
 
 def best_rates(results: list[Result]) -> list[Result]:
@@ -109,7 +109,7 @@ def table(results: list[Result], done: int, planned: int, figure: str) -> str:
             shown([r["sparsity"]["l0"] for r in runs], ".1f"),
             shown([r["reconstruction"]["fvu"] for r in runs], ".4f"),
             shown(ratios[0], ".3f"),
-            shown([r["downstream"]["ce_increase"] for r in runs], ".4f"),
+            shown([r["downstream"]["ce_increase"] for r in runs], ".4f", runs[0]["downstream"]["ce_increase_se"]),
             shown(ratios[1], ".3f"),
             shown([r["downstream"]["kl"] for r in runs], ".4f"),
             shown([r["sparsity"]["dead"] for r in runs], ".0f"),
@@ -120,7 +120,8 @@ def table(results: list[Result], done: int, planned: int, figure: str) -> str:
         "",
         "÷ TopK's: over TopK's figure at the same realised L0 (a straight line in log-log between TopK's runs, mean of "
         "its seeds). KL: nats a token from the model's own predictions. dead: never fired. low: density below a tenth "
-        "of the Zipf curve fitted to that dictionary's densities, the dead among them. Several seeds: mean (range).",
+        "of the Zipf curve fitted to that dictionary's densities, the dead among them. Several seeds: mean (range); one: "
+        f"± the standard error over {first['downstream']['documents']} documents, the same for all.",
         "",
         f"![FVU and cross-entropy increase against L0; dead and underutilised features; density by rank]({figure})",
     ]
@@ -143,10 +144,34 @@ def table(results: list[Result], done: int, planned: int, figure: str) -> str:
     return "\n".join(lines)
 
 
-def shown(values: list[float], spec: str) -> str:
-    """One value, or the mean and the range of several."""
+def by_rate(results: list[Result]) -> str:
+    """FVU at each learning rate, where there are several."""
+    groups = grouped(results)
+    factors = sorted({r["job"].get("lr", 1.0) for r in results})
+    if len(factors) == 1:
+        return ""
+    lines = [
+        "FVU at L0, for each factor of the learning rate:",
+        "",
+        "| k | variant | " + " | ".join(f"× {factor:g}" for factor in factors) + " |",
+        "|--:|---|" + "--:|" * len(factors),
+    ]
+    for (arm, aux, k), runs in groups.items():
+        cells = []
+        for factor in factors:
+            at = [r for r in runs if r["job"].get("lr", 1.0) == factor]
+            pairs = (("reconstruction", "fvu", ".4f"), ("sparsity", "l0", ".1f"))
+            cells.append(
+                " at ".join(f"{mean(r[group][key] for r in at):{spec}}" for group, key, spec in pairs) if at else ""
+            )
+        lines.append(f"| {k} | {arm}{LOSSES[aux]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def shown(values: list[float], spec: str, error: float | None = None) -> str:
+    """One value, with its error if there is one, or the mean and the range of several."""
     if len(values) == 1:
-        return format(values[0], spec)
+        return format(values[0], spec) + ("" if error is None else f" ± {error:{spec}}")
     return f"{mean(values):{spec}} ({min(values):{spec}} to {max(values):{spec}})"
 
 
