@@ -120,8 +120,8 @@ def table(results: list[Result], done: int, planned: int, figure: str) -> str:
         "",
         "÷ TopK's: over TopK's figure at the same realised L0 (a straight line in log-log between TopK's runs, mean of "
         "its seeds). KL: nats a token from the model's own predictions. dead: never fired. low: density below a tenth "
-        "of the Zipf curve fitted to that dictionary's densities, the dead among them. Several seeds: mean (range); one: "
-        f"± the standard error over {first['downstream']['documents']} documents, the same for all.",
+        "of the Zipf curve fitted to that dictionary's densities, the dead among them. Several seeds: mean (range); "
+        f"one: ± the standard error over {first['downstream']['documents']} documents, the same for all.",
         "",
         f"![FVU and cross-entropy increase against L0; dead and underutilised features; density by rank]({figure})",
     ]

@@ -69,9 +69,7 @@ def budgets_of(run: Path) -> torch.Tensor:
     found = load_checkpoints([run / "checkpoints"], torch.device("cpu"))
     budgets = found[1][0]["variant"].get("budgets") if found else None
     if budgets is None:
-        raise SaekitError(
-            f"'{run}' has no budgets: it is no run of feature_choice or frequency_control past its switch"
-        )
+        raise SaekitError(f"'{run}' has no budgets: no run of feature_choice or frequency_control past its switch")
     return budgets.double() / TrainConfig.from_yaml(run / "config.yaml", of_a_run=True).batch_size
 
 
