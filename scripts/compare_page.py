@@ -189,7 +189,9 @@ def draw(results: list[Result], path: Path) -> None:
     fvu, ce, density = top.subplots(1, 3)
     _quality(fvu, groups, ks, "reconstruction", "fvu", "fraction of variance unexplained (FVU)")
     _quality(ce, groups, ks, "downstream", "ce_increase", "cross-entropy increase, nats a token")
-    _densities(density, groups, max(ks, key=lambda k: sum(len(runs) for key, runs in groups.items() if key[2] == k)))
+    runs_at = {k: sum(len(runs) for key, runs in groups.items() if key[2] == k) for k in ks}
+    _densities(density, groups, max(ks, key=lambda k: (runs_at[k], -abs(ks.index(k) - len(ks) // 2))))
+    top.legend(*density.get_legend_handles_labels(), loc="outside right upper")
     for axis, k in zip(np.atleast_1d(bottom.subplots(1, len(ks))), ks, strict=True):
         _waste(axis, {key: runs for key, runs in groups.items() if key[2] == k}, k)
     figure.savefig(path, dpi=110)
@@ -211,7 +213,6 @@ def _quality(axis: Any, groups: Groups, ks: list[int], group: str, key: str, tit
     axis.yaxis.set_minor_formatter(ScalarFormatter())
     axis.yaxis.set_major_formatter(ScalarFormatter())
     axis.grid(alpha=0.3)
-    axis.legend()
 
 
 def _densities(axis: Any, groups: Groups, k: int) -> None:
@@ -224,7 +225,6 @@ def _densities(axis: Any, groups: Groups, k: int) -> None:
     axis.set(xscale="log", yscale="log", xlabel="rank of the feature", title=f"density by rank, k = {k}")
     axis.plot([], [], "k:", lw=1, label="fitted Zipf–Mandelbrot law")
     axis.grid(alpha=0.3)
-    axis.legend()
 
 
 def _waste(axis: Any, groups: Groups, k: int) -> None:

@@ -28,7 +28,7 @@ class JumpReLU(Variant):
         """The penalty and the estimate of its slope; activations have a mean norm of √d."""
 
         l0_weight: float = setting(1.0, ge=0, description="weight of the penalty (L0/k - 1)²")
-        bandwidth: float = setting(0.2, gt=0, description="width of the rectangle that estimates a threshold's slope")
+        bandwidth: float = setting(2.0, gt=0, description="width of the rectangle that estimates a threshold's slope")
         pre_act_weight: float = setting(3e-6, ge=0, description="weight of the loss that revives dead features")
 
     architecture: Architecture = "jumprelu"
