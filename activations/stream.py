@@ -11,7 +11,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from itertools import chain, islice
+from itertools import chain, count, islice
 from typing import NamedTuple
 
 import torch
@@ -101,9 +101,9 @@ def live_rows_of_hooks(
 
 def _endless(source: ActivationSource, gradients: bool = False) -> Iterator[ContextBatch]:
     """The training text over and over."""
-    while True:
+    for lap in count():
         total = 0
-        for contexts in source.contexts("train", contexts_at_once(gradients)):
+        for contexts in source.mixed("train", contexts_at_once(gradients), lap=lap):
             yield contexts
             total += int(contexts.kept.sum())
         warnings.warn(f"the text ran out after {total:,} tokens and begins again", SaekitWarning, stacklevel=2)

@@ -11,7 +11,7 @@ import glob
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -25,6 +25,7 @@ from saekit.reading import check_inside, is_plain, read_json
 PYTHON = "python"
 SPLITS: tuple[Split, ...] = get_args(Split)
 _BUILDERS = {"arrow", "csv", "json", "parquet", "text", "xml"}  # of datasets; others may unpickle or run scripts
+_BUFFER = 1024  # rows that are shuffled together
 _LOADERS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
@@ -36,11 +37,13 @@ class TextSource:
         name: what the user wrote.
         fingerprint: changes when the text does.
         documents: from a part of the text to an iterator over its documents, in a fixed order.
+        shuffled: from a seed to the same text in another order, for datasets whose files come one after the other.
     """
 
     name: str
     fingerprint: str
     documents: Callable[[Split], Iterator[str]]
+    shuffled: Callable[[int], TextSource] | None = None
 
 
 def part_of(text: str) -> Split:
@@ -108,7 +111,7 @@ def _local(dataset: str, files: list[str], column: str) -> TextSource:
     if _LOADERS[kind] == "text":
         return _divided(dataset, fingerprint, lambda: (block for f in files for block in _blocks(Path(f))))
     rows = _opened(dataset, lambda d: d.load_dataset(_LOADERS[kind], data_files=files, split="train", streaming=True))
-    return _divided(dataset, fingerprint, _column(dataset, rows, column))
+    return _of_rows(dataset, fingerprint, rows, column)
 
 
 def _is_saved(folder: Path) -> bool:
@@ -149,7 +152,7 @@ def _saved(dataset: str, folder: Path, column: str, split: str) -> TextSource:
         folder = folder / split
     tables = _check_saved(folder)
     rows = _opened(dataset, lambda d: d.load_from_disk(str(folder)))
-    return _divided(dataset, _digest(sorted(tables)), _column(dataset, rows, column))
+    return _of_rows(dataset, _digest(sorted(tables)), rows, column)
 
 
 def _hub(dataset: str, column: str, split: str, config: str | None, streaming: bool) -> TextSource:
@@ -168,7 +171,7 @@ def _hub(dataset: str, column: str, split: str, config: str | None, streaming: b
 
     rows, version = _opened(dataset, rows_of)
     fingerprint = hashlib.blake2b(version.encode(), digest_size=16).hexdigest()
-    return _divided(dataset, fingerprint, _column(dataset, rows, column))
+    return _of_rows(dataset, fingerprint, rows, column)
 
 
 def _check_config(dataset: str, config: str | None, known: list[str]) -> None:
@@ -199,6 +202,21 @@ def _opened(dataset: str, opener: Callable[[Any], Any]) -> Any:
         ) from error
 
 
+def _of_rows(dataset: str, fingerprint: str, rows: Any, column: str) -> TextSource:
+    """The text in a column of rows; shuffled, files come in another order, and rows out of a buffer."""
+
+    def shuffled(seed: int) -> TextSource:
+        mixed = (
+            rows.to_iterable_dataset(num_shards=min(64, len(rows))) if hasattr(rows, "to_iterable_dataset") else rows
+        )
+        return _divided(dataset, fingerprint, _column(dataset, mixed.shuffle(seed, buffer_size=_BUFFER), column))
+
+    texts = _column(dataset, rows, column)
+    if next(texts(), None) is None:
+        raise SaekitError(f"the dataset '{dataset}' is empty")
+    return replace(_divided(dataset, fingerprint, texts), shuffled=shuffled)
+
+
 def _column(dataset: str, rows: Any, column: str) -> Callable[[], Iterator[str]]:
     def texts() -> Iterator[str]:
         number = 0
@@ -218,8 +236,6 @@ def _column(dataset: str, rows: Any, column: str) -> Callable[[], Iterator[str]]
         except Exception as error:  # damaged files show while they are read
             raise SaekitError(f"cannot read row {number} or the next of '{dataset}': {first_line(error)}") from error
 
-    if next(texts(), None) is None:
-        raise SaekitError(f"the dataset '{dataset}' is empty")
     return texts
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from saekit.activations.settings import SourceSettings
+from saekit.activations.settings import StreamSettings
 from saekit.errors import SaekitError, did_you_mean
 from saekit.reading import read_yaml
 from saekit.settings import Settings, fact
@@ -22,7 +22,7 @@ from saekit.trainers.variants import VARIANTS
 
 # parts that every run has, in the order in which they are shown
 PARTS: dict[str, type[Settings]] = {
-    "source": SourceSettings,
+    "source": StreamSettings,
     "data": DataSettings,
     "dictionary": DictionarySettings,
     "optimizer": OptimizerSettings,
@@ -45,7 +45,7 @@ class TrainConfig:
 
     variant: str
     aux: str
-    source: SourceSettings
+    source: StreamSettings
     data: DataSettings
     dictionary: DictionarySettings
     variant_settings: Settings
@@ -167,6 +167,7 @@ class TrainConfig:
         if "expansion" in flags and "width" not in flags:
             values.pop("width", None)  # both name the width
         if of_a_run:
+            values.setdefault("pool", 0)  # before 0.3 the text came in its own order
             names = {key: str({**values, **flags}.get(key, default)) for key, default in _DEFAULTS.items()}
             if names["variant"] in VARIANTS and names["aux"] in AUXILIARY:
                 foreign = _owners().keys() - {key for kind in _kinds(**names).values() for key in kind.model_fields}

@@ -15,7 +15,7 @@ from saekit.activations import ActivationCache, ActivationSource, ShuffledStream
 from saekit.activations.finite import BadTokens, limits_in
 from saekit.activations.harvesting import harvest_hooks
 from saekit.activations.manifest import as_known
-from saekit.activations.settings import FACTS, SourceSettings
+from saekit.activations.settings import FACTS, StreamSettings
 from saekit.activations.stream import StreamState, cache_rows, live_rows, live_rows_of_hooks
 from saekit.errors import SaekitError
 from saekit.kernels.devices import has_fast_bfloat16
@@ -23,7 +23,7 @@ from saekit.trainers.config import TrainConfig
 from saekit.trainers.variants import VARIANTS
 
 # settings that a cache answers for, and the facts of its provenance that they must equal
-_FACTS = {field: FACTS.get(field, field) for field in SourceSettings.model_fields if field != "streaming"}
+_FACTS = {field: FACTS.get(field, field) for field in StreamSettings.model_fields if field != "streaming"}
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,9 @@ def data_of_hooks(
 
 
 def _source(config: TrainConfig, device: torch.device, trust_remote_code: bool) -> ActivationSource:
-    source = ActivationSource.of(config.source, device=str(device), trust_remote_code=trust_remote_code)
+    source = ActivationSource.of(
+        config.source.pooled(config.tokens), device=str(device), trust_remote_code=trust_remote_code
+    )
     next(source.contexts("calibration"))  # better now than after the training
     next(source.contexts("heldout"))
     return source
@@ -138,7 +140,9 @@ def _live(
 
     def calibration() -> Iterator[Tensor]:
         apart = BadTokens(config.skip_bad_tokens, limits=limits)
-        return (batch.x.float() for batch in source.batches("calibration", config.calibration_tokens, bad=apart))
+        pool = min(source.pool, config.calibration_tokens)  # this part of the text is small
+        batches = replace(source, pool=pool).batches("calibration", config.calibration_tokens, bad=apart)
+        return (batch.x.float() for batch in batches)
 
     return TrainingData(
         provenance,
