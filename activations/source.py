@@ -24,8 +24,9 @@ from saekit.activations.model import (
 from saekit.activations.python_source import Split
 from saekit.activations.rules import OWN_RULES, TextRules
 from saekit.activations.settings import SourceSettings
-from saekit.activations.text import PYTHON, TextSource, open_text
-from saekit.activations.tokens import MASK, ContextBatch, pack, tokenizer_fingerprint
+from saekit.activations.text import PYTHON, Documents, TextSource, open_text
+from saekit.activations.token_store import stored
+from saekit.activations.tokens import MASK, ContextBatch, Ids, encoded, pack, tokenizer_fingerprint
 from saekit.errors import SaekitError
 from saekit.processing import applied_to
 from saekit.special_tokens import special_tokens
@@ -162,7 +163,7 @@ class ActivationSource:
         """
         empty, tokenizer = True, text_tokenizer(self.model)
         for contexts in pack(
-            self.text.documents(part),
+            self._tokenised(part, tokenizer),
             tokenizer,
             self.context_length,
             prepend_bos=self.prepend_bos,
@@ -177,6 +178,13 @@ class ActivationSource:
                 f"the {part} part of '{self.text.name}' is empty or shorter than one context of "
                 f"{self.context_length} tokens"
             )
+
+    def _tokenised(self, part: Split, tokenizer: Any) -> Iterator[Ids]:
+        """The token ids of each document, kept on the disk where the text can be told from others."""
+        documents = self.text.documents(part)
+        if isinstance(self.text.documents, Documents):
+            return stored([*self.text.documents.key, part], documents, tokenizer)
+        return encoded(documents, tokenizer)
 
     def mixed(self, part: Split, batch: int = 32, *, lap: int = 0) -> Iterator[ContextBatch]:
         """``contexts`` drawn at random from a pool of ``pool`` tokens; where that is 0, as they come.

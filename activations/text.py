@@ -30,6 +30,23 @@ _LOADERS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".
 
 
 @dataclass(frozen=True)
+class Documents:
+    """Documents of a text that can be known again, so that their token ids are kept (``token_store``).
+
+    Attributes:
+        read: from a part of the text to an iterator over its documents.
+        key: what they depend on.
+    """
+
+    read: Callable[[Split], Iterator[str]]
+    key: tuple[str | int, ...]
+
+    def __call__(self, part: Split) -> Iterator[str]:
+        """The documents of a part."""
+        return self.read(part)
+
+
+@dataclass(frozen=True)
 class TextSource:
     """Text with a name and a fingerprint.
 
@@ -97,10 +114,14 @@ def _files(place: Path) -> list[str]:
 
 
 def _python() -> TextSource:
-    digest = hashlib.blake2b(digest_size=16)
+    digest, times = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
     for name, path in python_source.source_files():
-        digest.update(f"{name}:{path.stat().st_size}\n".encode())
-    return TextSource(PYTHON, digest.hexdigest(), lambda part: (text for _, text in python_source.documents(part)))
+        stat = path.stat()
+        digest.update(f"{name}:{stat.st_size}\n".encode())
+        times.update(f"{path}:{stat.st_size}:{stat.st_mtime_ns}\n".encode())
+    key = (PYTHON, times.hexdigest())
+    documents = Documents(lambda part: (text for _, text in python_source.documents(part)), key)
+    return TextSource(PYTHON, digest.hexdigest(), documents)
 
 
 def _local(dataset: str, files: list[str], column: str) -> TextSource:
@@ -109,7 +130,7 @@ def _local(dataset: str, files: list[str], column: str) -> TextSource:
         raise SaekitError(f"'{dataset}' is not of one known kind of text file ({', '.join(_LOADERS)})")
     fingerprint = _digest(map(Path, files))
     if _LOADERS[kind] == "text":
-        return _divided(dataset, fingerprint, lambda: (block for f in files for block in _blocks(Path(f))))
+        return _divided(dataset, fingerprint, lambda: (block for f in files for block in _blocks(Path(f))), ("text",))
     rows = _opened(dataset, lambda d: d.load_dataset(_LOADERS[kind], data_files=files, split="train", streaming=True))
     return _of_rows(dataset, fingerprint, rows, column)
 
@@ -209,12 +230,13 @@ def _of_rows(dataset: str, fingerprint: str, rows: Any, column: str) -> TextSour
         mixed = (
             rows.to_iterable_dataset(num_shards=min(64, len(rows))) if hasattr(rows, "to_iterable_dataset") else rows
         )
-        return _divided(dataset, fingerprint, _column(dataset, mixed.shuffle(seed, buffer_size=_BUFFER), column))
+        texts = _column(dataset, mixed.shuffle(seed, buffer_size=_BUFFER), column)
+        return _divided(dataset, fingerprint, texts, (column, seed, _BUFFER))
 
     texts = _column(dataset, rows, column)
     if next(texts(), None) is None:
         raise SaekitError(f"the dataset '{dataset}' is empty")
-    return replace(_divided(dataset, fingerprint, texts), shuffled=shuffled)
+    return replace(_divided(dataset, fingerprint, texts, (column,)), shuffled=shuffled)
 
 
 def _column(dataset: str, rows: Any, column: str) -> Callable[[], Iterator[str]]:
@@ -285,5 +307,12 @@ def _blocks(path: Path) -> Iterator[str]:
         yield "".join(lines)
 
 
-def _divided(name: str, fingerprint: str, documents: Callable[[], Iterator[str]]) -> TextSource:
-    return TextSource(name, fingerprint, lambda part: (text for text in documents() if part_of(text) == part))
+def _divided(
+    name: str, fingerprint: str, documents: Callable[[], Iterator[str]], read_as: tuple[str | int, ...]
+) -> TextSource:
+    """The text in its three parts; ``read_as`` is what its documents depend on beside the fingerprint."""
+
+    def read(part: Split) -> Iterator[str]:
+        return (text for text in documents() if part_of(text) == part)
+
+    return TextSource(name, fingerprint, Documents(read, (fingerprint, *read_as)))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import subprocess
+import shutil
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +15,8 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+_TOKENS = None if "SAEKIT_TOKENS" in os.environ else tempfile.mkdtemp(prefix="saekit-tokens-")
+os.environ["SAEKIT_TOKENS"] = _TOKENS or os.environ["SAEKIT_TOKENS"]  # one for all processes of these tests
 
 import pytest
 import torch
@@ -22,6 +26,12 @@ from hypothesis import settings
 settings.register_profile("saekit", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("saekit")
 RunCommand = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def pytest_unconfigure() -> None:
+    """Remove the token ids that the tests kept."""
+    if _TOKENS is not None:
+        shutil.rmtree(_TOKENS, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
