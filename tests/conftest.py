@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-import subprocess
 import shutil
+import subprocess
 import sys
 import tempfile
 import warnings
@@ -15,8 +15,6 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-_TOKENS = None if "SAEKIT_TOKENS" in os.environ else tempfile.mkdtemp(prefix="saekit-tokens-")
-os.environ["SAEKIT_TOKENS"] = _TOKENS or os.environ["SAEKIT_TOKENS"]  # one for all processes of these tests
 
 import pytest
 import torch
@@ -28,10 +26,11 @@ settings.load_profile("saekit")
 RunCommand = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
-def pytest_unconfigure() -> None:
-    """Remove the token ids that the tests kept."""
-    if _TOKENS is not None:
-        shutil.rmtree(_TOKENS, ignore_errors=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Give all processes of these tests one place for token ids, which goes with them."""
+    if "SAEKIT_TOKENS" not in os.environ:
+        os.environ["SAEKIT_TOKENS"] = tempfile.mkdtemp(prefix="saekit-tokens-")
+        config.add_cleanup(lambda: shutil.rmtree(os.environ.pop("SAEKIT_TOKENS"), ignore_errors=True))
 
 
 @pytest.fixture(scope="session")

@@ -105,7 +105,7 @@ def test_the_model_goes_over_the_text_once(source, text, config, monkeypatch):
     train_hooks(config("run"), HOOKS, quiet=True)
     watch.remove()
     wanted, rows = [], 0
-    for contexts in ActivationSource.open(dataset=str(text), context_length=64).contexts("train"):
+    for contexts in ActivationSource.open(dataset=str(text), context_length=64, pool=256 * STEPS).mixed("train"):
         wanted.append(contexts.tokens)
         rows += int(contexts.kept.sum())
         if rows >= 256 * STEPS:
