@@ -10,7 +10,7 @@ import queue
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from itertools import chain, count, islice
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ from saekit.activations.cache import ActivationCache
 from saekit.activations.finite import BadTokens
 from saekit.activations.harvesting import harvest, harvest_hooks
 from saekit.activations.source import ActivationSource, contexts_at_once
+from saekit.activations.tee import Reader
 from saekit.activations.tokens import ContextBatch
 from saekit.errors import SaekitWarning
 
@@ -185,6 +186,9 @@ class ShuffledStream:
             self._put(None)
         except BaseException as error:  # handed to the consumer, who raises it
             self._put(error)
+        finally:
+            if isinstance(self._rows, (Generator, Reader)):
+                self._rows.close()  # others that read the same rows do not wait for it
 
     def _deliver(self, parts: list[Tensor], place: StreamState, pieces: int, rows: int) -> StreamState:
         """Permute a fill and hand on its whole batches; returns the place after them."""
