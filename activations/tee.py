@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -41,9 +42,15 @@ class Tee:
         self._closed = False
         self._moved = threading.Condition()
 
-    def reader(self, number: int, bad: BadTokens) -> Reader:
-        """One of the readers; ``bad`` is set to the tokens left out before the end of its newest piece."""
-        return Reader(self, number, bad)
+    def reader(self, number: int, bad: BadTokens, columns: Sequence[slice] = ()) -> Reader:
+        """One of the readers.
+
+        Args:
+            number: which.
+            bad: its count is set to that of the tokens left out before the end of the newest piece.
+            columns: the parts of each row that it takes, side by side; all if none are given.
+        """
+        return Reader(self, number, bad, columns)
 
     def close(self) -> None:
         """End all readers and let go of the rows."""
@@ -116,8 +123,8 @@ class Tee:
 class Reader:
     """An iterator over the pieces of one reader of a ``Tee``."""
 
-    def __init__(self, tee: Tee, number: int, bad: BadTokens) -> None:
-        self._tee, self._number, self._bad = tee, number, bad
+    def __init__(self, tee: Tee, number: int, bad: BadTokens, columns: Sequence[slice]) -> None:
+        self._tee, self._number, self._bad, self._columns = tee, number, bad, columns
 
     def __iter__(self) -> Reader:
         return self
@@ -127,7 +134,7 @@ class Reader:
         if found is None:
             raise StopIteration
         piece, self._bad.count = found
-        return piece
+        return torch.cat([piece[:, part] for part in self._columns], dim=1) if self._columns else piece
 
     def close(self) -> None:
         """Let the other readers go on without this one."""

@@ -10,14 +10,14 @@ from typing import Any
 import typer
 
 from saekit.commands.evaluating import evaluated, open_evaluator
-from saekit.commands.flags import flag, flags, named_flag, panel_of, with_flags
+from saekit.commands.flags import flag, flags, named_flag, panel_of, takes_several, values_of, with_flags
 from saekit.commands.report import SHOWN, report_on_run
 from saekit.errors import SaekitError
 from saekit.trainers.auxiliary_losses import AUXILIARY
-from saekit.trainers.config import OLD_NAMES, PARTS, TrainConfig, variants_with
+from saekit.trainers.config import OLD_NAMES, PARTS, TrainConfig, settings_in, variants_with
 from saekit.trainers.variants import VARIANTS
 
-_AGAIN = {"hook": "; give it again for a dictionary at each", "log": "; give it again for both"}
+_AGAIN = {"hook": "; commas and * for a dictionary at each", "log": "; give it again for both"}
 _PANELS = {"source": "Data", "data": "Data", "dictionary": "Dictionary", "optimizer": "Optimisation", "run": "Run"}
 
 
@@ -28,11 +28,15 @@ def train_flags() -> list[inspect.Parameter]:
         named_flag("aux", "auxiliary loss", AUXILIARY, "none", "Dictionary"),
     ]
     own = [
-        flag(key, field, "Dictionary", of=owners if len(owners) < len(VARIANTS) / 2 else ())
+        flag(key, field, "Dictionary", of=owners if len(owners) < len(VARIANTS) / 2 else (), several=True)
         for key, (field, owners) in variants_with().items()
     ]
     old = {new: before for before, new in OLD_NAMES.items()}
-    parts = [each for part, kind in PARTS.items() for each in flags(kind, _PANELS[part], repeated=_AGAIN, old=old)]
+    parts = [
+        each
+        for part, kind in PARTS.items()
+        for each in flags(kind, _PANELS[part], repeated=_AGAIN, old=old, several=True)
+    ]
     order = ("Data", "Dictionary", "Optimisation", "Run")
     return sorted([*names, *own, *parts], key=lambda each: order.index(panel_of(each)))
 
@@ -50,32 +54,40 @@ def train(
 ) -> None:
     """Train a dictionary, evaluate it on held-out text, and save both in the run's folder.
 
-    With no model and no dataset named, the embedded ones are used.
+    With no model and no dataset named, the embedded ones are used. Several values with commas between them, as in
+    --k 16,32 --seed 0,1, train a dictionary for each combination, in a folder of its own below --out.
     """
     from saekit.evals.report import groups_in
     from saekit.interrupt import Interrupted
-    from saekit.trainers import train as run_training
-    from saekit.trainers import train_hooks
-    from saekit.trainers.multi_hook import hooks_in
+    from saekit.trainers import train_many
+    from saekit.trainers.many import resumable
+    from saekit.trainers.plan import combined
     from saekit.trainers.run_folder import REPORT
 
-    hooks = flags.pop("hook") or []
+    fields = {key: field for kind in PARTS.values() for key, field in kind.model_fields.items()}
+    fields |= {key: field for key, (field, _) in variants_with().items()}
+    single = {key for key, field in fields.items() if not takes_several(key, field)}
+    flags = {key: value if key in single else values_of(value) for key, value in flags.items()}
     flags["log"] = flags["log"] or None
     if None not in (flags["width"], flags["expansion"]):
         raise SaekitError("--width and --expansion both say how wide the dictionary is; give one of them")
     started = Path(flags["out"]) / "config.yaml" if resume and flags["out"] is not None else None
     if started is not None and config is None and started.is_file():
         config = started
-    hook = hooks[0] if len(hooks) == 1 else None
-    settings = TrainConfig.from_yaml(config, of_a_run=config == started, hook=hook, **flags)
-    home = settings.out
-    several = len(hooks) > 1 or (resume and not (home / "config.yaml").is_file() and bool(hooks_in(home)))
+    runs_asked = combined(settings_in(config, of_a_run=config == started, **flags))
+    if list(runs_asked) == [""]:
+        asked = TrainConfig(**runs_asked[""])
+        home, alone = asked.out, not resume or (asked.out / "config.yaml").is_file() or not resumable(asked)
+        configs = [asked] if alone else [*resumable(asked).values()]
+    else:
+        home, alone = Path(next(iter(runs_asked.values())).get("out") or "runs/sweep"), False
+        configs = [TrainConfig(**{**each, "out": home / name}) for name, each in runs_asked.items()]
     finished = {path.parents[1] for place in ("sae", "*/sae") for path in home.glob(f"{place}/cfg.json") if resume}
     for file in (*home.glob("eval.json"), *home.glob("*/eval.json")) if resume else ():
         groups_in(file)  # better refused now than when all is done
     manner = {"resume": resume, "overwrite": overwrite, "quiet": quiet, "trust_remote_code": trust_remote_code}
     try:
-        runs = [*train_hooks(settings, hooks, **manner).values()] if several else [run_training(settings, **manner)]
+        runs = train_many(configs, home=None if alone else home, **manner)
     except Interrupted as stop:
         print(f"\nsaekit: stopped; go on with: saekit train --out {home} --resume", file=sys.stderr)
         sys.exit(stop.code)
