@@ -151,17 +151,22 @@ class Held:
     """Batches that are made once and held, where they are no larger than 2 GiB; else they are made each time."""
 
     def __init__(self, make: Callable[[], Iterator[Tensor]]) -> None:
-        self._make, self._batches = make, None
+        self._make = make
+        self._batches: list[Tensor] | None = None
 
     def __call__(self) -> Iterator[Tensor]:
         """The batches."""
         if self._batches is not None:
             yield from self._batches
             return
-        kept, size = [], 0
+        kept: list[Tensor] = []
+        size = 0
         for batch in self._make():
             size += batch.nbytes
-            kept = [*kept, batch] if size <= _HELD else []
+            if size <= _HELD:
+                kept.append(batch)
+            else:
+                kept.clear()
             yield batch
         self._batches = kept if size <= _HELD else None
 

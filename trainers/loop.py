@@ -47,7 +47,7 @@ class Lane:
     @property
     def tokens(self) -> int:
         """That each has been trained on."""
-        return self.trainers[0].step * self.config.batch_size
+        return self.trainers[0].step * self.config.optimizer.batch_size
 
     @property
     def ends(self) -> bool:

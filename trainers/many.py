@@ -68,8 +68,7 @@ def train(
         WriteError: the disk is full or not to be written to; the last checkpoint is kept.
         Interrupted: by SIGINT or SIGTERM, after the step was finished and the state saved.
     """
-    manner = {"overwrite": overwrite, "quiet": quiet, "trust_remote_code": trust_remote_code}
-    return train_many([config], resume=resume, **manner)[0]
+    return train_many([config], resume=resume, overwrite=overwrite, quiet=quiet, trust_remote_code=trust_remote_code)[0]
 
 
 def train_many(
@@ -259,7 +258,8 @@ def _orders(configs: list[TrainConfig], new: Sequence[bool], device: torch.devic
         while saved:
             step = min(max(steps, default=0) for steps in saved.values())
             joined = [m for m, steps in saved.items() if step in steps or not (step or steps)]
-            found = load_checkpoints([configs[m].out / CHECKPOINTS for m in joined], device) if step else None
+            folders = [configs[m].out / CHECKPOINTS for m in joined if not new[m]]
+            found = load_checkpoints(folders, device) if folders else None
             orders.append(_Order(joined, list(found[1]) if found else [None] * len(joined)))
             saved = {m: steps for m, steps in saved.items() if m not in joined}
     return orders
