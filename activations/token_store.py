@@ -155,11 +155,3 @@ def _make_room(folder: Path, needed: int, limit: int) -> bool:
             shutil.rmtree(other, ignore_errors=True)
             del found[other]
     return sum(found.values()) + needed <= limit
-
-
-def clear(home: Path) -> int:
-    """Remove all token ids; the bytes they took."""
-    found = kept(home)
-    for folder in found:
-        shutil.rmtree(folder)
-    return sum(found.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,10 @@ def train(
     started = Path(flags["out"]) / "config.yaml" if resume and flags["out"] is not None else None
     if started is not None and config is None and started.is_file():
         config = started
-    runs_asked = combined(settings_in(config, of_a_run=config == started, **flags))
+    values = settings_in(config, of_a_run=config == started, **flags)
+    if "*" in str(values.get("hook")):
+        values["hook"] = _hooks(values, trust_remote_code)
+    runs_asked = combined(values)
     if list(runs_asked) == [""]:
         asked = TrainConfig(**runs_asked[""])
         home, alone = asked.out, not resume or (asked.out / "config.yaml").is_file() or not resumable(asked)
@@ -114,6 +118,16 @@ def train(
     for run in runs:  # last: whatever goes wrong here, the run is whole, and --resume draws the report again
         if run.path in unevaluated or not (run.path / REPORT).exists():
             report_on_run(run.path, evaluator, features_shown, quiet)
+
+
+def _hooks(values: Mapping[str, Any], trust_remote_code: bool) -> list[str]:
+    """The hook points that are meant by names in which ``*`` stands for anything."""
+    from saekit.activations.model import EMBEDDED, hooks_matching, load_model
+
+    asked = values["hook"] if isinstance(values["hook"], list) else [values["hook"]]
+    model = load_model(str(values.get("model") or EMBEDDED), trust_remote_code=trust_remote_code)
+    every = [name for each in asked for name in (hooks_matching(model, each) if "*" in each else [each])]
+    return list(dict.fromkeys(every))
 
 
 with_flags(train, train_flags(), own_panel="Run")

@@ -13,7 +13,7 @@ from saekit.evals.sweep import page, points, rows_of
 def made(home, name, settings, l0, fvu, ce, se=0.01):
     run = home / name
     run.mkdir(parents=True)
-    (run / "config.yaml").write_text(yaml.safe_dump({"out": str(run), "width": 64, **settings}))
+    (run / "config.yaml").write_text(yaml.safe_dump({"out": str(run), "width": 64, **settings}, sort_keys=False))
     groups = {"about": {}, "sparsity": {"l0": l0, "l0_se": 0.1, "dead_share": 0.0}}
     groups |= {"reconstruction": {"fvu": fvu, "fvu_se": se}, "downstream": {"ce_increase": ce, "kl": 0.1}}
     (run / "eval.json").write_text(json.dumps(groups))

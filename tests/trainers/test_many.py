@@ -11,6 +11,7 @@ import yaml
 
 from saekit import SaekitError
 from saekit.activations import harvesting
+from saekit.activations.model import hooks_matching
 from saekit.trainers import TrainConfig, train, train_many
 from saekit.trainers.checkpoint import checkpoints
 from saekit.trainers.plan import combined, name_of, read_plan
@@ -223,3 +224,16 @@ def test_the_command(saekit_main, text, config, tmp_path):
     wrong = saekit_main("train", "--k", "4,x", *flags[:-1], tmp_path / "z")
     assert wrong.returncode == 2
     assert "k = 'x'" in wrong.stderr
+
+
+def test_hooks_by_a_pattern(source, saekit_main, text, tmp_path):
+    every = [f"blocks.{layer}.hook_resid_post" for layer in range(source.model.cfg.n_layers)]
+    assert hooks_matching(source.model, "blocks.*.hook_resid_post") == every
+    flags = ["--tokens", 512, "--batch-size", 256, "--width", 32, "--k", 4, "--context-length", 64, "--quiet"]
+    flags += ["--buffer", 512, "--dataset", text, "--eval-tokens", 0, "--out", tmp_path / "x"]
+    done = saekit_main("train", "--hook", "blocks.*.hook_resid_post", *flags)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in (tmp_path / "x").glob("*/")) == every
+    wrong = saekit_main("train", "--hook", "blocks.*.hook_resid_pots", *flags[:-1], tmp_path / "y")
+    assert wrong.returncode == 2
+    assert "no hook point of the model fits 'blocks.*.hook_resid_pots'" in wrong.stderr
