@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -110,14 +110,14 @@ def train_many(
         raise SaekitError(f"two of the runs would have the folder '{twice[0]}'")
     if home is not None and (home / CONFIG).exists():
         raise SaekitError(f"'{home}' is the folder of one run; choose another --out for several")
-    begun = [resume and (config.out / CONFIG).is_file() for config in configs]
-    if resume and not any(begun) and (home is None or not (home / PLAN).is_file()):
+    there = [resume and (config.out / CONFIG).is_file() for config in configs]
+    if resume and not any(there) and (home is None or not (home / PLAN).is_file()):
         raise SaekitError(f"there is no run to resume in '{configs[0].out}': {CONFIG} is missing")
     found: dict[int, Run] = {}
     groups: dict[tuple[Any, ...], dict[int, TrainConfig]] = {}
     with ExitStack() as stack:
         for number, config in enumerate(configs):
-            if begun[number]:
+            if there[number]:
                 config = stack.enter_context(resumed_folder(config))
                 if (run := finished_run(config)) is not None:
                     found[number] = run
@@ -128,7 +128,7 @@ def train_many(
             groups.setdefault(origin(config), {})[number] = config
         failed: dict[int, SaekitError] = {}
         for group in groups.values():
-            numbers, new = list(group), [not begun[number] for number in group]
+            numbers, new = list(group), [not there[number] for number in group]
             plan = dict(zip((folder.name for folder in folders), configs, strict=True))
             write = partial(write_plan, home, plan) if home is not None else lambda: None
             runs, errors = _together([*group.values()], new, overwrite, quiet, trust_remote_code, write)
@@ -197,6 +197,14 @@ def resumable(asked: TrainConfig) -> dict[str, TrainConfig]:
     return found
 
 
+def by_origin(configs: Iterable[TrainConfig]) -> list[list[TrainConfig]]:
+    """The configs in groups that share their rows."""
+    groups: dict[tuple[Any, ...], list[TrainConfig]] = {}
+    for config in configs:
+        groups.setdefault(origin(config), []).append(config)
+    return [*groups.values()]
+
+
 @dataclass
 class _Order:
     """Runs that take the same batches from the same step on."""
@@ -219,19 +227,8 @@ def _together(
     write: Callable[[], object],
 ) -> tuple[dict[int, Run], dict[int, SaekitError]]:
     """Train runs of one origin: those that were, and why the others were not; ``write`` is called before any begins."""
-    device = pick_device(configs[0].device)
     with ExitStack() as stack:
-        orders = _orders(configs, new, device)
-        states = {m: state for order in orders for m, state in zip(order.members, order.states, strict=True)}
-        before = [state and state["provenance"] for _, state in sorted(states.items())]
-        data = shared_data(configs, device, trust_remote_code, before)
-        workspace, trainers, lanes = Workspace(), {}, []
-        for order, stream, own in stack.enter_context(_streams(configs, data, orders)):
-            sample = stream.peek(SAMPLE) if order.states[0] is None else None
-            for m in order.members:
-                trainers[m] = Trainer(configs[m], own[m], sample, device, workspace, states.pop(m))
-            lanes.append(Lane(stream, [trainers[m] for m in order.members]))
-            order.states.clear()  # as large as the runs themselves
+        trainers, lanes = stack.enter_context(begun(configs, new, trust_remote_code))
         home = configs[0].out if len(configs) == 1 else configs[0].out.parent
         check_space(home, sum(t.checkpoint_bytes for t in trainers.values()), "the run with its checkpoints")
         write()
@@ -241,6 +238,27 @@ def _together(
         failed = take_steps(lanes, quiet)
         runs = {m: trainer.finish() for m, trainer in sorted(trainers.items()) if trainer not in failed}
         return runs, {m: failed[trainer] for m, trainer in trainers.items() if trainer in failed}
+
+
+@contextmanager
+def begun(
+    configs: list[TrainConfig], new: Sequence[bool], trust_remote_code: bool
+) -> Iterator[tuple[dict[int, Trainer], list[Lane]]]:
+    """The trainers of runs of one origin by number, and in lanes; their streams run while it is entered."""
+    device = pick_device(configs[0].device)
+    orders = _orders(configs, new, device)
+    states = {m: state for order in orders for m, state in zip(order.members, order.states, strict=True)}
+    before = [state and state["provenance"] for _, state in sorted(states.items())]
+    data = shared_data(configs, device, trust_remote_code, before)
+    workspace, trainers, lanes = Workspace(), {}, []
+    with _streams(configs, data, orders) as streams:
+        for order, stream, own in streams:
+            sample = stream.peek(SAMPLE) if order.states[0] is None else None
+            for m in order.members:
+                trainers[m] = Trainer(configs[m], own[m], sample, device, workspace, states.pop(m))
+            lanes.append(Lane(stream, [trainers[m] for m in order.members]))
+            order.states.clear()  # as large as the runs themselves
+        yield trainers, lanes
 
 
 def _orders(configs: list[TrainConfig], new: Sequence[bool], device: torch.device) -> list[_Order]:

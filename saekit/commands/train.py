@@ -47,6 +47,7 @@ def train(
     config: Path | None = typer.Option(None, help="YAML file of settings; flags win over it"),
     resume: bool = typer.Option(False, help="go on with the run in --out"),
     overwrite: bool = typer.Option(False, help="replace the run in --out"),
+    dry_run: bool = typer.Option(False, help="train nothing; say which runs there would be, their memory and time"),
     eval_tokens: int = typer.Option(131_072, min=0, help="held-out tokens to evaluate on at the end; 0 for none"),
     features_shown: int = typer.Option(SHOWN, min=0, help="features with a page in report.html, spread over densities"),
     trust_remote_code: bool = typer.Option(False, help="let code run that comes with the model"),
@@ -86,6 +87,11 @@ def train(
     else:
         home, alone = Path(next(iter(runs_asked.values())).get("out") or "runs/sweep"), False
         configs = [TrainConfig(**{**each, "out": home / name}) for name, each in runs_asked.items()]
+    if dry_run:
+        from saekit.trainers.estimate import estimate, told
+
+        print(*told(estimate(configs, trust_remote_code=trust_remote_code)), sep="\n")
+        return
     finished = {path.parents[1] for place in ("sae", "*/sae") for path in home.glob(f"{place}/cfg.json") if resume}
     for file in (*home.glob("eval.json"), *home.glob("*/eval.json")) if resume else ():
         groups_in(file)  # better refused now than when all is done

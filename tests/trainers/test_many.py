@@ -12,6 +12,7 @@ import yaml
 from saekit import SaekitError
 from saekit.activations import harvesting
 from saekit.activations.model import hooks_matching
+from saekit.files import in_bytes
 from saekit.trainers import TrainConfig, train, train_many
 from saekit.trainers.checkpoint import checkpoints
 from saekit.trainers.plan import combined, name_of, read_plan
@@ -237,3 +238,17 @@ def test_hooks_by_a_pattern(source, saekit_main, text, tmp_path):
     wrong = saekit_main("train", "--hook", "blocks.*.hook_resid_pots", *flags[:-1], tmp_path / "y")
     assert wrong.returncode == 2
     assert "no hook point of the model fits 'blocks.*.hook_resid_pots'" in wrong.stderr
+
+
+def test_a_dry_run_tells_and_leaves_nothing(saekit_main, text, tmp_path):
+    flags = ["--tokens", 8192, "--batch-size", 256, "--width", 32, "--context-length", 64, "--quiet"]
+    flags += ["--buffer", 512, "--dataset", text, "--out", tmp_path / "x"]
+    done = saekit_main("train", "--k", "4,8", "--seed", "0,1", "--dry-run", *flags)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split(":")[0] for line in lines[:4]] == [f"k={k},seed={seed}" for k in (4, 8) for seed in (0, 1)]
+    assert "mutual_choice, k 8, 32 features at blocks.1.hook_resid_post, 32 steps of" in lines[2]
+    # weights, gradients and two moments of 2·256·32 + 32 + 256 numbers each, and three fills for each of two seeds
+    assert lines[4].startswith(f"4 runs from 1 pass over the text: {in_bytes(4 * 16 * 16_672 + 2 * 3 * 512 * 256 * 4)}")
+    assert not (tmp_path / "x").exists()
+    assert saekit_main("train", "--dry-run", "--k", 33, *flags).returncode == 2
