@@ -100,7 +100,7 @@ def told(estimates: Sequence[Estimate]) -> list[str]:
     memory = sum(each.bytes for each in estimates)
     memory += sum({each.stream: each.stream_bytes for each in estimates}.values())
     steps = sum(each.step_seconds * each.config.steps for each in estimates)
-    rows = {
+    harvest = {
         each.origin: (each.row_seconds or 0) * max(e.config.tokens for e in estimates if e.origin == each.origin)
         for each in estimates
     }
