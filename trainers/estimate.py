@@ -55,7 +55,7 @@ def estimate(configs: Sequence[TrainConfig], *, trust_remote_code: bool = False)
     for number, group in enumerate(by_origin(configs)):
         with begun(group, [True] * len(group), trust_remote_code) as (trainers, lanes):
             row_seconds = _time_rows(lanes[0])
-            for trainer in trainers.values():
+            for _, trainer in sorted(trainers.items()):
                 place = next(i for i, lane in enumerate(lanes) if trainer in lane.trainers)
                 size = trainer.config.batch_size
                 rows = torch.split(lanes[place].stream.peek(_STEPS * size), size)

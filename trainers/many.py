@@ -293,7 +293,11 @@ def _streams(
     if configs[0].cache is None and len(orders) > 1:
         starts = [place or StreamState() for place in places]
         data[0].bad.count = min(starts, key=lambda place: place.pieces).skipped
-        window = 3 * max(each.buffer for each in data)  # the rows that a stream may be ahead of its batches
+        # No stream is asked for more than a look ahead and a fill before the others are, and it reads up to three fills
+        # ahead of what it is asked for; within this window none waits for one that nobody asks.
+        window = SAMPLE + 6 * max(
+            max(each.buffer, config.batch_size) for each, config in zip(data, configs, strict=True)
+        )
         tee = Tee(data[0].rows, [place.pieces for place in starts], window, data[0].bad)
     found = []
     with ExitStack() as stack:
