@@ -174,6 +174,7 @@ def drawn(found: Sequence[Point]) -> str:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     shown = {key: name for key, name in QUALITIES.items() if any(key in point.figures for point in found)}
     lines: dict[str, list[Point]] = {}
@@ -192,7 +193,11 @@ def drawn(found: Sequence[Point]) -> str:
         if len({str(p.settings.get("hook")) for p in found}) == 1 and len(front) > 1:
             axis.plot(*zip(*front, strict=True), "k--", lw=0.8, zorder=0, label="front")
         axis.set(xscale="log", yscale="log", xlabel="L0, active features a token", ylabel=name)
-        axis.grid(alpha=0.3, which="both")
+        for way in (axis.xaxis, axis.yaxis):
+            way.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
+            way.set_major_formatter(ScalarFormatter())
+            way.set_minor_formatter(NullFormatter())
+        axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[1]:
             axis.legend(fontsize=8)
     content = io.StringIO()
