@@ -17,7 +17,7 @@ from saekit.activations.finite import BadTokens
 from saekit.activations.stream import StreamState
 from saekit.activations.tee import Tee
 from saekit.errors import SaekitError
-from saekit.files import check_space
+from saekit.files import check_free, check_space
 from saekit.kernels.workspace import Workspace
 from saekit.machine import pick_device
 from saekit.trainers.checkpoint import checkpoints, load_checkpoints
@@ -110,6 +110,8 @@ def train_many(
         raise SaekitError(f"two of the runs would have the folder '{twice[0]}'")
     if home is not None and (home / CONFIG).exists():
         raise SaekitError(f"'{home}' is the folder of one run; choose another --out for several")
+    if home is not None and not resume:
+        check_free(home, overwrite=overwrite, hint="choose another --out, or pass --resume or --overwrite")
     there = [resume and (config.out / CONFIG).is_file() for config in configs]
     if resume and not any(there) and (home is None or not (home / PLAN).is_file()):
         raise SaekitError(f"there is no run to resume in '{configs[0].out}': {CONFIG} is missing")

@@ -41,9 +41,12 @@ def combined(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         several = {key: value for key, value in settings.items() if isinstance(value, list) and key not in _LISTS}
         if empty := [key for key, value in several.items() if not value]:
             raise SaekitError(f"{empty[0]}: is a list without values")
+        for key, chosen in several.items():
+            if twice := [value for number, value in enumerate(chosen) if value in chosen[:number]]:
+                raise SaekitError(f"the {key} '{twice[0]}' is named twice")
         varied = list(dict.fromkeys([*several, *run]))
-        for chosen in itertools.product(*several.values()):
-            one = {**settings, **dict(zip(several, chosen, strict=True))}
+        for values_of_one in itertools.product(*several.values()):
+            one = {**settings, **dict(zip(several, values_of_one, strict=True))}
             name = name_of({key: one[key] for key in varied})
             if name in found:
                 raise SaekitError(f"two of the runs are the same: {name or 'both are without a setting of their own'}")

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from pydantic.fields import FieldInfo
 
+from saekit.errors import SaekitError
 from saekit.settings import Settings, choices
 
 _KINDS: dict[Any, Any] = {int: int, float: float, int | None: int, float | None: float, bool: bool, bool | None: bool}
@@ -88,10 +89,20 @@ def takes_several(name: str, field: FieldInfo) -> bool:
     return name == "hook" or (name not in ("log", "device") and (number or bool(choices(field))))
 
 
-def values_of(given: str | list[str] | None) -> str | list[str] | None:
-    """The values of a flag, with commas between them or given several times; a single one as it is."""
+def values_of(name: str, given: str | list[str] | None, field: FieldInfo | None = None) -> Any:
+    """The values of a flag, with commas between them or given several times; a single one as it is.
+
+    Raises:
+        SaekitError: the setting is a number and one of them is none.
+    """
+    kind = _KINDS.get(field.annotation, str) if field is not None else str
     parts = [part.strip() for each in ([given] if isinstance(given, str) else given or []) for part in each.split(",")]
-    return parts if len(parts) > 1 else parts[0] if parts else None
+    try:
+        values = [kind(part) for part in parts]
+    except ValueError:
+        wanted = "whole numbers" if kind is int else "numbers"
+        raise SaekitError(f"--{name.replace('_', '-')} takes {wanted}, not '{given}'") from None
+    return values if len(values) > 1 else values[0] if values else None
 
 
 def named_flag(name: str, what: str, registry: Iterable[str], default: str, panel: str) -> inspect.Parameter:

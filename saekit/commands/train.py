@@ -69,7 +69,7 @@ def train(
     fields = {key: field for kind in PARTS.values() for key, field in kind.model_fields.items()}
     fields |= {key: field for key, (field, _) in variants_with().items()}
     single = {key for key, field in fields.items() if not takes_several(key, field)}
-    flags = {key: value if key in single else values_of(value) for key, value in flags.items()}
+    flags = {key: value if key in single else values_of(key, value, fields.get(key)) for key, value in flags.items()}
     flags["log"] = flags["log"] or None
     if None not in (flags["width"], flags["expansion"]):
         raise SaekitError("--width and --expansion both say how wide the dictionary is; give one of them")
