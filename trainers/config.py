@@ -181,7 +181,7 @@ def settings_in(path: str | Path | None, *, of_a_run: bool = False, **flags: Any
     flags = {key: value for key, value in _renamed(flags).items() if value is not None}
     if "expansion" in flags and "width" not in flags:
         values.pop("width", None)  # both name the width
-    if of_a_run:
+    if of_a_run and path is not None:
         values.setdefault("pool", 0)  # before 0.3 the text came in its own order
         names = {key: str({**values, **flags}.get(key, default)) for key, default in _DEFAULTS.items()}
         if names["variant"] in VARIANTS and names["aux"] in AUXILIARY:

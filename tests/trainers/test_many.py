@@ -212,6 +212,7 @@ def test_the_command(saekit_main, text, config, tmp_path):
     done = saekit_main("train", "--k", "4,8", "--seed", "0,1", *flags)
     assert done.returncode == 0, done.stderr
     names = ["k=4,seed=0", "k=4,seed=1", "k=8,seed=0", "k=8,seed=1"]
+    assert {yaml.safe_load((tmp_path / "x" / name / "config.yaml").read_text())["pool"] for name in names} == {2560}
     assert sorted(path.name for path in (tmp_path / "x").iterdir()) == [*names, "sweep.yaml"]
     assert all((tmp_path / "x" / name / "eval.json").is_file() for name in names)
     again = saekit_main("train", "--out", tmp_path / "x", "--resume", "--eval-tokens", 600, "--quiet")
