@@ -57,6 +57,8 @@ class Provenance(TypedDict, total=False):
     context_length: Annotated[int, Field(gt=0, lt=2**31)]
     prepend_bos: bool
     skip_first: Count
+    pool: Count
+    data_seed: Count
     max_norm: Annotated[float, Field(gt=0)]
     norm_limit: Annotated[float, Field(gt=0)]
     mask: str
@@ -122,7 +124,7 @@ class Manifest(BaseModel):
 def as_known(provenance: Mapping[str, Any]) -> dict[str, Any]:
     """Provenance with the facts that older ones do not tell, or told otherwise: BOS is a first position."""
     same = {"mask": MASK} if provenance.get("prepend_bos") and "skip_first" not in provenance else {}
-    return {"dataset_config": None, "skip_first": 1, **provenance, **same}
+    return {"dataset_config": None, "skip_first": 1, "pool": 0, "data_seed": 0, **provenance, **same}
 
 
 def first_change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:

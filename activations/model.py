@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -174,6 +175,18 @@ def check_hook(model: TransformerBridge, hook: str) -> None:
             pass
     except ValueError as error:
         raise SaekitError(f"the hook '{hook}' is switched off in this model: {first_line(error)}") from error
+
+
+def hooks_matching(model: TransformerBridge, pattern: str) -> list[str]:
+    """The model's hook points that fit a pattern in which ``*`` stands for anything: ``blocks.*.hook_resid_post``.
+
+    Raises:
+        SaekitError: there is none.
+    """
+    found = [name for name in model.hook_dict if fnmatchcase(name, pattern)]
+    if not found:
+        raise SaekitError(f"no hook point of the model fits '{pattern}'{did_you_mean(pattern, model.hook_dict)}")
+    return found
 
 
 def context_length_of(model: TransformerBridge) -> int:

@@ -11,7 +11,7 @@ from saekit.activations.cache import ActivationCache
 from saekit.activations.finite import BadTokens, limits_in
 from saekit.activations.manifest import Manifest, Shard, first_change
 from saekit.activations.model import DTYPES
-from saekit.activations.settings import SourceSettings
+from saekit.activations.settings import StreamSettings
 from saekit.activations.shards import unchanged, write_shard
 from saekit.activations.source import ActivationSource, contexts_at_once
 from saekit.activations.staging import Place, regrouped
@@ -120,7 +120,7 @@ def _harvest_again(cache: ActivationCache, files: set[str], device: str | None, 
 
 def _source(cache: ActivationCache, device: str | None, trust_remote_code: bool) -> ActivationSource:
     """The model and the text of a cache, once it is sure that they are the same."""
-    facts, asked = cache.provenance, SourceSettings.of(cache.provenance)
+    facts, asked = cache.provenance, StreamSettings.of(cache.provenance)
     if asked is None:
         raise SaekitError(f"the activations in '{cache.path}' were not harvested by `saekit cache`: write them again")
     source = ActivationSource.of(asked, device=device, trust_remote_code=trust_remote_code)
@@ -134,7 +134,7 @@ def _places(cache: ActivationCache, source: ActivationSource) -> Iterable[tuple[
     if all("batch" in shard and "row" in shard for shard in cache.shards):
         yield from ((Place(shard["batch"], shard["row"]), shard) for shard in cache.shards)
         return
-    ends = accumulate(int(each.kept.sum()) for each in source.contexts("train", contexts_at_once(cache.gradients)))
+    ends = accumulate(int(each.kept.sum()) for each in source.mixed("train", contexts_at_once(cache.gradients)))
     number, before, end = 0, 0, next(ends)  # the batch of contexts, tokens before it and up to its end
     first = 0
     for shard in cache.shards:

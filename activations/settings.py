@@ -36,19 +36,38 @@ class SourceSettings(Settings):
     )
     model_dtype: Literal["float32", "bfloat16", "float16"] = setting("float32", description="in which the model runs")
 
+
+class StreamSettings(SourceSettings):
+    """Where activations come from, and in which order the contexts of the training text reach the model."""
+
+    pool: int | None = setting(
+        None,
+        ge=0,
+        lt=2**50,
+        description="tokens of text that contexts are drawn from at random (9 bytes each); as many as are trained on, "
+        "at most 8M, if not given; 0 keeps the order of the text",
+    )
+    data_seed: int = setting(0, ge=0, lt=2**31, description="of the order in which contexts are drawn")
+
+    def pooled(self, tokens: int) -> StreamSettings:
+        """The same, with the pool that so many training tokens decide where none is given."""
+        return self if self.pool is not None else self.model_copy(update={"pool": min(_POOL, tokens)})
+
     @classmethod
-    def of(cls, provenance: Mapping[str, Any]) -> SourceSettings | None:
+    def of(cls, provenance: Mapping[str, Any]) -> StreamSettings | None:
         """The settings that made activations of this provenance; None where they were not harvested by saekit."""
+        provenance = {"pool": 0, **provenance}  # before 0.3 the text came in its own order
         names = {field: FACTS.get(field, field) for field in cls.model_fields}
         told = {field: provenance[name] for field, name in names.items() if provenance.get(name) is not None}
         needed = {"model", "hook", "dataset", "column", "split", "context_length", "model_dtype"}
         return cls(**told) if needed <= told.keys() and provenance.get("part") == "train" else None
 
 
+_POOL = 8_000_000
 FACTS = {"split": "dataset_split"}  # settings that a provenance calls otherwise
 
 
-class HarvestPlan(SourceSettings):
+class HarvestPlan(StreamSettings):
     """What a cache is to hold. Every field is a flag of ``saekit cache``."""
 
     tokens: int = setting(2_000_000, gt=0, lt=2**62, description="tokens to store")
@@ -59,6 +78,6 @@ class HarvestPlan(SourceSettings):
     skip_bad_tokens: bool = setting(False, description="leave out tokens that are NaN or infinite, and count them")
 
     @property
-    def source(self) -> SourceSettings:
+    def source(self) -> StreamSettings:
         """Where the activations come from."""
-        return SourceSettings(**self.model_dump(include=set(SourceSettings.model_fields)))
+        return StreamSettings(**self.model_dump(include=set(StreamSettings.model_fields))).pooled(self.tokens)

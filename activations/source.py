@@ -12,6 +12,7 @@ from saekit.activations.boot import text_tokenizer
 from saekit.activations.finite import SAMPLE, BadTokens, norm_limit
 from saekit.activations.gradients import LOSS
 from saekit.activations.harvesting import harvest
+from saekit.activations.mixing import mixed
 from saekit.activations.model import (
     EMBEDDED,
     check_hook,
@@ -23,8 +24,9 @@ from saekit.activations.model import (
 from saekit.activations.python_source import Split
 from saekit.activations.rules import OWN_RULES, TextRules
 from saekit.activations.settings import SourceSettings
-from saekit.activations.text import PYTHON, TextSource, open_text
-from saekit.activations.tokens import MASK, ContextBatch, pack, tokenizer_fingerprint
+from saekit.activations.text import PYTHON, Documents, TextSource, open_text
+from saekit.activations.token_store import stored
+from saekit.activations.tokens import MASK, ContextBatch, Ids, encoded, pack, tokenizer_fingerprint
 from saekit.errors import SaekitError
 from saekit.processing import applied_to
 from saekit.special_tokens import special_tokens
@@ -55,6 +57,8 @@ class ActivationSource:
     dataset_config: str | None = None
     skip_first: int = 1
     rules: TextRules = OWN_RULES
+    pool: int = 0
+    data_seed: int = 0
 
     @classmethod
     def of(
@@ -88,6 +92,8 @@ class ActivationSource:
         skip_first: int = 1,
         prepend_bos: bool | None = None,
         rules: TextRules = OWN_RULES,
+        pool: int = 0,
+        data_seed: int = 0,
         device: str | None = None,
         dtype: str = "float32",
         revision: str | None = None,
@@ -107,6 +113,8 @@ class ActivationSource:
             prepend_bos: whether contexts begin with BOS, where the tokenizer has one; what TransformerLens knows of the
                 model's training if not given.
             rules: how else contexts are made, and which of their tokens count.
+            pool: tokens of the text that contexts are drawn from (``mixed``); 0 keeps the order of the text.
+            data_seed: of the order in which they are drawn.
             device: where the model runs.
             dtype, revision, processing: of the model, as in ``load_model``.
             loaded: the model itself, where it is loaded already.
@@ -134,7 +142,9 @@ class ActivationSource:
             raise SaekitError(f"a context of {length} tokens is longer than the {longest} that '{model}' takes")
         wanted = bool(getattr(bridge.cfg, "default_prepend_bos", True)) if prepend_bos is None else prepend_bos
         bos = wanted and special_tokens(bridge).bos is not None
-        return cls(model, bridge, hook, text, length, bos, column, split, dataset_config, skip_first, rules)
+        return cls(
+            model, bridge, hook, text, length, bos, column, split, dataset_config, skip_first, rules, pool, data_seed
+        )
 
     def at(self, hook: str) -> ActivationSource:
         """The same model and text at another hook point.
@@ -146,14 +156,14 @@ class ActivationSource:
         return replace(self, hook=hook)
 
     def contexts(self, part: Split, batch: int = 32) -> Iterator[ContextBatch]:
-        """Contexts of one part of the text, in a fixed order.
+        """Contexts of one part of the text, in its own order.
 
         Raises:
             SaekitError: the part does not fill one context.
         """
         empty, tokenizer = True, text_tokenizer(self.model)
         for contexts in pack(
-            self.text.documents(part),
+            self._tokenised(part, tokenizer),
             tokenizer,
             self.context_length,
             prepend_bos=self.prepend_bos,
@@ -169,6 +179,31 @@ class ActivationSource:
                 f"{self.context_length} tokens"
             )
 
+    def _tokenised(self, part: Split, tokenizer: Any) -> Iterator[Ids]:
+        """The token ids of each document, kept on the disk where the text can be told from others."""
+        documents = self.text.documents(part)
+        if isinstance(self.text.documents, Documents):
+            return stored([*self.text.documents.key, part], documents, tokenizer)
+        return encoded(documents, tokenizer)
+
+    def mixed(self, part: Split, batch: int = 32, *, lap: int = 0) -> Iterator[ContextBatch]:
+        """``contexts`` drawn at random from a pool of ``pool`` tokens; where that is 0, as they come.
+
+        Args:
+            part: the part.
+            batch: contexts a batch.
+            lap: number of the pass over the text, each of which has an order of its own.
+
+        Raises:
+            SaekitError: the part does not fill one context.
+        """
+        if not self.pool:
+            return self.contexts(part, batch)
+        pool = max(1, self.pool // self.context_length)
+        text = self.text.shuffled(self.data_seed + lap) if self.text.shuffled else self.text
+        contexts = replace(self, text=text).contexts(part, batch)
+        return mixed(contexts, pool, f"{self.data_seed} {lap} {part}", size=batch)
+
     def batches(
         self,
         part: Split,
@@ -178,13 +213,13 @@ class ActivationSource:
         bad: BadTokens | None = None,
         first: int = 0,
     ) -> Iterator[ActivationBatch]:
-        """Activations of one part of the text, cut after exactly ``tokens`` rows where that is given.
+        """Activations of one part of the text, mixed, cut after exactly ``tokens`` rows where that is given.
 
         The first ``first`` batches of contexts are passed over, without the model. Further arguments are those of
         ``harvest``.
         """
         left = tokens
-        contexts = islice(self.contexts(part, contexts_at_once(gradients)), first, None)
+        contexts = islice(self.mixed(part, contexts_at_once(gradients)), first, None)
         for batch in harvest(self.model, self.hook, contexts, gradients=gradients, bad=bad, first=first):
             if left is not None and len(batch.x) >= left:
                 yield batch.rows(0, left)
@@ -213,6 +248,8 @@ class ActivationSource:
             "context_length": self.context_length,
             "prepend_bos": self.prepend_bos,
             "skip_first": self.skip_first,
+            "pool": self.pool,
+            "data_seed": self.data_seed,
             "mask": MASK,
             **self.rules.facts(),
             **({"processing": list(processing)} if (processing := applied_to(self.model)) else {}),

@@ -10,8 +10,8 @@ import queue
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from itertools import chain, islice
+from collections.abc import Generator, Iterator, Sequence
+from itertools import chain, count, islice
 from typing import NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ from saekit.activations.cache import ActivationCache
 from saekit.activations.finite import BadTokens
 from saekit.activations.harvesting import harvest, harvest_hooks
 from saekit.activations.source import ActivationSource, contexts_at_once
+from saekit.activations.tee import Reader
 from saekit.activations.tokens import ContextBatch
 from saekit.errors import SaekitWarning
 
@@ -101,9 +102,9 @@ def live_rows_of_hooks(
 
 def _endless(source: ActivationSource, gradients: bool = False) -> Iterator[ContextBatch]:
     """The training text over and over."""
-    while True:
+    for lap in count():
         total = 0
-        for contexts in source.contexts("train", contexts_at_once(gradients)):
+        for contexts in source.mixed("train", contexts_at_once(gradients), lap=lap):
             yield contexts
             total += int(contexts.kept.sum())
         warnings.warn(f"the text ran out after {total:,} tokens and begins again", SaekitWarning, stacklevel=2)
@@ -185,6 +186,9 @@ class ShuffledStream:
             self._put(None)
         except BaseException as error:  # handed to the consumer, who raises it
             self._put(error)
+        finally:
+            if isinstance(self._rows, (Generator, Reader)):
+                self._rows.close()  # others that read the same rows do not wait for it
 
     def _deliver(self, parts: list[Tensor], place: StreamState, pieces: int, rows: int) -> StreamState:
         """Permute a fill and hand on its whole batches; returns the place after them."""

@@ -11,7 +11,7 @@ import glob
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -25,7 +25,25 @@ from saekit.reading import check_inside, is_plain, read_json
 PYTHON = "python"
 SPLITS: tuple[Split, ...] = get_args(Split)
 _BUILDERS = {"arrow", "csv", "json", "parquet", "text", "xml"}  # of datasets; others may unpickle or run scripts
+_BUFFER = 1024  # rows that are shuffled together
 _LOADERS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Documents of a text that can be known again, so that their token ids are kept (``token_store``).
+
+    Attributes:
+        read: from a part of the text to an iterator over its documents.
+        key: what they depend on.
+    """
+
+    read: Callable[[Split], Iterator[str]]
+    key: tuple[str | int, ...]
+
+    def __call__(self, part: Split) -> Iterator[str]:
+        """The documents of a part."""
+        return self.read(part)
 
 
 @dataclass(frozen=True)
@@ -36,11 +54,13 @@ class TextSource:
         name: what the user wrote.
         fingerprint: changes when the text does.
         documents: from a part of the text to an iterator over its documents, in a fixed order.
+        shuffled: from a seed to the same text in another order, for datasets whose files come one after the other.
     """
 
     name: str
     fingerprint: str
     documents: Callable[[Split], Iterator[str]]
+    shuffled: Callable[[int], TextSource] | None = None
 
 
 def part_of(text: str) -> Split:
@@ -94,10 +114,14 @@ def _files(place: Path) -> list[str]:
 
 
 def _python() -> TextSource:
-    digest = hashlib.blake2b(digest_size=16)
+    digest, times = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
     for name, path in python_source.source_files():
-        digest.update(f"{name}:{path.stat().st_size}\n".encode())
-    return TextSource(PYTHON, digest.hexdigest(), lambda part: (text for _, text in python_source.documents(part)))
+        stat = path.stat()
+        digest.update(f"{name}:{stat.st_size}\n".encode())
+        times.update(f"{path}:{stat.st_size}:{stat.st_mtime_ns}\n".encode())
+    key = (PYTHON, times.hexdigest())
+    documents = Documents(lambda part: (text for _, text in python_source.documents(part)), key)
+    return TextSource(PYTHON, digest.hexdigest(), documents)
 
 
 def _local(dataset: str, files: list[str], column: str) -> TextSource:
@@ -106,9 +130,9 @@ def _local(dataset: str, files: list[str], column: str) -> TextSource:
         raise SaekitError(f"'{dataset}' is not of one known kind of text file ({', '.join(_LOADERS)})")
     fingerprint = _digest(map(Path, files))
     if _LOADERS[kind] == "text":
-        return _divided(dataset, fingerprint, lambda: (block for f in files for block in _blocks(Path(f))))
+        return _divided(dataset, fingerprint, lambda: (block for f in files for block in _blocks(Path(f))), ("text",))
     rows = _opened(dataset, lambda d: d.load_dataset(_LOADERS[kind], data_files=files, split="train", streaming=True))
-    return _divided(dataset, fingerprint, _column(dataset, rows, column))
+    return _of_rows(dataset, fingerprint, rows, column)
 
 
 def _is_saved(folder: Path) -> bool:
@@ -149,7 +173,7 @@ def _saved(dataset: str, folder: Path, column: str, split: str) -> TextSource:
         folder = folder / split
     tables = _check_saved(folder)
     rows = _opened(dataset, lambda d: d.load_from_disk(str(folder)))
-    return _divided(dataset, _digest(sorted(tables)), _column(dataset, rows, column))
+    return _of_rows(dataset, _digest(sorted(tables)), rows, column)
 
 
 def _hub(dataset: str, column: str, split: str, config: str | None, streaming: bool) -> TextSource:
@@ -168,7 +192,7 @@ def _hub(dataset: str, column: str, split: str, config: str | None, streaming: b
 
     rows, version = _opened(dataset, rows_of)
     fingerprint = hashlib.blake2b(version.encode(), digest_size=16).hexdigest()
-    return _divided(dataset, fingerprint, _column(dataset, rows, column))
+    return _of_rows(dataset, fingerprint, rows, column)
 
 
 def _check_config(dataset: str, config: str | None, known: list[str]) -> None:
@@ -199,6 +223,22 @@ def _opened(dataset: str, opener: Callable[[Any], Any]) -> Any:
         ) from error
 
 
+def _of_rows(dataset: str, fingerprint: str, rows: Any, column: str) -> TextSource:
+    """The text in a column of rows; shuffled, files come in another order, and rows out of a buffer."""
+
+    def shuffled(seed: int) -> TextSource:
+        mixed = (
+            rows.to_iterable_dataset(num_shards=min(64, len(rows))) if hasattr(rows, "to_iterable_dataset") else rows
+        )
+        texts = _column(dataset, mixed.shuffle(seed, buffer_size=_BUFFER), column)
+        return _divided(dataset, fingerprint, texts, (column, seed, _BUFFER))
+
+    texts = _column(dataset, rows, column)
+    if next(texts(), None) is None:
+        raise SaekitError(f"the dataset '{dataset}' is empty")
+    return replace(_divided(dataset, fingerprint, texts, (column,)), shuffled=shuffled)
+
+
 def _column(dataset: str, rows: Any, column: str) -> Callable[[], Iterator[str]]:
     def texts() -> Iterator[str]:
         number = 0
@@ -218,8 +258,6 @@ def _column(dataset: str, rows: Any, column: str) -> Callable[[], Iterator[str]]
         except Exception as error:  # damaged files show while they are read
             raise SaekitError(f"cannot read row {number} or the next of '{dataset}': {first_line(error)}") from error
 
-    if next(texts(), None) is None:
-        raise SaekitError(f"the dataset '{dataset}' is empty")
     return texts
 
 
@@ -269,5 +307,12 @@ def _blocks(path: Path) -> Iterator[str]:
         yield "".join(lines)
 
 
-def _divided(name: str, fingerprint: str, documents: Callable[[], Iterator[str]]) -> TextSource:
-    return TextSource(name, fingerprint, lambda part: (text for text in documents() if part_of(text) == part))
+def _divided(
+    name: str, fingerprint: str, documents: Callable[[], Iterator[str]], read_as: tuple[str | int, ...]
+) -> TextSource:
+    """The text in its three parts; ``read_as`` is what its documents depend on beside the fingerprint."""
+
+    def read(part: Split) -> Iterator[str]:
+        return (text for text in documents() if part_of(text) == part)
+
+    return TextSource(name, fingerprint, Documents(read, (fingerprint, *read_as)))

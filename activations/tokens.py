@@ -10,12 +10,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Bool, Int
+from numpy.typing import NDArray
 from torch import Tensor
 
 from saekit.errors import SaekitError
 from saekit.special_tokens import SpecialTokens, special_tokens
 
 MASK = "text positions; the first of each context, BOS and document separators left out"
+DOCUMENTS = 64  # that are tokenised together
+Ids = NDArray[np.int64]
 PADDING = -1  # in the place of a document's number
 
 
@@ -49,8 +52,16 @@ class ContextBatch(NamedTuple):
         return (self.rows(start, start + size) for start in range(0, len(self.tokens), size))
 
 
+def encoded(documents: Iterable[str], tokenizer: Any) -> Iterator[Ids]:
+    """The token ids [m] of each document, without special tokens."""
+    texts = iter(documents)
+    while batch := list(islice(texts, DOCUMENTS)):
+        found = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        yield from (np.asarray(ids, dtype=np.int64) for ids in found)
+
+
 def pack(
-    documents: Iterable[str],
+    documents: Iterable[Ids],
     tokenizer: Any,
     context_length: int,
     *,
@@ -59,15 +70,15 @@ def pack(
     special: SpecialTokens | None = None,
     skip_first: int = 1,
 ) -> Iterator[ContextBatch]:
-    """Tokenise documents and pack them without padding: BOS (if wanted), then text, documents divided by EOS.
+    """Pack documents without padding: BOS (if wanted), then text, documents divided by EOS.
 
     A tokenizer without special tokens gives text alone; documents are told apart by their numbers then. The last
     tokens, where they do not fill a context, are left out, unless they are all there is: then they make one shorter
     context.
 
     Args:
-        documents: texts.
-        tokenizer: a Hugging Face tokenizer.
+        documents: their token ids.
+        tokenizer: a Hugging Face tokenizer, whose special tokens they get.
         context_length: t, tokens a context, BOS among them.
         prepend_bos: whether each context begins with BOS (ignored by a tokenizer that has none).
         contexts: b, contexts a batch; the last batch may be smaller.
@@ -87,21 +98,17 @@ def pack(
     need = room * contexts
     ids: list[np.ndarray] = []
     owners: list[np.ndarray] = []
-    waiting = number = 0
+    waiting = 0
     made = False
-    texts = iter(documents)
-    while batch := list(islice(texts, 64)):
-        encoded = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        for document in encoded:
-            # a separator belongs to no text: its document number is stored as −1 − number
-            with_end = document if separator is None else [*document, separator]
-            owner = np.full(len(with_end), number, dtype=np.int64)
-            if separator is not None:
-                owner[-1] = -1 - number
-            ids.append(np.asarray(with_end, dtype=np.int64))
-            owners.append(owner)
-            waiting += len(with_end)
-            number += 1
+    for number, document in enumerate(documents):
+        # a separator belongs to no text: its document number is stored as −1 − number
+        with_end = document if separator is None else np.append(document, separator)
+        owner = np.full(len(with_end), number, dtype=np.int64)
+        if separator is not None:
+            owner[-1] = -1 - number
+        ids.append(with_end)
+        owners.append(owner)
+        waiting += len(with_end)
         if waiting >= need:
             stream, owner = np.concatenate(ids), np.concatenate(owners)
             whole = len(stream) // need * need

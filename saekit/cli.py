@@ -1,4 +1,4 @@
-"""The command line: ``saekit train``, ``cache``, ``eval``, ``convert``, ``info`` and ``push``."""
+"""The command line: ``saekit train``, ``sweep``, ``cache``, ``eval``, ``convert``, ``info`` and ``push``."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from saekit.commands.evaluate import evaluate
 from saekit.commands.help import explain
 from saekit.commands.once import once
 from saekit.commands.push import push
+from saekit.commands.sweep import sweep_app
 from saekit.commands.train import train
 from saekit.errors import SaekitError, first_line
 
@@ -25,6 +26,7 @@ app.command("eval")(evaluate)
 app.command()(convert)
 app.command()(info)
 app.command()(push)
+app.add_typer(sweep_app, name="sweep")
 
 _DEBUG = "--debug"
 _LONGEST = 2000  # characters of the line about a mistake

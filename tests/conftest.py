@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +24,13 @@ from hypothesis import settings
 settings.register_profile("saekit", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("saekit")
 RunCommand = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give all processes of these tests one place for token ids, which goes with them."""
+    if "SAEKIT_TOKENS" not in os.environ:
+        os.environ["SAEKIT_TOKENS"] = tempfile.mkdtemp(prefix="saekit-tokens-")
+        config.add_cleanup(lambda: shutil.rmtree(os.environ.pop("SAEKIT_TOKENS"), ignore_errors=True))
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,7 @@ from saekit.lazy import lazy
 
 if TYPE_CHECKING:
     from saekit.trainers.config import TrainConfig
-    from saekit.trainers.multi_hook import train_hooks
-    from saekit.trainers.run import train
+    from saekit.trainers.many import train, train_hooks, train_many
     from saekit.trainers.run_folder import Run
     from saekit.trainers.terms import AutogradTerm, Reconstruction, Step, Term
     from saekit.trainers.variant import Batch, Variant
@@ -27,6 +26,7 @@ __all__ = [
     "Variant",
     "train",
     "train_hooks",
+    "train_many",
 ]
 
 _HOMES = {
@@ -39,7 +39,8 @@ _HOMES = {
     "Term": "terms",
     "TrainConfig": "config",
     "Variant": "variant",
-    "train": "run",
-    "train_hooks": "multi_hook",
+    "train": "many",
+    "train_hooks": "many",
+    "train_many": "many",
 }
 __getattr__, __dir__ = lazy(__name__, _HOMES)

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from saekit.activations.settings import SourceSettings
+from saekit.activations.settings import StreamSettings
 from saekit.errors import SaekitError, did_you_mean
 from saekit.reading import read_yaml
 from saekit.settings import Settings, fact
@@ -22,7 +22,7 @@ from saekit.trainers.variants import VARIANTS
 
 # parts that every run has, in the order in which they are shown
 PARTS: dict[str, type[Settings]] = {
-    "source": SourceSettings,
+    "source": StreamSettings,
     "data": DataSettings,
     "dictionary": DictionarySettings,
     "optimizer": OptimizerSettings,
@@ -45,7 +45,7 @@ class TrainConfig:
 
     variant: str
     aux: str
-    source: SourceSettings
+    source: StreamSettings
     data: DataSettings
     dictionary: DictionarySettings
     variant_settings: Settings
@@ -162,22 +162,32 @@ class TrainConfig:
         Raises:
             SaekitError: the file is missing, is no mapping of keys, or names what is impossible.
         """
-        values = {} if path is None else _renamed(read_yaml(path))
-        flags = {key: value for key, value in _renamed(flags).items() if value is not None}
-        if "expansion" in flags and "width" not in flags:
-            values.pop("width", None)  # both name the width
-        if of_a_run:
-            names = {key: str({**values, **flags}.get(key, default)) for key, default in _DEFAULTS.items()}
-            if names["variant"] in VARIANTS and names["aux"] in AUXILIARY:
-                foreign = _owners().keys() - {key for kind in _kinds(**names).values() for key in kind.model_fields}
-                values = {key: value for key, value in values.items() if key not in foreign}
-        return cls(**{**values, **flags})
+        return cls(**settings_in(path, of_a_run=of_a_run, **flags))
 
     def to_yaml(self) -> str:
         """The config as YAML; ``from_yaml`` reads it back."""
         import yaml
 
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+def settings_in(path: str | Path | None, *, of_a_run: bool = False, **flags: Any) -> dict[str, Any]:
+    """What ``TrainConfig.from_yaml`` takes for the settings, before they are checked.
+
+    Raises:
+        SaekitError: the file is missing or is no mapping of keys.
+    """
+    values = {} if path is None else _renamed(read_yaml(path))
+    flags = {key: value for key, value in _renamed(flags).items() if value is not None}
+    if "expansion" in flags and "width" not in flags:
+        values.pop("width", None)  # both name the width
+    if of_a_run and path is not None:
+        values.setdefault("pool", 0)  # before 0.3 the text came in its own order
+        names = {key: str({**values, **flags}.get(key, default)) for key, default in _DEFAULTS.items()}
+        if names["variant"] in VARIANTS and names["aux"] in AUXILIARY:
+            foreign = _owners().keys() - {key for kind in _kinds(**names).values() for key in kind.model_fields}
+            values = {key: value for key, value in values.items() if key not in foreign}
+    return {**values, **flags}
 
 
 _DEFAULTS = {"variant": "mutual_choice", "aux": "none"}

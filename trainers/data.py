@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import accumulate, islice
 from typing import Any
 
@@ -15,15 +16,16 @@ from saekit.activations import ActivationCache, ActivationSource, ShuffledStream
 from saekit.activations.finite import BadTokens, limits_in
 from saekit.activations.harvesting import harvest_hooks
 from saekit.activations.manifest import as_known
-from saekit.activations.settings import FACTS, SourceSettings
+from saekit.activations.settings import FACTS, StreamSettings
 from saekit.activations.stream import StreamState, cache_rows, live_rows, live_rows_of_hooks
 from saekit.errors import SaekitError
 from saekit.kernels.devices import has_fast_bfloat16
 from saekit.trainers.config import TrainConfig
 from saekit.trainers.variants import VARIANTS
 
+_HELD = 2 << 30  # bytes of activations for the calibration
 # settings that a cache answers for, and the facts of its provenance that they must equal
-_FACTS = {field: FACTS.get(field, field) for field in SourceSettings.model_fields if field != "streaming"}
+_FACTS = {field: FACTS.get(field, field) for field in StreamSettings.model_fields if field != "streaming"}
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,14 @@ class TrainingData:
     columns: slice = field(default_factory=lambda: slice(None))
     bad: BadTokens = field(default_factory=BadTokens)
 
-    def stream(self, config: TrainConfig, place: StreamState | None) -> ShuffledStream:
-        """The shuffled batches of the run, from a place on."""
+    def stream(
+        self, config: TrainConfig, place: StreamState | None, rows: Iterator[Float[Tensor, "m w"]] | None = None
+    ) -> ShuffledStream:
+        """The shuffled batches of the run, from a place on, of the run's own rows if no others are given."""
         place = place or StreamState()
         self.bad.count = place.skipped
         return ShuffledStream(
-            self.rows(place.pieces),
+            self.rows(place.pieces) if rows is None else rows,
             config.batch_size,
             self.buffer,
             config.seed,
@@ -70,54 +74,107 @@ def training_data(
     trust_remote_code: bool = False,
     before: Mapping[str, Any] | None = None,
 ) -> TrainingData:
-    """Open the cache that the config names, or load the model and the text.
+    """``shared_data`` of one run."""
+    return shared_data([config], device, trust_remote_code, [before])[0]
 
-    A run that goes on keeps the limit of the norm in ``before``, its provenance.
 
-    Raises:
-        SaekitError: a part is missing or does not fit another, or the text is too short for its three parts.
-    """
+def origin(config: TrainConfig) -> tuple[Any, ...]:
+    """What decides which rows a run gets, up to their order: runs with the same origin share them."""
     gradients = VARIANTS[config.variant].needs_gradients(config)
+    sifted = (config.max_norm, config.skip_bad_tokens)
     if config.cache is not None:
-        return _from_cache(config, ActivationCache.open(config.cache), gradients, before)
-    source = _source(config, device, trust_remote_code)
-    return _live(config, source, source.provenance("train", gradients=gradients), gradients, before)
+        return (str(config.cache), gradients, config.device, *sifted)
+    text = config.source.pooled(config.tokens).model_dump_json(exclude=set() if gradients else {"hook"})
+    return (text, gradients, config.device, *sifted)
 
 
-def data_of_hooks(
-    config: TrainConfig,
-    hooks: Sequence[str],
+def shared_data(
+    configs: Sequence[TrainConfig],
     device: torch.device,
     trust_remote_code: bool = False,
     before: Sequence[Mapping[str, Any] | None] = (),
 ) -> list[TrainingData]:
-    """Load the model and the text once for runs at several hook points, whose activations share the rows.
+    """Open the cache that configs of one origin name, or load the model and the text, once for all.
+
+    A run that goes on keeps the limit of the norm in ``before``, its provenance. Live activations at several hooks
+    share the rows; what is left out at one hook is left out at all.
 
     Raises:
-        SaekitError: as ``training_data``.
+        SaekitError: a part is missing or does not fit another, or the text is too short for its three parts.
     """
-    source = _source(config.replace(hook=hooks[0]), device, trust_remote_code)
-    sources = [source.at(hook) for hook in hooks]
+    before = before or [None] * len(configs)
+    first, gradients = configs[0], VARIANTS[configs[0].variant].needs_gradients(configs[0])
+    if first.cache is not None:
+        cache = ActivationCache.open(first.cache)
+        return [_from_cache(each, cache, gradients, was) for each, was in zip(configs, before, strict=True)]
+    source = _source(first, device, trust_remote_code)
+    at = {each.hook: source if each.hook is None else source.at(each.hook) for each in configs}
+    hooks = list(dict.fromkeys(each.hook for each in at.values()))
+    provenance = source.provenance("train", gradients=gradients)  # fingerprints of large models take a while
+    data = [
+        _live(each, at[each.hook], {**provenance, "hook": at[each.hook].hook}, gradients, was)
+        for each, was in zip(configs, before, strict=True)
+    ]
+    bad = BadTokens(first.skip_bad_tokens, limits={hook: r for each in data for hook, r in each.bad.limits.items()})
+    if len(hooks) == 1:
+        rows = partial(_rows_of_one, at[first.hook], gradients, bad)
+        return _sharing_calibration([replace(each, rows=rows, bad=bad) for each in data], configs)
     (one,) = harvest_hooks(source.model, hooks, [next(source.contexts("calibration", 1))], bad=BadTokens(skip=True))
     widths = [batch.x.shape[1] for batch in one.batches.values()]
-    provenance = source.provenance("train")  # fingerprints of large models take a while
+    columns = {hook: slice(stop - w, stop) for hook, w, stop in zip(hooks, widths, accumulate(widths), strict=True)}
+    rows = partial(_rows_of_hooks, source, hooks, bad)
     data = [
-        _live(config, each, {**provenance, "hook": each.hook}, before=was)
-        for each, was in zip(sources, before or [None] * len(hooks), strict=True)
+        replace(each, rows=rows, bad=bad, columns=columns[at[config.hook].hook])
+        for each, config in zip(data, configs, strict=True)
     ]
-    bad = BadTokens(config.skip_bad_tokens, limits={hook: r for each in data for hook, r in each.bad.limits.items()})
+    return _sharing_calibration(data, configs)
 
-    def rows(first: int) -> Iterator[Tensor]:
-        return live_rows_of_hooks(source, hooks, first=first, bad=bad)
 
+def _rows_of_one(source: ActivationSource, gradients: bool, bad: BadTokens, first: int) -> Iterator[Tensor]:
+    return live_rows(source, gradients, first=first, bad=bad)
+
+
+def _rows_of_hooks(source: ActivationSource, hooks: list[str], bad: BadTokens, first: int) -> Iterator[Tensor]:
+    return live_rows_of_hooks(source, hooks, first=first, bad=bad)
+
+
+def _sharing_calibration(data: list[TrainingData], configs: Sequence[TrainConfig]) -> list[TrainingData]:
+    """Runs that are calibrated on the same activations have them harvested once."""
+    held: dict[tuple[Any, int], Held] = {}
     return [
-        replace(each, rows=rows, columns=slice(stop - width, stop), bad=bad)
-        for each, width, stop in zip(data, widths, accumulate(widths), strict=True)
+        replace(each, calibration=held.setdefault((config.hook, config.calibration_tokens), Held(each.calibration)))
+        for each, config in zip(data, configs, strict=True)
     ]
+
+
+class Held:
+    """Batches that are made once and held, where they are no larger than 2 GiB; else they are made each time."""
+
+    def __init__(self, make: Callable[[], Iterator[Tensor]]) -> None:
+        self._make = make
+        self._batches: list[Tensor] | None = None
+
+    def __call__(self) -> Iterator[Tensor]:
+        """The batches."""
+        if self._batches is not None:
+            yield from self._batches
+            return
+        kept: list[Tensor] = []
+        size = 0
+        for batch in self._make():
+            size += batch.nbytes
+            if size <= _HELD:
+                kept.append(batch)
+            else:
+                kept.clear()
+            yield batch
+        self._batches = kept if size <= _HELD else None
 
 
 def _source(config: TrainConfig, device: torch.device, trust_remote_code: bool) -> ActivationSource:
-    source = ActivationSource.of(config.source, device=str(device), trust_remote_code=trust_remote_code)
+    source = ActivationSource.of(
+        config.source.pooled(config.tokens), device=str(device), trust_remote_code=trust_remote_code
+    )
     next(source.contexts("calibration"))  # better now than after the training
     next(source.contexts("heldout"))
     return source
@@ -138,11 +195,13 @@ def _live(
 
     def calibration() -> Iterator[Tensor]:
         apart = BadTokens(config.skip_bad_tokens, limits=limits)
-        return (batch.x.float() for batch in source.batches("calibration", config.calibration_tokens, bad=apart))
+        pool = min(source.pool, config.calibration_tokens)  # this part of the text is small
+        batches = replace(source, pool=pool).batches("calibration", config.calibration_tokens, bad=apart)
+        return (batch.x.float() for batch in batches)
 
     return TrainingData(
         provenance,
-        lambda first: live_rows(source, gradients, first=first, bad=bad),
+        partial(_rows_of_one, source, gradients, bad),
         min(config.buffer, config.tokens),
         gradients,
         calibration,

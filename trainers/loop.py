@@ -1,9 +1,10 @@
-"""The loop: one trainer, or several that share a stream, take their steps."""
+"""The loop: trainers take their steps, those that share a stream together."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
@@ -31,54 +32,96 @@ class Trainer(Protocol):
         """Write a checkpoint."""
 
 
-def take_steps(trainers: Sequence[Trainer], stream: ShuffledStream, quiet: bool = False) -> None:
+@dataclass
+class Lane:
+    """Trainers that stand at the same step and take the same batches of a stream."""
+
+    stream: ShuffledStream
+    trainers: list[Trainer]
+
+    @property
+    def config(self) -> TrainConfig:
+        """Of one of the runs; steps and batch size are those of all."""
+        return self.trainers[0].config
+
+    @property
+    def tokens(self) -> int:
+        """That each has been trained on."""
+        return self.trainers[0].step * self.config.optimizer.batch_size
+
+    @property
+    def ends(self) -> bool:
+        """Whether there is nothing left to do."""
+        return not self.trainers or self.trainers[0].step >= self.config.steps
+
+
+def take_steps(lanes: Sequence[Lane], quiet: bool = False) -> dict[Trainer, SaekitError]:
     """All remaining steps; the last state of each trainer is in a checkpoint when it returns or is interrupted.
 
+    The lane that has seen the fewest tokens goes first. A trainer that fails is left where it is; the others go on.
+
     Args:
-        trainers: of runs that differ in nothing but their columns of the stream; all stand at the same step.
-        stream: at the place of that step.
+        lanes: each at a step of its own.
         quiet: show no progress bar.
 
+    Returns:
+        The trainers that failed, and why: a loss that is not finite, or diverges.
+
     Raises:
-        SaekitError: activations or a loss are not finite, or the loss diverges.
+        SaekitError: activations are not finite.
         WriteError: a checkpoint cannot be written; those before are kept.
         Interrupted: by SIGINT or SIGTERM, after the step was finished and every state saved.
     """
-    config, first = trainers[0].config, trainers[0].step
-    stream.waited = 0.0
+    every = [trainer for lane in lanes for trainer in lane.trainers]
+    failed: dict[Trainer, SaekitError] = {}
     with bars(quiet) as screen, ExitStack() as files, InterruptGuard() as guard:
-        progress = [
-            files.enter_context(TrainingProgress(t.config, t.step, screen, _name(t.config, len(trainers) == 1)))
-            for t in trainers
-        ]
-        batches = iter(stream)
-        for step in range(first, config.steps):
-            rows = _next(batches, trainers, stream)
-            last = step + 1 == config.steps
-            for trainer, shown in zip(trainers, progress, strict=True):
-                metrics = trainer.advance(rows)
-                if trainer.step % config.log_every == 0 or last:
-                    shown.log(trainer.step, trainer.line(metrics, stream.waited))
-                shown.advance()
+        progress = {
+            t: files.enter_context(TrainingProgress(t.config, t.step, screen, _name(t.config, len(every) == 1)))
+            for t in every
+        }
+        batches = [iter(lane.stream) for lane in lanes]
+        for lane in lanes:
+            lane.stream.waited = 0.0
+        while any(not lane.ends for lane in lanes):
+            number = min((i for i, lane in enumerate(lanes) if not lane.ends), key=lambda i: lanes[i].tokens)
+            lane = lanes[number]
+            rows = _next(batches[number], lanes)
+            for trainer in list(lane.trainers):
+                try:
+                    metrics = trainer.advance(rows)
+                except SaekitError as error:
+                    lane.trainers.remove(trainer)
+                    failed[trainer] = error
+                    continue
+                if trainer.step % trainer.config.log_every == 0 or trainer.step == trainer.config.steps:
+                    progress[trainer].log(trainer.step, trainer.line(metrics, lane.stream.waited))
+                progress[trainer].advance()
             stopped = guard.received  # looked at once: all are saved or none
-            for trainer in trainers:
-                if trainer.step % config.checkpoint_every == 0 or last or stopped:
-                    trainer.save(stream.place)
+            for trainer in lane.trainers:
+                if trainer.step % trainer.config.checkpoint_every == 0 or lane.ends or stopped:
+                    trainer.save(lane.stream.place)
             if stopped:
+                _save(other for other in lanes if other is not lane)
                 raise Interrupted(stopped)
+    return failed
 
 
-def _next(batches: Iterator[Tensor], trainers: Sequence[Trainer], stream: ShuffledStream) -> Tensor:
+def _next(batches: Iterator[Tensor], lanes: Sequence[Lane]) -> Tensor:
     """The next batch; where there is none to be had, what was learned so far is saved first."""
     try:
         return next(batches)
     except SaekitError:
-        if trainers[0].step > 0:
-            for trainer in trainers:
-                trainer.save(stream.place)
+        _save(lanes)
         raise
+
+
+def _save(lanes: Iterable[Lane]) -> None:
+    for lane in lanes:
+        for trainer in lane.trainers:
+            if 0 < trainer.step < trainer.config.steps:
+                trainer.save(lane.stream.place)
 
 
 def _name(config: TrainConfig, alone: bool) -> str:
     """What stands beside a bar."""
-    return config.variant if alone or config.hook is None else "\n".join(config.hook.rsplit(".", 1))
+    return config.variant if alone else "\n".join(config.out.name.rsplit(".", 1))

@@ -25,7 +25,6 @@ from saekit.trainers.loggers import files_of_loggers
 
 CONFIG, METRICS, CHECKPOINTS, DICTIONARY = "config.yaml", "metrics.jsonl", "checkpoints", "sae"
 STATISTICS, EVALUATION, REPORT = "statistics.safetensors", "eval.json", "report.html"
-PENDING = "begun.yaml"  # of several runs, while not each has its folder yet
 
 
 @dataclass(frozen=True)
@@ -98,8 +97,8 @@ def _config_to_resume(config: TrainConfig) -> TrainConfig:
 
 def check_new(config: TrainConfig, *, overwrite: bool) -> None:
     """Raise SaekitError where a run cannot begin in ``config.out``."""
-    if config.out.is_dir() and {path.name for path in config.out.iterdir()} <= {CONFIG + PART, PENDING + PART}:
-        remove_unfinished(config.out, [CONFIG, PENDING])  # of a start that was killed at once
+    if config.out.is_dir() and {path.name for path in config.out.iterdir()} <= {CONFIG + PART}:
+        remove_unfinished(config.out, [CONFIG])  # of a start that was killed at once
     check_free(config.out, overwrite=overwrite, hint="choose another --out, or pass --resume or --overwrite")
     check_writable(config.out)
 

@@ -95,7 +95,7 @@ class Trainer:
         if field := first_change(state["provenance"], self.data.provenance):
             raise SaekitError(f"the data has another {field} than when the run in '{self.config.out}' was started")
         settings = _lasting(self.config)
-        before = {OLD_NAMES.get(name, name): value for name, value in state["config"].items()}
+        before = {"pool": 0, **{OLD_NAMES.get(name, name): value for name, value in state["config"].items()}}
         changed = [name for name, value in before.items() if name in settings and settings[name] != value]
         if changed:
             raise SaekitError(

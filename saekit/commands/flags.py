@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from pydantic.fields import FieldInfo
 
+from saekit.errors import SaekitError
 from saekit.settings import Settings, choices
 
 _KINDS: dict[Any, Any] = {int: int, float: float, int | None: int, float | None: float, bool: bool, bool | None: bool}
@@ -21,6 +22,7 @@ def flags(
     leave_out: Iterable[str] = (),
     repeated: Mapping[str, str] | None = None,
     old: Mapping[str, str] | None = None,
+    several: bool = False,
 ) -> list[inspect.Parameter]:
     """One flag for each setting of a part; a flag that is not given is None, so that a YAML file or a default decides.
 
@@ -30,10 +32,11 @@ def flags(
         leave_out: settings that are no flags of this command.
         repeated: flags that may be given again, with what to say of it.
         old: names that flags had before, by their new ones.
+        several: whether a flag may have several values, with commas between them.
     """
     repeated, old, left_out = repeated or {}, old or {}, set(leave_out)
     return [
-        flag(name, field, panel, repeated.get(name), old.get(name))
+        flag(name, field, panel, repeated.get(name), old.get(name), several=several)
         for name, field in kind.model_fields.items()
         if name not in left_out
     ]
@@ -47,6 +50,7 @@ def flag(
     old: str | None = None,
     of: Sequence[str] = (),
     note: str = "",
+    several: bool = False,
 ) -> inspect.Parameter:
     """The flag of one setting.
 
@@ -58,6 +62,7 @@ def flag(
         old: a name that it had before.
         of: the variants or losses that have it, where those are few.
         note: what to say at the end.
+        several: whether it may have several values, with commas between them.
     """
     stated = field.default_factory is None and field.default is not None and field.default is not False
     default = f" [default: {field.default}]" if stated else ""
@@ -71,8 +76,33 @@ def flag(
         autocompletion=among(*known) if known else None,
         rich_help_panel=panel,
     )
-    kind: Any = Annotated[(list[str] if again is not None else _KINDS.get(field.annotation, str)) | None, option]
+    plain = str if several and takes_several(name, field) else _KINDS.get(field.annotation, str)
+    if plain is str and field.annotation in _KINDS:
+        option.metavar = _KINDS[field.annotation].__name__.upper() + ",..."
+    kind: Any = Annotated[(list[str] if again is not None else plain) | None, option]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+
+
+def takes_several(name: str, field: FieldInfo) -> bool:
+    """Whether runs may differ in a setting by values with commas between them: numbers, names of a few, hooks."""
+    number = _KINDS.get(field.annotation, bool) is not bool
+    return name == "hook" or (name not in ("log", "device") and (number or bool(choices(field))))
+
+
+def values_of(name: str, given: str | list[str] | None, field: FieldInfo | None = None) -> Any:
+    """The values of a flag, with commas between them or given several times; a single one as it is.
+
+    Raises:
+        SaekitError: the setting is a number and one of them is none.
+    """
+    kind = _KINDS.get(field.annotation, str) if field is not None else str
+    parts = [part.strip() for each in ([given] if isinstance(given, str) else given or []) for part in each.split(",")]
+    try:
+        values = [kind(part) for part in parts]
+    except ValueError:
+        wanted = "whole numbers" if kind is int else "numbers"
+        raise SaekitError(f"--{name.replace('_', '-')} takes {wanted}, not '{given}'") from None
+    return values if len(values) > 1 else values[0] if values else None
 
 
 def named_flag(name: str, what: str, registry: Iterable[str], default: str, panel: str) -> inspect.Parameter:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import typer
 
 from saekit.commands.evaluating import evaluated, open_evaluator
-from saekit.commands.flags import flag, flags, named_flag, panel_of, with_flags
+from saekit.commands.flags import flag, flags, named_flag, panel_of, takes_several, values_of, with_flags
 from saekit.commands.report import SHOWN, report_on_run
 from saekit.errors import SaekitError
 from saekit.trainers.auxiliary_losses import AUXILIARY
-from saekit.trainers.config import OLD_NAMES, PARTS, TrainConfig, variants_with
+from saekit.trainers.config import OLD_NAMES, PARTS, TrainConfig, settings_in, variants_with
 from saekit.trainers.variants import VARIANTS
 
-_AGAIN = {"hook": "; give it again for a dictionary at each", "log": "; give it again for both"}
+_AGAIN = {"hook": "; commas and * for a dictionary at each", "log": "; give it again for both"}
 _PANELS = {"source": "Data", "data": "Data", "dictionary": "Dictionary", "optimizer": "Optimisation", "run": "Run"}
 
 
@@ -28,11 +29,15 @@ def train_flags() -> list[inspect.Parameter]:
         named_flag("aux", "auxiliary loss", AUXILIARY, "none", "Dictionary"),
     ]
     own = [
-        flag(key, field, "Dictionary", of=owners if len(owners) < len(VARIANTS) / 2 else ())
+        flag(key, field, "Dictionary", of=owners if len(owners) < len(VARIANTS) / 2 else (), several=True)
         for key, (field, owners) in variants_with().items()
     ]
     old = {new: before for before, new in OLD_NAMES.items()}
-    parts = [each for part, kind in PARTS.items() for each in flags(kind, _PANELS[part], repeated=_AGAIN, old=old)]
+    parts = [
+        each
+        for part, kind in PARTS.items()
+        for each in flags(kind, _PANELS[part], repeated=_AGAIN, old=old, several=True)
+    ]
     order = ("Data", "Dictionary", "Optimisation", "Run")
     return sorted([*names, *own, *parts], key=lambda each: order.index(panel_of(each)))
 
@@ -42,6 +47,7 @@ def train(
     config: Path | None = typer.Option(None, help="YAML file of settings; flags win over it"),
     resume: bool = typer.Option(False, help="go on with the run in --out"),
     overwrite: bool = typer.Option(False, help="replace the run in --out"),
+    dry_run: bool = typer.Option(False, help="train nothing; say which runs there would be, their memory and time"),
     eval_tokens: int = typer.Option(131_072, min=0, help="held-out tokens to evaluate on at the end; 0 for none"),
     features_shown: int = typer.Option(SHOWN, min=0, help="features with a page in report.html, spread over densities"),
     trust_remote_code: bool = typer.Option(False, help="let code run that comes with the model"),
@@ -50,32 +56,48 @@ def train(
 ) -> None:
     """Train a dictionary, evaluate it on held-out text, and save both in the run's folder.
 
-    With no model and no dataset named, the embedded ones are used.
+    With no model and no dataset named, the embedded ones are used. Several values with commas between them, as in
+    --k 16,32 --seed 0,1, train a dictionary for each combination, in a folder of its own below --out.
     """
     from saekit.evals.report import groups_in
     from saekit.interrupt import Interrupted
-    from saekit.trainers import train as run_training
-    from saekit.trainers import train_hooks
-    from saekit.trainers.multi_hook import hooks_in
+    from saekit.trainers import train_many
+    from saekit.trainers.many import resumable
+    from saekit.trainers.plan import combined
     from saekit.trainers.run_folder import REPORT
 
-    hooks = flags.pop("hook") or []
+    fields = {key: field for kind in PARTS.values() for key, field in kind.model_fields.items()}
+    fields |= {key: field for key, (field, _) in variants_with().items()}
+    single = {key for key, field in fields.items() if not takes_several(key, field)}
+    flags = {key: value if key in single else values_of(key, value, fields.get(key)) for key, value in flags.items()}
     flags["log"] = flags["log"] or None
     if None not in (flags["width"], flags["expansion"]):
         raise SaekitError("--width and --expansion both say how wide the dictionary is; give one of them")
     started = Path(flags["out"]) / "config.yaml" if resume and flags["out"] is not None else None
     if started is not None and config is None and started.is_file():
         config = started
-    hook = hooks[0] if len(hooks) == 1 else None
-    settings = TrainConfig.from_yaml(config, of_a_run=config == started, hook=hook, **flags)
-    home = settings.out
-    several = len(hooks) > 1 or (resume and not (home / "config.yaml").is_file() and bool(hooks_in(home)))
+    values = settings_in(config, of_a_run=config == started, **flags)
+    if "*" in str(values.get("hook")):
+        values["hook"] = _hooks(values, trust_remote_code)
+    runs_asked = combined(values)
+    if list(runs_asked) == [""]:
+        asked = TrainConfig(**runs_asked[""])
+        home, alone = asked.out, not resume or (asked.out / "config.yaml").is_file() or not resumable(asked)
+        configs = [asked] if alone else [*resumable(asked).values()]
+    else:
+        home, alone = Path(next(iter(runs_asked.values())).get("out") or "runs/sweep"), False
+        configs = [TrainConfig(**{**each, "out": home / name}) for name, each in runs_asked.items()]
+    if dry_run:
+        from saekit.trainers.estimate import estimate, told
+
+        print(*told(estimate(configs, trust_remote_code=trust_remote_code)), sep="\n")
+        return
     finished = {path.parents[1] for place in ("sae", "*/sae") for path in home.glob(f"{place}/cfg.json") if resume}
     for file in (*home.glob("eval.json"), *home.glob("*/eval.json")) if resume else ():
         groups_in(file)  # better refused now than when all is done
     manner = {"resume": resume, "overwrite": overwrite, "quiet": quiet, "trust_remote_code": trust_remote_code}
     try:
-        runs = [*train_hooks(settings, hooks, **manner).values()] if several else [run_training(settings, **manner)]
+        runs = train_many(configs, home=None if alone else home, **manner)
     except Interrupted as stop:
         print(f"\nsaekit: stopped; go on with: saekit train --out {home} --resume", file=sys.stderr)
         sys.exit(stop.code)
@@ -102,6 +124,16 @@ def train(
     for run in runs:  # last: whatever goes wrong here, the run is whole, and --resume draws the report again
         if run.path in unevaluated or not (run.path / REPORT).exists():
             report_on_run(run.path, evaluator, features_shown, quiet)
+
+
+def _hooks(values: Mapping[str, Any], trust_remote_code: bool) -> list[str]:
+    """The hook points that are meant by names in which ``*`` stands for anything."""
+    from saekit.activations.model import EMBEDDED, hooks_matching, load_model
+
+    asked = values["hook"] if isinstance(values["hook"], list) else [values["hook"]]
+    model = load_model(str(values.get("model") or EMBEDDED), trust_remote_code=trust_remote_code)
+    every = [name for each in asked for name in (hooks_matching(model, each) if "*" in each else [each])]
+    return list(dict.fromkeys(every))
 
 
 with_flags(train, train_flags(), own_panel="Run")

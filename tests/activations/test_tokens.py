@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from saekit import SaekitError
 from saekit.activations import pack
+from saekit.activations.tokens import encoded
 
 
 class Letters:
@@ -35,9 +36,9 @@ def test_packing_keeps_every_token_in_order(documents, length, bos, batch, skip_
     options = {"prepend_bos": bos, "contexts": batch, "skip_first": skip_first}
     if length < skip_first + 2:
         with pytest.raises(SaekitError, match="no room for text"):
-            list(pack(documents, Letters(), length, **options))
+            list(pack(encoded(documents, Letters()), Letters(), length, **options))
         return
-    batches = list(pack(documents, Letters(), length, **options))
+    batches = list(pack(encoded(documents, Letters()), Letters(), length, **options))
     stream, owners, kept = [], [], []
     for number, text in enumerate(documents):
         stream += [ord(c) for c in text] + [Letters.eos_token_id]
@@ -64,7 +65,7 @@ def test_packing_keeps_every_token_in_order(documents, length, bos, batch, skip_
 
 
 def test_without_eos_bos_divides_documents():
-    (batch,) = pack(["aaaa", "bb"], NoEnd(), 5, prepend_bos=True, contexts=2)
+    (batch,) = pack(encoded(["aaaa", "bb"], NoEnd()), NoEnd(), 5, prepend_bos=True, contexts=2)
     assert batch.tokens.tolist() == [[1, 97, 97, 97, 97], [1, 1, 98, 98, 1]]
     assert batch.kept.tolist() == [[False, True, True, True, True], [False, False, True, True, False]]
 
@@ -75,7 +76,7 @@ class Bare(Letters):
 
 @pytest.mark.parametrize("prepend_bos", [False, True])
 def test_without_special_tokens_there_is_text_alone(prepend_bos):
-    (batch,) = pack(["aaa", "bb", "c"], Bare(), 3, prepend_bos=prepend_bos, contexts=2)
+    (batch,) = pack(encoded(["aaa", "bb", "c"], Bare()), Bare(), 3, prepend_bos=prepend_bos, contexts=2)
     assert batch.tokens.tolist() == [[97, 97, 97], [98, 98, 99]]
     assert batch.documents.tolist() == [[0, 0, 0], [1, 1, 2]]
     assert batch.kept.tolist() == [[False, True, True]] * 2
@@ -84,11 +85,11 @@ def test_without_special_tokens_there_is_text_alone(prepend_bos):
 def test_a_context_has_room_for_a_prediction_that_counts():
     for prepend_bos in (False, True):
         with pytest.raises(SaekitError, match="a context of 2 tokens has no room for text"):
-            next(pack(["aaaa"], Letters(), 2, prepend_bos=prepend_bos))
-    assert list(pack(["a"], Letters(), 9, prepend_bos=False)) == []
-    (batch,) = pack(["a"], Letters(), 9, prepend_bos=True)
+            next(pack(encoded(["aaaa"], Letters()), Letters(), 2, prepend_bos=prepend_bos))
+    assert list(pack(encoded(["a"], Letters()), Letters(), 9, prepend_bos=False)) == []
+    (batch,) = pack(encoded(["a"], Letters()), Letters(), 9, prepend_bos=True)
     assert batch.kept.tolist() == [[False, True, False]]
     with pytest.raises(SaekitError, match="a context of 9 tokens has no room for text after the first 8"):
-        list(pack(["abc"], Letters(), 9, prepend_bos=True, skip_first=8))
+        list(pack(encoded(["abc"], Letters()), Letters(), 9, prepend_bos=True, skip_first=8))
     with pytest.raises(SaekitError, match="skip_first is at least 1, not 0"):
-        list(pack(["abcdef"], Letters(), 4, prepend_bos=True, skip_first=0))
+        list(pack(encoded(["abcdef"], Letters()), Letters(), 4, prepend_bos=True, skip_first=0))

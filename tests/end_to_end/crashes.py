@@ -25,14 +25,14 @@ from typing import Any, NamedTuple, NoReturn
 # what makes tiny data fall into many pieces that do not end together; executed in the zygote
 PRELUDE = """
 from saekit.activations import cache, stream
-from saekit.trainers import multi_hook, run
+from saekit.trainers import many
 cache.SHARD_ROWS = 200
 stream._BLOCK = 300
-multi_hook.SAMPLE = run.SAMPLE = 500
+many.SAMPLE = 500
 """
 _MODULES = """
     saekit.activations.gradients saekit.activations.repair saekit.activations.resumable saekit.cli saekit.evals.report
-    saekit.interrupt saekit.trainers.multi_hook saekit.trainers.trainer numpy.ctypeslib transformer_lens typer._adapters
+    saekit.interrupt saekit.trainers.many saekit.trainers.trainer numpy.ctypeslib transformer_lens typer._adapters
 """
 _LONGEST = 600.0  # seconds after which a command counts as hanging; it takes a few
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND

@@ -31,8 +31,6 @@ MISTAKES = {
     "unknown hook": ("train --hook blocks.2.hook_resid_pots", "did you mean 'blocks.2.hook_resid_post'"),
     "one hook twice": (f"train {TWO_HOOKS} --hook blocks.0.hook_resid_post", "hook_resid_post' is named twice"),
     "unknown hook of two": ("train --hook hook_embed --hook blocks.1.hook_mlp_uot", "no hook 'blocks.1.hook_mlp_uot'"),
-    "hooks of a cache": (f"train {TWO_HOOKS} --cache NAN", "the cache 'NAN' has one hook"),
-    "hooks and gradients": (f"train {TWO_HOOKS} --variant gradient_topk", "trained one hook at a time"),
     "hooks into a full folder": (f"train {TWO_HOOKS} --out FULL", "holds something already.*--overwrite"),
     "layer too high": ("train --hook blocks.12.hook_resid_post", "blocks 0 to 3"),
     "long context": ("train --context-length 300", "300 tokens is longer than the 256"),

@@ -37,8 +37,8 @@ def stopped_at(monkeypatch):
 
     @contextmanager
     def context(step):
-        def stops(trainers, stream, quiet):
-            (trainer,) = trainers
+        def stops(lanes, quiet):
+            ((trainer,),) = (lane.trainers for lane in lanes)
             advance = trainer.advance
 
             def until(rows):
@@ -47,10 +47,10 @@ def stopped_at(monkeypatch):
                 return advance(rows)
 
             trainer.advance = until
-            take_steps(trainers, stream, quiet)
+            return take_steps(lanes, quiet)
 
         with monkeypatch.context() as patch:
-            patch.setattr("saekit.trainers.run.take_steps", stops)
+            patch.setattr("saekit.trainers.many.take_steps", stops)
             yield
 
     return context

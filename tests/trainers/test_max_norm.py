@@ -117,14 +117,14 @@ def test_the_limit_is_a_multiple_of_the_median(text):
 
 
 def test_a_cache_holds_the_rows_that_a_live_run_gets(text, live, tmp_path):
-    made = harvest_cache(tmp_path / "c", HarvestPlan(**PLAN, dataset=text, tokens=6000))
+    made = harvest_cache(tmp_path / "c", HarvestPlan(**PLAN, dataset=text, tokens=6000, pool=5000))
     limit = made.provenance["norm_limit"]
     cached = made.read(0, 6000)
     assert (cached.x.norm(dim=1) <= limit).all()
     assert (cached.positions >= 5).all()
     skipped = json.loads((tmp_path / "c/manifest.json").read_text())["skipped"]
     assert 500 < skipped < 6000
-    data = training_data(live("run"), torch.device("cpu"))
+    data = training_data(live("run", pool=5000), torch.device("cpu"))
     pieces, rows = [], 0
     for piece in data.rows(0):
         pieces.append(piece)
@@ -190,7 +190,8 @@ def test_several_hooks_have_a_limit_each(text, live, monkeypatch, once):
     whole = train_hooks(live("whole", max_norm=1.4), HOOKS, quiet=True)
     limits = {hook: told(run)[0]["norm_limit"] for hook, run in whole.items()}
     for hook, limit in limits.items():
-        source = ActivationSource.open(hook=hook, dataset=text, context_length=64, skip_first=5)
+        pool = live("whole").source.pooled(live("whole").tokens).pool
+        source = ActivationSource.open(hook=hook, dataset=text, context_length=64, skip_first=5, pool=pool)
         assert limit == source.norm_limit(1.4)
     assert len(set(limits.values())) == 2
     counts = {told(run)[1:] for run in whole.values()}

@@ -17,7 +17,7 @@ import saekit
 from saekit import SaekitError
 from saekit.activations import ActivationSource
 from saekit.interrupt import Interrupted
-from saekit.trainers import TrainConfig, multi_hook, train, train_hooks
+from saekit.trainers import TrainConfig, many, train, train_hooks
 from saekit.trainers.checkpoint import checkpoints
 from saekit.trainers.optimizer import DictionaryAdam
 from saekit.trainers.trainer import Trainer
@@ -105,7 +105,7 @@ def test_the_model_goes_over_the_text_once(source, text, config, monkeypatch):
     train_hooks(config("run"), HOOKS, quiet=True)
     watch.remove()
     wanted, rows = [], 0
-    for contexts in ActivationSource.open(dataset=str(text), context_length=64).contexts("train"):
+    for contexts in ActivationSource.open(dataset=str(text), context_length=64, pool=256 * STEPS).mixed("train"):
         wanted.append(contexts.tokens)
         rows += int(contexts.kept.sum())
         if rows >= 256 * STEPS:
@@ -161,28 +161,29 @@ def test_runs_go_on_from_the_newest_step_that_all_have(whole, config, tmp_path, 
     advance = Trainer.advance
     monkeypatch.setattr(Trainer, "advance", lambda self, rows: taken.append(self.config.hook) or advance(self, rows))
     resumed = train_hooks(config("parts"), HOOKS, resume=True, quiet=True)
-    assert taken == HOOKS * (STEPS - at)
+    steps = {HOOKS[behind]: STEPS - at, HOOKS[1 - behind]: STEPS - (at or 16)}  # what has begun nothing catches up
+    assert {hook: taken.count(hook) for hook in HOOKS} == steps
     assert_same(resumed, whole)
 
 
 def test_a_start_that_was_killed_between_two_folders_is_begun_again(whole, config, tmp_path, monkeypatch):
-    prepared = multi_hook.prepared_folder
+    prepared = many.prepared_folder
 
     def killed(config, overwrite):
         if config.hook == HOOKS[1]:
             raise MemoryError
         return prepared(config, overwrite=overwrite)
 
-    monkeypatch.setattr(multi_hook, "prepared_folder", killed)
+    monkeypatch.setattr(many, "prepared_folder", killed)
     with pytest.raises(MemoryError):
         train_hooks(config("parts"), HOOKS, quiet=True)
     monkeypatch.undo()
-    assert multi_hook.hooks_in(tmp_path / "parts") == sorted(HOOKS)
+    assert list(many.resumable(config("parts"))) == HOOKS
     with pytest.raises(SaekitError, match="begun with another k"):
         train_hooks(config("parts", k=3), resume=True, quiet=True)
     resumed = train_hooks(config("parts", log="none"), resume=True, quiet=True)  # where loggers go may change
     assert_same(resumed, whole)
-    assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == sorted(HOOKS)
+    assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == sorted([*HOOKS, "sweep.yaml"])
 
 
 def test_a_finished_hook_is_left(whole, config, tmp_path, monkeypatch):
@@ -202,17 +203,11 @@ def test_a_folder_that_holds_something_is_refused_or_overwritten(whole, config, 
         train_hooks(config("whole", seed=7), HOOKS, resume=True, quiet=True)
     with pytest.raises(SaekitError, match="is the folder of one run"):
         train_hooks(config(f"whole/{HOOKS[0]}"), HOOKS, overwrite=True, quiet=True)
-    with pytest.raises(SaekitError, match=r"no run to resume in .*blocks\.2"):
-        train_hooks(config("whole"), [*HOOKS, "blocks.2.hook_mlp_out"], resume=True, quiet=True)
     with pytest.raises(SaekitError, match="no run to resume"):
         train_hooks(config("none"), resume=True, quiet=True)
     again = train_hooks(config("whole", seed=7), HOOKS, overwrite=True, quiet=True)
     assert {run.config.seed for run in again.values()} == {7}
     assert not torch.equal(again[HOOKS[0]].sae.W_dec, whole[HOOKS[0]].sae.W_dec)
-    other = again[HOOKS[1]].path / "config.yaml"
-    other.write_text(other.read_text().replace("seed: 7", "seed: 8"))
-    with pytest.raises(SaekitError, match="differ in seed"):
-        train_hooks(config("whole"), resume=True, quiet=True)
 
 
 @pytest.mark.parametrize(
@@ -221,8 +216,7 @@ def test_a_folder_that_holds_something_is_refused_or_overwritten(whole, config, 
         ([], {}, "no hook point is named"),
         ([HOOKS[0]] * 2, {}, f"'{HOOKS[0]}' is named twice"),
         ([HOOKS[0], "blocks.1.hook_mlp_uot"], {}, "no hook 'blocks.1.hook_mlp_uot'.*did you mean"),
-        (HOOKS, {"cache": "nowhere"}, "the cache 'nowhere' has one hook"),
-        (HOOKS, {"variant": "gradient_topk"}, "one hook at a time"),
+        (HOOKS, {"cache": "nowhere"}, "there is no activation cache at 'nowhere'"),
         (HOOKS, {"k": 129}, "larger than the width of 128"),
     ],
 )
@@ -237,7 +231,7 @@ def test_the_command(saekit_main, text, tmp_path):
     flags += ["--buffer", 2048, "--dataset", text, "--eval-tokens", 600, "--out", tmp_path / "x"]
     done = saekit_main("train", "--hook", HOOKS[0], "--hook", HOOKS[1], *flags)
     assert done.returncode == 0, done.stderr
-    assert sorted(path.name for path in (tmp_path / "x").iterdir()) == HOOKS
+    assert sorted(path.name for path in (tmp_path / "x").iterdir()) == [*HOOKS, "sweep.yaml"]
     for hook in HOOKS:
         report = json.loads((tmp_path / "x" / hook / "eval.json").read_text())
         assert report["about"]["hook"] == hook

@@ -202,7 +202,8 @@ def test_a_run_of_before_goes_on(cache, tmp_path, monkeypatch):
         "tau": 0.1,
         "k_aux": 6,
     }
-    state["config"].pop("prepend_bos")
+    for newer in ("prepend_bos", "pool", "data_seed"):
+        state["config"].pop(newer)
     checkpoint.save_checkpoint(old / "checkpoints", 4, state)
     again = train(TrainConfig.from_yaml(old / "config.yaml", of_a_run=True), resume=True, quiet=True)
     name = Path("sae/sae_weights.safetensors")

@@ -16,8 +16,8 @@ from saekit.trainers.calibration import global_threshold
 from saekit.trainers.checkpoint import load_checkpoints
 from saekit.trainers.data import training_data
 from saekit.trainers.geometric_median import geometric_median
+from saekit.trainers.many import SAMPLE
 from saekit.trainers.optimizer import DictionaryAdam, learning_rate
-from saekit.trainers.run import SAMPLE
 from saekit.trainers.trainer import Trainer
 
 # Losses and gradients of a step are sums of up to 256 products, each rounded by 2⁻⁵³ at most: 3e-14 a step, 6e-12 in

@@ -43,7 +43,8 @@ def made(tmp_path_factory):
         with pytest.raises(KeyboardInterrupt):
             train(TrainConfig(**base, out="stopped"), quiet=True)
         (home / "several").mkdir()
-        (home / "several/begun.yaml").write_text("hooks: [blocks.0.hook_resid_post]\nsettings: {tokens: 10000}\n")
+        hook = "blocks.0.hook_resid_post"
+        (home / "several/sweep.yaml").write_text(f"runs: {{{hook}: {{hook: {hook}, tokens: 10000}}}}\n")
     (home / "text.txt").write_text("\n".join(f"line {i} says that {i * i} is a square" for i in range(2000)))
     (home / "begun.part").mkdir()
     shutil.copytree(EMBEDDED, home / "model", ignore=shutil.ignore_patterns("__*"))

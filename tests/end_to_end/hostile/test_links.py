@@ -147,7 +147,7 @@ IN_THE_WAY = {  # a file in whose place something else stands, and what comes up
     "stopped/sae": RESUME,
     "stopped/sae/cfg.json": RESUME,
     "stopped/sae/cfg.json.part": RESUME,
-    "several/begun.yaml": "train --resume --out several",
+    "several/sweep.yaml": "train --resume --out several",
     "model/config.json": LIVE,
     "model/tokenizer.json": LIVE,
     "model/tokenizer_config.json": LIVE,

@@ -52,31 +52,29 @@ def load_model(name, embedded):
     return embedded if name == "embedded" else activations.load_model(name)
 
 
-PENDING = (
-    "hooks: 5\nsettings: {}",
-    "hooks: {a: b}\nsettings: {}",
-    "hooks: abc\nsettings: {}",
-    "hooks: []\nsettings: {}",
-    "hooks: [null]\nsettings: {}",
-    "hooks: [[a]]\nsettings: {}",
-    "hooks: [../../x]\nsettings: {dataset: text.txt, context_length: 8}",
-    "hooks: [/x]\nsettings: {dataset: text.txt, context_length: 8}",
-    "hooks: [a]\nsettings: {5: 6}",
-    "hooks: [a]\nsettings: {out: elsewhere}",
-    "hooks: [a]\nsettings: {hook: b}",
-    "hooks: [a]\nsettings: {tokens: -1}",
-    "hooks: [a]\nsettings: {config: x}",
-    "hooks: [a]\nsettings: []",
-    "hooks: [a]\nsettings: {cache: cache}",
-    "hooks: [a]\nmore: {}\nsettings: {}",
+PLANS = (
+    "runs: 5",
+    "runs: [a]",
+    "runs: {}",
+    "runs: {5: {}}",
+    "runs: {a: 5}",
+    "runs: {a: {5: 6}}",
+    "runs: {../../x: {dataset: text.txt, context_length: 8}}",
+    "runs: {/x: {dataset: text.txt, context_length: 8}}",
+    "runs: {..: {dataset: text.txt, context_length: 8}}",
+    "runs: {a: {out: elsewhere}}",
+    "runs: {a: {tokens: -1}}",
+    "runs: {a: {config: x}}",
+    "runs: {a: {cache: cache}}",
+    "more: {}",
 )
 
 
-@pytest.mark.parametrize("text", PENDING)
-def test_odd_beginnings_of_several_runs(text, place, saekit_main):
-    (place / "several/begun.yaml").write_text(text + "\n")
+@pytest.mark.parametrize("text", PLANS)
+def test_odd_plans_of_several_runs(text, place, saekit_main):
+    (place / "several/sweep.yaml").write_text(text + "\n")
     ends(saekit_main("train", "--resume", "--out", "several", "--quiet", cwd=place), 2)
-    assert sorted(path.name for path in (place / "several").iterdir()) == ["begun.yaml"]
+    assert sorted(path.name for path in (place / "several").iterdir()) == ["sweep.yaml"]
     assert not (place / "elsewhere").exists()
 
 

@@ -58,7 +58,7 @@ PICKLES = {  # name of the file, the command that comes upon it, and the exit co
     "stopped/metrics.jsonl": (RESUME, 0),
     "stopped/statistics.safetensors": (RESUME, 0),
     "stopped/eval.json": (RESUME, 2),
-    "several/begun.yaml": ("train --resume --out several", 2),
+    "several/sweep.yaml": ("train --resume --out several", 2),
     "new.yaml": ("train --config new.yaml", 2),
 }
 
@@ -204,11 +204,11 @@ def test_tags_of_yaml(tag, place, marker, saekit_main):
     ends(saekit_main(*RESUME.split(), cwd=place), 2)
     for text in (
         tagged,
-        f"hooks: {tagged}\nsettings: {{}}",
-        f"hooks: [a]\nsettings: {tagged}",
-        f"hooks: [{tagged}]\nsettings: {{}}",
+        f"runs: {tagged}",
+        f"runs: {{a: {tagged}}}",
+        f"runs: {{a: {{k: {tagged}}}}}",
     ):
-        (place / "several/begun.yaml").write_text(text + "\n")
+        (place / "several/sweep.yaml").write_text(text + "\n")
         ends(saekit_main("train", "--resume", "--out", "several", cwd=place), 2)
 
 

@@ -1,0 +1,68 @@
+"""Contexts drawn at random from a pool of them, which is held as token ids, before the model sees any."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+
+import torch
+
+from saekit.activations.tokens import ContextBatch
+
+BYTES = 9  # that the pool takes for each token: its id, the number of its document, whether it is kept
+
+
+def mixed(
+    contexts: Iterable[ContextBatch], pool: int, seed: int | str, *, size: int | None = None
+) -> Iterator[ContextBatch]:
+    """The same contexts in another order: each is drawn from the ``pool`` contexts that stand before it and waits.
+
+    The pool is filled; then each context that arrives takes the place of one drawn by chance, which is handed on. What
+    is in the pool where the text ends follows in a random order, so a text of fewer contexts is permuted as a whole.
+
+    Args:
+        contexts: in batches of any size, all contexts of one length.
+        pool: contexts that are held, about ``BYTES`` bytes for each of their tokens.
+        seed: of the order; the number and sizes of the batches play no part.
+        size: contexts a batch that is handed on; as many as the first that arrives has if not given. The last may be
+            smaller.
+    """
+    digest = hashlib.blake2b(str(seed).encode(), digest_size=8, person=b"contexts").digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    arriving = iter(contexts)
+    first = next(arriving, None)
+    if first is None:
+        return
+    size = size or len(first.tokens)
+    kinds = (torch.int32, torch.int32, torch.bool)
+    held = [torch.empty(pool, *column.shape[1:], dtype=kind) for column, kind in zip(first, kinds, strict=True)]
+    filled = 0
+    drawn: list[ContextBatch] = []
+    for batch in chain([first], arriving):
+        columns = [column.to(kind) for column, kind in zip(batch, kinds, strict=True)]
+        free = min(pool - filled, len(batch.tokens))
+        for place, column in zip(held, columns, strict=True):
+            place[filled : filled + free] = column[:free]
+        filled += free
+        slots = torch.randint(pool, (len(batch.tokens) - free,), generator=generator).tolist()
+        for row, slot in enumerate(slots, free):
+            drawn.append(ContextBatch(*(place[slot].clone() for place in held)))
+            for place, column in zip(held, columns, strict=True):
+                place[slot] = column[row]
+            if len(drawn) == size:
+                yield _stacked(drawn)
+                drawn = []
+    for slot in torch.randperm(filled, generator=generator).tolist():
+        drawn.append(ContextBatch(*(place[slot] for place in held)))
+        if len(drawn) == size:
+            yield _stacked(drawn)
+            drawn = []
+    if drawn:
+        yield _stacked(drawn)
+
+
+def _stacked(rows: Sequence[ContextBatch]) -> ContextBatch:
+    """Contexts as one batch, with the types that models take."""
+    tokens, documents, kept = (torch.stack(column) for column in zip(*rows, strict=True))
+    return ContextBatch(tokens.long(), documents.long(), kept)

@@ -1,0 +1,255 @@
+"""Many runs on one stream: each is what it would be alone, and what is done is not done again."""
+
+from __future__ import annotations
+
+import json
+import typing
+from pathlib import Path
+
+import pytest
+import yaml
+
+from saekit import SaekitError
+from saekit.activations import harvesting
+from saekit.activations.model import hooks_matching
+from saekit.files import in_bytes
+from saekit.trainers import TrainConfig, train, train_many
+from saekit.trainers.checkpoint import checkpoints
+from saekit.trainers.plan import combined, name_of, read_plan
+from saekit.trainers.trainer import Trainer
+
+CELLS: dict[str, dict[str, typing.Any]] = {
+    "small": {"k": 4},
+    "wide": {"k": 16, "width": 300, "variant": "topk"},
+    "seed": {"k": 4, "seed": 1},
+    "batch": {"k": 4, "batch_size": 128},
+    "short": {"k": 8, "tokens": 256 * 10, "pool": 6144, "aux": "aux_k"},
+    "hook": {"k": 4, "hook": "blocks.1.hook_mlp_out", "seed": 1},
+    "choice": {"k": 4, "variant": "feature_choice", "buffer": 1024},
+    "gradients": {"k": 4, "variant": "gradient_topk"},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def text(source, tmp_path_factory):
+    """A small text; whoever loads a model gets the one that is loaded."""
+    path = tmp_path_factory.mktemp("text") / "typing.txt"
+    path.write_text(Path(typing.__file__).read_text())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("saekit.activations.source.load_model", lambda *_, **__: source.model)
+        yield path
+
+
+@pytest.fixture(scope="module")
+def config(text):
+    def make(out, **changes):
+        base = {"out": out, "dataset": str(text), "context_length": 64, "device": "cpu", "buffer": 2048}
+        base |= {"expansion": 0.5, "batch_size": 256, "tokens": 256 * 24, "calibration_tokens": 1000}
+        return TrainConfig(**{**base, "log_every": 4, "checkpoint_every": 8, **changes})
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def alone(config, tmp_path_factory):
+    """Each cell as a run of its own."""
+    home = tmp_path_factory.mktemp("alone")
+    return {name: train(config(home / name, **cell), quiet=True) for name, cell in CELLS.items()}
+
+
+def cells(config, home, names=tuple(CELLS)):
+    return [config(home / name, **CELLS[name]) for name in names]
+
+
+def assert_alike(runs, alone):
+    for run in runs:
+        one = alone[run.path.name]
+        for name in ("sae/sae_weights.safetensors", "statistics.safetensors"):
+            assert (run.path / name).read_bytes() == (one.path / name).read_bytes(), (run.path.name, name)
+        lines = [
+            [{k: v for k, v in json.loads(line).items() if k in ("step", "loss", "fvu", "l0")} for line in file]
+            for file in ((each.path / "metrics.jsonl").open() for each in (run, one))
+        ]
+        assert lines[0] == lines[1]
+
+
+def test_each_is_what_it_would_be_alone_and_the_model_goes_over_the_text_once(config, alone, tmp_path, monkeypatch):
+    passes, harvest = [], harvesting.truncated
+    monkeypatch.setattr(
+        harvesting,
+        "truncated",
+        lambda *arguments: _counted(harvest(*arguments), passes),
+    )
+    names = [name for name in CELLS if name != "gradients"]
+    train(config(tmp_path / "one", **CELLS["small"]), quiet=True)
+    of_one = len(passes)
+    passes.clear()
+    assert_alike(train_many(cells(config, tmp_path, names), quiet=True), alone)
+    assert len(passes) < 2.5 * of_one, "training text once, and the calibration text once at each hook"
+
+
+class _counted:  # noqa: N801
+    """A context manager of a function, whose calls are noted."""
+
+    def __init__(self, inner, calls):
+        self.inner, self.calls = inner, calls
+
+    def __enter__(self):
+        function = self.inner.__enter__()
+        return lambda tokens: self.calls.append(1) or function(tokens)
+
+    def __exit__(self, *error):
+        return self.inner.__exit__(*error)
+
+
+def test_gradients_have_a_pass_of_their_own(config, alone, tmp_path):
+    assert_alike(train_many(cells(config, tmp_path, ["gradients", "small"]), quiet=True), alone)
+
+
+def test_from_a_cache(cache, tmp_path):
+    def make(home, name, **cell):
+        return TrainConfig(
+            cache=cache, out=home / name, tokens=256 * 12, batch_size=256, width=48, device="cpu", buffer=1500, **cell
+        )
+
+    grid = {"a": {"k": 2}, "b": {"k": 4, "variant": "topk"}, "c": {"k": 2, "seed": 1}, "d": {"k": 2, "lr": 0.002}}
+    grid["e"] = {"k": 2, "variant": "gradient_topk"}
+    one = {name: train(make(tmp_path / "alone", name, **cell), quiet=True) for name, cell in grid.items()}
+    assert_alike(train_many([make(tmp_path / "many", name, **cell) for name, cell in grid.items()], quiet=True), one)
+
+
+@pytest.mark.parametrize("save", [2, 9, 13])
+def test_killed_anywhere_and_resumed(config, alone, tmp_path, monkeypatch, save):
+    """While it writes its ``save``-th checkpoint, runs standing at different steps."""
+    names, count = ["small", "wide", "seed", "batch", "hook"], []
+    write = Trainer.save
+
+    def killed(self, place):
+        count.append(1)
+        if len(count) == save:
+            raise MemoryError
+        write(self, place)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "save", killed)
+        with pytest.raises(MemoryError):
+            train_many(cells(config, tmp_path, names), quiet=True)
+    assert_alike(train_many(cells(config, tmp_path, names), resume=True, quiet=True), alone)
+
+
+def test_an_added_run_costs_nothing_that_is_done(config, alone, tmp_path, monkeypatch):
+    names = ["small", "wide"]
+    home = tmp_path / "home"
+    train_many(cells(config, home, names), quiet=True, home=home)
+    taken, advance = [], Trainer.advance
+    monkeypatch.setattr(
+        Trainer, "advance", lambda self, rows: taken.append(self.config.out.name) or advance(self, rows)
+    )
+    runs = train_many(cells(config, home, [*names, "seed"]), resume=True, quiet=True, home=home)
+    assert set(taken) == {"seed"}
+    assert_alike(runs, alone)
+    assert list(read_plan(home)) == [*names, "seed"]
+
+
+def test_one_that_fails_leaves_the_others(config, alone, tmp_path, monkeypatch):
+    advance = Trainer.advance
+
+    def spoilt(self, rows):
+        return advance(self, rows * float("nan") if (self.config.out.name, self.step) == ("wide", 9) else rows)
+
+    monkeypatch.setattr(Trainer, "advance", spoilt)
+    with pytest.raises(SaekitError, match="1 of 3 runs failed, the first in '.*wide': the loss is nan at step 10"):
+        train_many(cells(config, tmp_path, ["small", "wide", "seed"]), quiet=True)
+    monkeypatch.undo()
+    assert list(checkpoints(tmp_path / "wide/checkpoints")) == [8]
+    resumed = train_many(cells(config, tmp_path, ["small", "wide", "seed"]), resume=True, quiet=True)
+    assert_alike(resumed, alone)
+
+
+def test_two_with_one_folder_are_refused(config, tmp_path):
+    with pytest.raises(SaekitError, match="two of the runs would have the folder"):
+        train_many([config(tmp_path / "a", k=2), config(tmp_path / "a", k=4)], quiet=True)
+    train(config(tmp_path / "run", k=2), quiet=True)
+    with pytest.raises(SaekitError, match="is the folder of one run"):
+        train_many([config(tmp_path / "run/a", k=2)], home=tmp_path / "run", quiet=True)
+
+
+def test_the_grid():
+    found = combined({"k": [16, 32], "seed": [0, 1], "log": ["csv"], "lr": 0.1})
+    assert list(found) == ["k=16,seed=0", "k=16,seed=1", "k=32,seed=0", "k=32,seed=1"]
+    assert found["k=32,seed=0"] == {"k": 32, "seed": 0, "log": ["csv"], "lr": 0.1}
+    assert combined({"k": 3}) == {"": {"k": 3}}
+    assert list(combined({"hook": ["a.b", "c"]})) == ["a.b", "c"]
+    runs = combined({"k": 4, "runs": [{"variant": "topk"}, {"k": [8, 16], "lr": 1e-3}]})
+    assert list(runs) == ["variant=topk", "k=8,lr=0.001", "k=16,lr=0.001"]
+    assert runs["variant=topk"] == {"k": 4, "variant": "topk"}
+    assert name_of({"hook": "a", "dataset": "org/name, 2"}) == "hook=a,dataset=org_name__2"
+    for wrong, message in (
+        ({"runs": 5}, "runs: is not a list"),
+        ({"runs": []}, "runs: is not a list"),
+        ({"k": []}, "k: is a list without values"),
+        ({"k": [2, 2]}, "the k '2' is named twice"),
+    ):
+        with pytest.raises(SaekitError, match=message):
+            combined(wrong)
+
+
+def test_the_command(saekit_main, text, config, tmp_path):
+    flags = [
+        "--tokens",
+        2560,
+        "--batch-size",
+        256,
+        "--width",
+        128,
+        "--context-length",
+        64,
+        "--quiet",
+        "--device",
+        "cpu",
+    ]
+    flags += ["--buffer", 2048, "--dataset", text, "--eval-tokens", 600, "--out", tmp_path / "x"]
+    done = saekit_main("train", "--k", "4,8", "--seed", "0,1", *flags)
+    assert done.returncode == 0, done.stderr
+    names = ["k=4,seed=0", "k=4,seed=1", "k=8,seed=0", "k=8,seed=1"]
+    assert {yaml.safe_load((tmp_path / "x" / name / "config.yaml").read_text())["pool"] for name in names} == {2560}
+    assert sorted(path.name for path in (tmp_path / "x").iterdir()) == [*names, "sweep.yaml"]
+    assert all((tmp_path / "x" / name / "eval.json").is_file() for name in names)
+    again = saekit_main("train", "--out", tmp_path / "x", "--resume", "--eval-tokens", 600, "--quiet")
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("was finished already") == 4
+    file = tmp_path / "grid.yaml"
+    file.write_text(yaml.safe_dump({"k": [4, 8], "variant": "topk"}))
+    done = saekit_main("train", "--config", file, *flags[:-1], tmp_path / "y")
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in (tmp_path / "y").iterdir()) == ["k=4", "k=8", "sweep.yaml"]
+    wrong = saekit_main("train", "--k", "4,x", *flags[:-1], tmp_path / "z")
+    assert wrong.returncode == 2
+    assert "--k takes whole numbers, not '4,x'" in wrong.stderr
+
+
+def test_hooks_by_a_pattern(source, saekit_main, text, tmp_path):
+    every = [f"blocks.{layer}.hook_resid_post" for layer in range(source.model.cfg.n_layers)]
+    assert hooks_matching(source.model, "blocks.*.hook_resid_post") == every
+    flags = ["--tokens", 512, "--batch-size", 256, "--width", 32, "--k", 4, "--context-length", 64, "--quiet"]
+    flags += ["--buffer", 512, "--dataset", text, "--eval-tokens", 0, "--out", tmp_path / "x"]
+    done = saekit_main("train", "--hook", "blocks.*.hook_resid_post", *flags)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in (tmp_path / "x").glob("*/")) == every
+    wrong = saekit_main("train", "--hook", "blocks.*.hook_resid_pots", *flags[:-1], tmp_path / "y")
+    assert wrong.returncode == 2
+    assert "no hook point of the model fits 'blocks.*.hook_resid_pots'" in wrong.stderr
+
+
+def test_a_dry_run_tells_and_leaves_nothing(saekit_main, text, tmp_path):
+    flags = ["--tokens", 8192, "--batch-size", 256, "--width", 32, "--context-length", 64, "--quiet"]
+    flags += ["--buffer", 512, "--dataset", text, "--out", tmp_path / "x"]
+    done = saekit_main("train", "--k", "4,8", "--seed", "0,1", "--dry-run", *flags)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split(":")[0] for line in lines[:4]] == [f"k={k},seed={seed}" for k in (4, 8) for seed in (0, 1)]
+    assert "mutual_choice, k 8, 32 features at blocks.1.hook_resid_post, 32 steps of" in lines[2]
+    # weights, gradients and two moments of 2·256·32 + 32 + 256 numbers each, and three fills for each of two seeds
+    assert lines[4].startswith(f"4 runs from 1 pass over the text: {in_bytes(4 * 16 * 16_672 + 2 * 3 * 512 * 256 * 4)}")
+    assert not (tmp_path / "x").exists()
+    assert saekit_main("train", "--dry-run", "--k", 33, *flags).returncode == 2
