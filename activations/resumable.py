@@ -157,7 +157,7 @@ def resume_cache(
             move(target, folder, Manifest.read(folder))
             return ActivationCache.open(target)
         beginning, lines = _read_journal(folder, path, tell)
-        plan = HarvestPlan(**{"pool": 0, **beginning.plan})  # before 0.3 the text came in its own order
+        plan = HarvestPlan(**{"pool": 0, **beginning.plan})  # before 0.2 the text came in its own order
         changed = [key for key, value in asked.items() if value != getattr(plan, key)]
         if changed:
             raise SaekitError(f"the harvest at '{path}' was begun with another {', '.join(changed)}")

@@ -56,7 +56,7 @@ class StreamSettings(SourceSettings):
     @classmethod
     def of(cls, provenance: Mapping[str, Any]) -> StreamSettings | None:
         """The settings that made activations of this provenance; None where they were not harvested by saekit."""
-        provenance = {"pool": 0, **provenance}  # before 0.3 the text came in its own order
+        provenance = {"pool": 0, **provenance}  # before 0.2 the text came in its own order
         names = {field: FACTS.get(field, field) for field in cls.model_fields}
         told = {field: provenance[name] for field, name in names.items() if provenance.get(name) is not None}
         needed = {"model", "hook", "dataset", "column", "split", "context_length", "model_dtype"}

@@ -23,8 +23,11 @@ _EXAMPLES: dict[str, tuple[str, ...]] = {
     "train": (
         "saekit train --variant mutual_choice --width 4096 --k 32 --tokens 2000000 --out runs/demo",
         "saekit train --cache caches/gpt2-6 --k 64 --aux aux_zipf --log tensorboard --out runs/k64",
+        "saekit train --k 16,32,64 --seed 0,1 --out runs/grid",
         "saekit train --out runs/k64 --resume",
     ),
+    "sweep": ("saekit sweep show runs/grid",),
+    "show": ("saekit sweep show runs/grid --html grid.html",),
     "cache": (
         "saekit cache --model gpt2 --hook blocks.6.hook_resid_post --dataset monology/pile-uncopyrighted "
         "--tokens 50000000 --out caches/gpt2-6",

@@ -17,7 +17,9 @@ from saekit.commands.help import _EXAMPLES, _PANELS
 from saekit.trainers.loggers import LOGGERS
 
 COMMANDS = typer.main.get_command(app).commands  # as they are before anything is done to their texts
-COMMANDS |= {f"cache {name}": command for name, command in COMMANDS["cache"].commands.items()}
+COMMANDS |= {
+    f"{group} {name}": command for group in ("cache", "sweep") for name, command in COMMANDS[group].commands.items()
+}
 
 
 def words(text: str) -> str:
