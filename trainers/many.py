@@ -17,7 +17,7 @@ from saekit.activations.finite import BadTokens
 from saekit.activations.stream import StreamState
 from saekit.activations.tee import Tee
 from saekit.errors import SaekitError
-from saekit.files import check_free, check_space
+from saekit.files import check_free, check_space, remove_unfinished
 from saekit.kernels.workspace import Workspace
 from saekit.machine import pick_device
 from saekit.trainers.checkpoint import checkpoints, load_checkpoints
@@ -110,6 +110,8 @@ def train_many(
         raise SaekitError(f"two of the runs would have the folder '{twice[0]}'")
     if home is not None and (home / CONFIG).exists():
         raise SaekitError(f"'{home}' is the folder of one run; choose another --out for several")
+    if home is not None and home.is_dir():
+        remove_unfinished(home, [PLAN])
     if home is not None and not resume:
         check_free(home, overwrite=overwrite, hint="choose another --out, or pass --resume or --overwrite")
     there = [resume and (config.out / CONFIG).is_file() for config in configs]
@@ -132,7 +134,7 @@ def train_many(
         for group in groups.values():
             numbers, new = list(group), [not there[number] for number in group]
             plan = dict(zip((folder.name for folder in folders), configs, strict=True))
-            write = partial(write_plan, home, plan) if home is not None else lambda: None
+            write = partial(write_plan, home, plan, resume=resume) if home is not None else lambda: None
             runs, errors = _together([*group.values()], new, overwrite, quiet, trust_remote_code, write)
             found |= {numbers[m]: run for m, run in runs.items()}
             failed |= {numbers[m]: error for m, error in errors.items()}

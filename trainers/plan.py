@@ -66,13 +66,14 @@ def _plain(value: Any) -> str:
     return "".join("_" if character in '/\\,=:*?"<>| ' else character for character in text)
 
 
-def write_plan(home: Path, configs: Mapping[str, TrainConfig]) -> None:
-    """Write down what all runs are, those that the folder tells already among them."""
+def write_plan(home: Path, configs: Mapping[str, TrainConfig], *, resume: bool) -> None:
+    """Write down what all runs are; with ``resume``, beside those that the folder tells already, which stay."""
     writable_folder(home, overwrite=True)
-    told = read_plan(home) if (home / PLAN).is_file() else {}
+    told = read_plan(home) if resume and (home / PLAN).is_file() else {}
     runs = {name: config.to_dict(config.given - {"out"}) for name, config in configs.items()}
-    text = yaml.safe_dump({"runs": {**told, **runs}}, sort_keys=False)
-    replace_file(home / PLAN, lambda path: path.write_text(text))
+    if not told.keys() >= runs.keys():
+        text = yaml.safe_dump({"runs": {**runs, **told}}, sort_keys=False)
+        replace_file(home / PLAN, lambda path: path.write_text(text))
 
 
 def read_plan(home: Path) -> dict[str, dict[str, Any]]:

@@ -34,7 +34,14 @@ def made_up(job, fvu, l0):
         "settings": {"tokens": 1000, "width": 100, "batch_size": 10, "lr": 1e-3, "heldout_tokens": 10, "ce_tokens": 5},
         "sparsity": sparsity,
         "reconstruction": {"fvu": fvu},
-        "downstream": {"tokens": 5, "ce_clean": 2.0, "ce_increase": fvu / 2, "kl": fvu / 3},
+        "downstream": {
+            "tokens": 5,
+            "ce_clean": 2.0,
+            "ce_increase": fvu / 2,
+            "ce_increase_se": 0.01,
+            "documents": 3,
+            "kl": fvu / 3,
+        },
     }
 
 

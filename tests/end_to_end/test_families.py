@@ -122,8 +122,8 @@ def test_cache_train_and_eval(made, bridge, saekit_main, tmp_path):
     assert done.returncode == 0, done.stderr
     cache = ActivationCache.open(tmp_path / "cache")
     rows = cache.read(0, 300)
-    source = ActivationSource.open(str(made.folder), hook, str(made.text), context_length=16, loaded=bridge)
-    contexts = next(source.contexts("train"))
+    source = ActivationSource.open(str(made.folder), hook, str(made.text), context_length=16, loaded=bridge, pool=1200)
+    contexts = next(source.mixed("train"))
     expected = made.hidden_states(contexts.tokens)[0][contexts.kept][:300]
     close(rows.x[: len(expected)], expected)
     assert int(rows.positions.min()) == 1

@@ -82,7 +82,7 @@ def test_what_it_shows_is_readable(executed):
     shown = outputs(notebook)
     whole = "\n".join(shown)
     assert not re.search(r"<(script|style)", whole)
-    assert "warn" not in whole.lower()
+    assert "warning:" not in whole.lower()
     assert "<b>SparseAutoencoder</b>" in shown[0]
     assert "fraction of the activations&#x27; variance unexplained" in whole
     mine = next(html for html in shown if html.startswith("<div") and html.count("<span") == sum(map(bool, found["f"])))
