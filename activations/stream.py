@@ -241,6 +241,8 @@ class ShuffledStream:
     def close(self) -> None:
         """Stop the thread, wait until it no longer uses the model, and let go of the rows."""
         self._stop.set()
+        if isinstance(self._rows, Reader):
+            self._rows.close()  # it may wait for the others, as these may for it
         self._thread.join()
         self._rows = iter(())  # a harvest that has not ended takes its hooks off the model when it is let go
 

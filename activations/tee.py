@@ -12,6 +12,8 @@ from torch import Tensor
 
 from saekit.activations.finite import BadTokens
 
+_GONE = float("inf")  # the place of a reader that wants no more
+
 
 class Tee:
     """Pieces of rows for several readers, each in a thread of its own; a piece goes once all have had it.
@@ -67,7 +69,7 @@ class Tee:
             BaseException: whatever ``rows`` raised, for every reader that comes to that place.
         """
         with self._moved:
-            while not self._closed:
+            while not self._closed and self._at[number] != _GONE:
                 behind = self._head - self._at[number]
                 if behind > 0:
                     found = self._held[-int(behind)]
@@ -89,7 +91,7 @@ class Tee:
     def leave(self, number: int) -> None:
         """One reader wants no more."""
         with self._moved:
-            self._move(number, float("inf"))
+            self._move(number, _GONE)
 
     def _is_last(self, number: int) -> bool:
         return self._at[number] == min(self._at)

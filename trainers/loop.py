@@ -91,11 +91,13 @@ def take_steps(lanes: Sequence[Lane], quiet: bool = False) -> dict[Trainer, Saek
                     metrics = trainer.advance(rows)
                 except SaekitError as error:
                     lane.trainers.remove(trainer)
-                    failed[trainer] = error
+                    failed[trainer], progress[trainer].failed = error, True
                     continue
                 if trainer.step % trainer.config.log_every == 0 or trainer.step == trainer.config.steps:
                     progress[trainer].log(trainer.step, trainer.line(metrics, lane.stream.waited))
                 progress[trainer].advance()
+            if not lane.trainers:
+                lane.stream.close()  # others that read the same rows do not wait for it
             stopped = guard.received  # looked at once: all are saved or none
             for trainer in lane.trainers:
                 if trainer.step % trainer.config.checkpoint_every == 0 or lane.ends or stopped:

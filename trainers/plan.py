@@ -35,6 +35,8 @@ def combined(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     runs = values.get("runs", [{}])
     if not isinstance(runs, list) or not runs or not all(isinstance(run, dict) for run in runs):
         raise SaekitError("runs: is not a list of settings, such as '- {k: 32, seed: 1}'")
+    if any("out" in run for run in runs):
+        raise SaekitError("runs: names an out; each run has its folder below the out of all")
     found: dict[str, dict[str, Any]] = {}
     for run in runs:
         settings = {**shared, **run}

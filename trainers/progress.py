@@ -35,6 +35,7 @@ class TrainingProgress:
     def __init__(self, config: TrainConfig, step: int, screen: Progress, name: str) -> None:
         self.config = config
         self.first = step
+        self.failed = False  # of itself, where others go on
         self.start = time.perf_counter()
         path = config.out / "metrics.jsonl"
         lines = _lines(path)
@@ -57,7 +58,7 @@ class TrainingProgress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.loggers.close(failed=error is not None)
+        self.loggers.close(failed=self.failed or error is not None)
         with contextlib.suppress(WriteError) if error is not None else nullcontext(), writing(Path(self.file.name)):
             self.file.close()  # writes what could not be written before, if only it can now
 

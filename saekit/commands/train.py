@@ -85,8 +85,9 @@ def train(
         home, alone = asked.out, not resume or (asked.out / "config.yaml").is_file() or not resumable(asked)
         configs = [asked] if alone else [*resumable(asked).values()]
     else:
-        home, alone = Path(next(iter(runs_asked.values())).get("out") or "runs/sweep"), False
-        configs = [TrainConfig(**{**each, "out": home / name}) for name, each in runs_asked.items()]
+        place = Path(values.get("out") or "runs/sweep")
+        configs = [TrainConfig(**{**each, "out": place / name}) for name, each in runs_asked.items()]
+        home, alone = configs[0].out.parent, False
     if dry_run:
         from saekit.trainers.estimate import estimate, told
 

@@ -13,8 +13,9 @@ from saekit import SaekitError
 from saekit.activations import harvesting
 from saekit.activations.model import hooks_matching
 from saekit.files import in_bytes
-from saekit.trainers import TrainConfig, train, train_many
+from saekit.trainers import TrainConfig, many, train, train_many
 from saekit.trainers.checkpoint import checkpoints
+from saekit.trainers.loggers import OpenLoggers
 from saekit.trainers.plan import combined, name_of, read_plan
 from saekit.trainers.trainer import Trainer
 
@@ -166,6 +167,24 @@ def test_one_that_fails_leaves_the_others(config, alone, tmp_path, monkeypatch):
     assert_alike(resumed, alone)
 
 
+def test_one_that_fails_alone_on_its_stream_does_not_hold_the_others_back(config, tmp_path, monkeypatch):
+    """Its rows are read no further, and the others go more than the window of the tee beyond its place."""
+    monkeypatch.setattr(many, "SAMPLE", 256)
+    advance, ends = Trainer.advance, []
+    monkeypatch.setattr(OpenLoggers, "close", lambda self, failed: ends.append(failed))
+
+    def spoilt(self, rows):
+        return advance(self, rows * float("nan") if self.config.out.name == "bad" else rows)
+
+    monkeypatch.setattr(Trainer, "advance", spoilt)
+    settings = {"k": 4, "tokens": 256 * 60, "buffer": 256}
+    runs = [config(tmp_path / "good", **settings), config(tmp_path / "bad", **settings, seed=1)]
+    with pytest.raises(SaekitError, match="1 of 2 runs failed, the first in '.*bad'"):
+        train_many(runs, quiet=True)
+    assert (tmp_path / "good/sae/cfg.json").is_file()
+    assert sorted(ends) == [False, True], "loggers are told which one failed"
+
+
 def test_two_with_one_folder_are_refused(config, tmp_path):
     with pytest.raises(SaekitError, match="two of the runs would have the folder"):
         train_many([config(tmp_path / "a", k=2), config(tmp_path / "a", k=4)], quiet=True)
@@ -187,6 +206,7 @@ def test_the_grid():
     for wrong, message in (
         ({"runs": 5}, "runs: is not a list"),
         ({"runs": []}, "runs: is not a list"),
+        ({"runs": [{"k": 2, "out": "x"}]}, "runs: names an out"),
         ({"k": []}, "k: is a list without values"),
         ({"k": [2, 2]}, "the k '2' is named twice"),
     ):
