@@ -200,7 +200,7 @@ class ActivationSource:
         if not self.pool:
             return self.contexts(part, batch)
         pool = max(1, self.pool // self.context_length)
-        text = self.text.shuffled(self.data_seed + lap) if self.text.shuffled else self.text
+        text = self.text.shuffled((lap << 31) + self.data_seed) if self.text.shuffled else self.text
         contexts = replace(self, text=text).contexts(part, batch)
         return mixed(contexts, pool, f"{self.data_seed} {lap} {part}", size=batch)
 

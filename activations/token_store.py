@@ -36,8 +36,12 @@ def token_folder() -> Path | None:
     named = os.environ.get("SAEKIT_TOKENS")
     if named == "off":
         return None
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "saekit" / "tokens"
-    return expanded(named) if named else home
+    if named:
+        return expanded(named)
+    try:
+        return expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "saekit" / "tokens"
+    except SaekitError:  # whoever has no home keeps none
+        return None
 
 
 def stored(key: Sequence[object], documents: Iterable[str], tokenizer: Any) -> Iterator[Ids]:

@@ -119,6 +119,15 @@ def check_free(folder: Path, *, overwrite: bool, hint: str = "") -> None:
         raise SaekitError(f"'{folder}' holds something already; {hint or 'choose another folder or ask to overwrite'}")
 
 
+def check_new_file(path: Path, flag: str) -> None:
+    """Raise SaekitError where a file cannot be written, or is there already."""
+    if path.exists():
+        raise SaekitError(f"'{path}' exists already; choose another {flag}")
+    if not path.parent.is_dir():
+        raise SaekitError(f"there is no folder '{path.parent}' to write '{path.name}' into")
+    check_writable(path.parent)
+
+
 def writable_folder(folder: Path, *, overwrite: bool) -> None:
     """Make a folder to write into, with its parents; what it holds is left there. Arguments as for ``check_free``.
 

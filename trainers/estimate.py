@@ -11,6 +11,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from saekit.activations.mixing import BYTES
 from saekit.files import in_bytes
 from saekit.trainers.config import TrainConfig
 from saekit.trainers.loop import Lane
@@ -99,6 +100,7 @@ def told(estimates: Sequence[Estimate]) -> list[str]:
         )
     memory = sum(each.bytes for each in estimates)
     memory += sum({each.stream: each.stream_bytes for each in estimates}.values())
+    memory += BYTES * sum({each.origin: each.config.pool or 0 for each in estimates if not each.config.cache}.values())
     steps = sum(each.step_seconds * each.config.steps for each in estimates)
     harvest = {
         each.origin: (each.row_seconds or 0) * max(e.config.tokens for e in estimates if e.origin == each.origin)

@@ -83,9 +83,10 @@ def train_many(
     """Train several dictionaries, those that can on one pass of the model over the text.
 
     Each has an ordinary run folder, and is the one that a run of its own would give, bit for bit on the processor; a
-    hook inside attention makes the others' differ by rounding, because the model then goes step by step. Runs share
-    rows where all that decides about these is the same (``origin``): model, text, hook unless live, ...; the others
-    come one group after the other.
+    hook inside attention makes the others' differ by rounding, because the model then goes step by step, and a token
+    that ``max_norm`` or ``skip_bad_tokens`` leaves out at one hook is left out at all. Runs share rows where all that
+    decides about these is the same (``origin``), a cache or a model and its text; the others come one group after the
+    other.
 
     Args:
         configs: what to train, each in a folder of its own.
@@ -130,11 +131,11 @@ def train_many(
                 check_new(config, overwrite=overwrite)
             check_installed(config.log)
             groups.setdefault(origin(config), {})[number] = config
+        plan = dict(zip((folder.name for folder in folders), configs, strict=True))
+        write = partial(write_plan, home, plan, resume=resume) if home is not None else lambda: None
         failed: dict[int, SaekitError] = {}
         for group in groups.values():
             numbers, new = list(group), [not there[number] for number in group]
-            plan = dict(zip((folder.name for folder in folders), configs, strict=True))
-            write = partial(write_plan, home, plan, resume=resume) if home is not None else lambda: None
             runs, errors = _together([*group.values()], new, overwrite, quiet, trust_remote_code, write)
             found |= {numbers[m]: run for m, run in runs.items()}
             failed |= {numbers[m]: error for m, error in errors.items()}
@@ -192,12 +193,12 @@ def resumable(asked: TrainConfig) -> dict[str, TrainConfig]:
         if (home / name / CONFIG).is_file():
             found[name] = asked.replace(out=home / name)
             continue
-        begun = TrainConfig(**planned[name], out=home / name)
+        first = TrainConfig(**planned[name], out=home / name)
         anew = {key: getattr(asked, key) for key in again}
-        lasting = begun.keys_with("decides") - begun.keys_with("resumable")
-        if changed := [key for key, value in anew.items() if key in lasting and value != getattr(begun, key, None)]:
+        lasting = first.keys_with("decides") - first.keys_with("resumable")
+        if changed := [key for key, value in anew.items() if key in lasting and value != getattr(first, key, None)]:
             raise SaekitError(f"the runs in '{home}' were begun with another {', '.join(changed)}")
-        found[name] = begun.replace(**anew)
+        found[name] = first.replace(**anew)
     return found
 
 

@@ -16,7 +16,7 @@ from saekit.commands.report import SHOWN, report_on_several
 from saekit.errors import SaekitError, did_you_mean
 from saekit.evals.dark_matter.settings import DarkMatterSettings
 from saekit.evals.registry import EVALUATIONS, settings_of
-from saekit.files import check_writable, replace_file, writable_folder
+from saekit.files import check_new_file, check_writable, replace_file, writable_folder
 from saekit.settings import partial
 
 _NAMED = " [what the dictionary names]"
@@ -71,7 +71,7 @@ def evaluate(
         raise SaekitError("--html goes with --suite standard; it shows what dark_matter has left in a run's eval.json")
     for path, option in ((out, "--out"), (html, "--html")):
         if path is not None:
-            _check_new_file(path, option)
+            check_new_file(path, option)
     if out is not None and html is not None and out.resolve() == html.resolve():
         raise SaekitError(f"--out and --html are the same file, '{out}'; choose two")
     asked: dict[str, Any] = {**source, "cache": cache, "tokens": tokens, "device": device}
@@ -90,15 +90,6 @@ def evaluate(
         replace_file(out, lambda part: part.write_text(json.dumps(everything, indent=2) + "\n"))
     if html is not None:
         report_on_several(html, reports, evaluator, features_shown, quiet)
-
-
-def _check_new_file(path: Path, flag: str) -> None:
-    """Raise SaekitError where a file cannot be written, or is there already."""
-    if path.exists():
-        raise SaekitError(f"'{path}' exists already; choose another {flag}")
-    if not path.parent.is_dir():
-        raise SaekitError(f"there is no folder '{path.parent}' to write '{path.name}' into")
-    check_writable(path.parent)
 
 
 def _take_apart(

@@ -27,12 +27,13 @@ def show(
 
     from saekit.evals.report import WIDTH
     from saekit.evals.sweep import page, points, table
-    from saekit.files import replace_file
+    from saekit.files import check_new_file, replace_file
 
+    if html is not None:
+        check_new_file(html, "--html")
     found = points(folder)
     console = Console()
-    if not console.is_terminal:
-        console.width = WIDTH
+    console.width = max(console.width, WIDTH)  # rather wrapped than cut off
     console.print(table(found))
     place = html or folder / "sweep.html"
     replace_file(place, lambda part: part.write_text(page(found, folder.resolve().name)))

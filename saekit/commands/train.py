@@ -82,8 +82,8 @@ def train(
     runs_asked = combined(values)
     if list(runs_asked) == [""]:
         asked = TrainConfig(**runs_asked[""])
-        home, alone = asked.out, not resume or (asked.out / "config.yaml").is_file() or not resumable(asked)
-        configs = [asked] if alone else [*resumable(asked).values()]
+        begun = resumable(asked) if resume and not (asked.out / "config.yaml").is_file() else {}
+        home, alone, configs = asked.out, not begun, [*begun.values()] or [asked]
     else:
         place = Path(values.get("out") or "runs/sweep")
         configs = [TrainConfig(**{**each, "out": place / name}) for name, each in runs_asked.items()]

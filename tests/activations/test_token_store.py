@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -125,6 +126,14 @@ def test_off(home, monkeypatch):
     monkeypatch.setenv("SAEKIT_TOKENS", "off")
     assert read(70)[0] == wanted(70)
     assert not home.exists()
+
+
+def test_without_a_home_none_are_kept(monkeypatch):
+    monkeypatch.delenv("SAEKIT_TOKENS")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "expanduser", lambda self: (_ for _ in ()).throw(RuntimeError("no home")))
+    assert token_folder() is None
+    assert read(70)[0] == wanted(70)
 
 
 def test_a_source_uses_it_and_one_with_other_documents_does_not(source, tmp_path):

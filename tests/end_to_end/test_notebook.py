@@ -83,6 +83,7 @@ def test_what_it_shows_is_readable(executed):
     whole = "\n".join(shown)
     assert not re.search(r"<(script|style)", whole)
     assert "warning:" not in whole.lower()
+    assert not [o for cell in notebook.cells for o in cell.get("outputs", []) if o.get("name") == "stderr"]
     assert "<b>SparseAutoencoder</b>" in shown[0]
     assert "fraction of the activations&#x27; variance unexplained" in whole
     mine = next(html for html in shown if html.startswith("<div") and html.count("<span") == sum(map(bool, found["f"])))

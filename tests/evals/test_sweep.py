@@ -66,6 +66,11 @@ def test_what_cannot_be_shown_is_said(tmp_path, home, saekit_main):
     assert done.returncode == 0, done.stderr
     assert "0.2000" in done.stdout
     assert (home / "sweep.html").is_file()
+    taken = home / "mine.html"
+    taken.write_text("mine")
+    refused = saekit_main("sweep", "show", home, "--html", taken)
+    assert (refused.returncode, taken.read_text()) == (2, "mine")
+    assert "exists already; choose another --html" in refused.stderr
     (home / "t16/eval.json").write_text("[]")
     wrong = saekit_main("sweep", "show", home)
     assert wrong.returncode == 2

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import typing
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 
 from saekit import SaekitError
 from saekit.activations import ActivationCache
+from saekit.trainers import TrainConfig
 from saekit.trainers.loop import take_steps
 
 
@@ -29,6 +32,28 @@ def lm_activations(source, tmp_path_factory):
     path = tmp_path_factory.mktemp("lm") / "cache"
     ActivationCache.write(path, source.batches("train", 60_000), source.provenance("train"))
     return path
+
+
+@pytest.fixture(scope="module")
+def text(source, tmp_path_factory):
+    """A small text; whoever loads a model gets the one that is loaded."""
+    path = tmp_path_factory.mktemp("text") / "typing.txt"
+    path.write_text(Path(typing.__file__).read_text())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("saekit.activations.source.load_model", lambda *_, **__: source.model)
+        yield str(path)
+
+
+@pytest.fixture(scope="module")
+def live(text):
+    """Configs of short runs on that text: of a folder, and of settings that differ."""
+
+    def make(out, **changes):
+        base = {"out": out, "dataset": text, "context_length": 64, "device": "cpu", "buffer": 2048, "expansion": 0.5}
+        base |= {"k": 8, "batch_size": 256, "tokens": 256 * 24, "calibration_tokens": 1000}
+        return TrainConfig(**{**base, "log_every": 4, "checkpoint_every": 8, **changes})
+
+    return make
 
 
 @pytest.fixture

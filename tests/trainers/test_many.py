@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import typing
-from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -19,7 +18,8 @@ from saekit.trainers.loggers import OpenLoggers
 from saekit.trainers.plan import combined, name_of, read_plan
 from saekit.trainers.trainer import Trainer
 
-CELLS: dict[str, dict[str, typing.Any]] = {
+pytestmark = pytest.mark.usefixtures("text")
+CELLS: dict[str, dict[str, Any]] = {
     "small": {"k": 4},
     "wide": {"k": 16, "width": 300, "variant": "topk"},
     "seed": {"k": 4, "seed": 1},
@@ -31,35 +31,15 @@ CELLS: dict[str, dict[str, typing.Any]] = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def text(source, tmp_path_factory):
-    """A small text; whoever loads a model gets the one that is loaded."""
-    path = tmp_path_factory.mktemp("text") / "typing.txt"
-    path.write_text(Path(typing.__file__).read_text())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("saekit.activations.source.load_model", lambda *_, **__: source.model)
-        yield path
-
-
 @pytest.fixture(scope="module")
-def config(text):
-    def make(out, **changes):
-        base = {"out": out, "dataset": str(text), "context_length": 64, "device": "cpu", "buffer": 2048}
-        base |= {"expansion": 0.5, "batch_size": 256, "tokens": 256 * 24, "calibration_tokens": 1000}
-        return TrainConfig(**{**base, "log_every": 4, "checkpoint_every": 8, **changes})
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def alone(config, tmp_path_factory):
+def alone(live, tmp_path_factory):
     """Each cell as a run of its own."""
     home = tmp_path_factory.mktemp("alone")
-    return {name: train(config(home / name, **cell), quiet=True) for name, cell in CELLS.items()}
+    return {name: train(live(home / name, **cell), quiet=True) for name, cell in CELLS.items()}
 
 
-def cells(config, home, names=tuple(CELLS)):
-    return [config(home / name, **CELLS[name]) for name in names]
+def cells(live, home, names=tuple(CELLS)):
+    return [live(home / name, **CELLS[name]) for name in names]
 
 
 def assert_alike(runs, alone):
@@ -74,7 +54,7 @@ def assert_alike(runs, alone):
         assert lines[0] == lines[1]
 
 
-def test_each_is_what_it_would_be_alone_and_the_model_goes_over_the_text_once(config, alone, tmp_path, monkeypatch):
+def test_each_is_what_it_would_be_alone_and_the_model_goes_over_the_text_once(live, alone, tmp_path, monkeypatch):
     passes, harvest = [], harvesting.truncated
     monkeypatch.setattr(
         harvesting,
@@ -82,10 +62,10 @@ def test_each_is_what_it_would_be_alone_and_the_model_goes_over_the_text_once(co
         lambda *arguments: _counted(harvest(*arguments), passes),
     )
     names = [name for name in CELLS if name != "gradients"]
-    train(config(tmp_path / "one", **CELLS["small"]), quiet=True)
+    train(live(tmp_path / "one", **CELLS["small"]), quiet=True)
     of_one = len(passes)
     passes.clear()
-    assert_alike(train_many(cells(config, tmp_path, names), quiet=True), alone)
+    assert_alike(train_many(cells(live, tmp_path, names), quiet=True), alone)
     assert len(passes) < 2.5 * of_one, "training text once, and the calibration text once at each hook"
 
 
@@ -103,8 +83,8 @@ class _counted:  # noqa: N801
         return self.inner.__exit__(*error)
 
 
-def test_gradients_have_a_pass_of_their_own(config, alone, tmp_path):
-    assert_alike(train_many(cells(config, tmp_path, ["gradients", "small"]), quiet=True), alone)
+def test_gradients_have_a_pass_of_their_own(live, alone, tmp_path):
+    assert_alike(train_many(cells(live, tmp_path, ["gradients", "small"]), quiet=True), alone)
 
 
 def test_from_a_cache(cache, tmp_path):
@@ -120,7 +100,7 @@ def test_from_a_cache(cache, tmp_path):
 
 
 @pytest.mark.parametrize("save", [2, 9, 13])
-def test_killed_anywhere_and_resumed(config, alone, tmp_path, monkeypatch, save):
+def test_killed_anywhere_and_resumed(live, alone, tmp_path, monkeypatch, save):
     """While it writes its ``save``-th checkpoint, runs standing at different steps."""
     names, count = ["small", "wide", "seed", "batch", "hook"], []
     write = Trainer.save
@@ -134,25 +114,25 @@ def test_killed_anywhere_and_resumed(config, alone, tmp_path, monkeypatch, save)
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "save", killed)
         with pytest.raises(MemoryError):
-            train_many(cells(config, tmp_path, names), quiet=True)
-    assert_alike(train_many(cells(config, tmp_path, names), resume=True, quiet=True), alone)
+            train_many(cells(live, tmp_path, names), quiet=True)
+    assert_alike(train_many(cells(live, tmp_path, names), resume=True, quiet=True), alone)
 
 
-def test_an_added_run_costs_nothing_that_is_done(config, alone, tmp_path, monkeypatch):
+def test_an_added_run_costs_nothing_that_is_done(live, alone, tmp_path, monkeypatch):
     names = ["small", "wide"]
     home = tmp_path / "home"
-    train_many(cells(config, home, names), quiet=True, home=home)
+    train_many(cells(live, home, names), quiet=True, home=home)
     taken, advance = [], Trainer.advance
     monkeypatch.setattr(
         Trainer, "advance", lambda self, rows: taken.append(self.config.out.name) or advance(self, rows)
     )
-    runs = train_many(cells(config, home, [*names, "seed"]), resume=True, quiet=True, home=home)
+    runs = train_many(cells(live, home, [*names, "seed"]), resume=True, quiet=True, home=home)
     assert set(taken) == {"seed"}
     assert_alike(runs, alone)
     assert list(read_plan(home)) == [*names, "seed"]
 
 
-def test_one_that_fails_leaves_the_others(config, alone, tmp_path, monkeypatch):
+def test_one_that_fails_leaves_the_others(live, alone, tmp_path, monkeypatch):
     advance = Trainer.advance
 
     def spoilt(self, rows):
@@ -160,14 +140,14 @@ def test_one_that_fails_leaves_the_others(config, alone, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Trainer, "advance", spoilt)
     with pytest.raises(SaekitError, match="1 of 3 runs failed, the first in '.*wide': the loss is nan at step 10"):
-        train_many(cells(config, tmp_path, ["small", "wide", "seed"]), quiet=True)
+        train_many(cells(live, tmp_path, ["small", "wide", "seed"]), quiet=True)
     monkeypatch.undo()
     assert list(checkpoints(tmp_path / "wide/checkpoints")) == [8]
-    resumed = train_many(cells(config, tmp_path, ["small", "wide", "seed"]), resume=True, quiet=True)
+    resumed = train_many(cells(live, tmp_path, ["small", "wide", "seed"]), resume=True, quiet=True)
     assert_alike(resumed, alone)
 
 
-def test_one_that_fails_alone_on_its_stream_does_not_hold_the_others_back(config, tmp_path, monkeypatch):
+def test_one_that_fails_alone_on_its_stream_does_not_hold_the_others_back(live, tmp_path, monkeypatch):
     """Its rows are read no further, and the others go more than the window of the tee beyond its place."""
     monkeypatch.setattr(many, "SAMPLE", 256)
     advance, ends = Trainer.advance, []
@@ -178,19 +158,19 @@ def test_one_that_fails_alone_on_its_stream_does_not_hold_the_others_back(config
 
     monkeypatch.setattr(Trainer, "advance", spoilt)
     settings = {"k": 4, "tokens": 256 * 60, "buffer": 256}
-    runs = [config(tmp_path / "good", **settings), config(tmp_path / "bad", **settings, seed=1)]
+    runs = [live(tmp_path / "good", **settings), live(tmp_path / "bad", **settings, seed=1)]
     with pytest.raises(SaekitError, match="1 of 2 runs failed, the first in '.*bad'"):
         train_many(runs, quiet=True)
     assert (tmp_path / "good/sae/cfg.json").is_file()
     assert sorted(ends) == [False, True], "loggers are told which one failed"
 
 
-def test_two_with_one_folder_are_refused(config, tmp_path):
+def test_two_with_one_folder_are_refused(live, tmp_path):
     with pytest.raises(SaekitError, match="two of the runs would have the folder"):
-        train_many([config(tmp_path / "a", k=2), config(tmp_path / "a", k=4)], quiet=True)
-    train(config(tmp_path / "run", k=2), quiet=True)
+        train_many([live(tmp_path / "a", k=2), live(tmp_path / "a", k=4)], quiet=True)
+    train(live(tmp_path / "run", k=2), quiet=True)
     with pytest.raises(SaekitError, match="is the folder of one run"):
-        train_many([config(tmp_path / "run/a", k=2)], home=tmp_path / "run", quiet=True)
+        train_many([live(tmp_path / "run/a", k=2)], home=tmp_path / "run", quiet=True)
 
 
 def test_the_grid():
@@ -214,7 +194,7 @@ def test_the_grid():
             combined(wrong)
 
 
-def test_the_command(saekit_main, text, config, tmp_path):
+def test_the_command(saekit_main, text, live, tmp_path):
     flags = [
         "--tokens",
         2560,
@@ -269,7 +249,8 @@ def test_a_dry_run_tells_and_leaves_nothing(saekit_main, text, tmp_path):
     lines = done.stdout.splitlines()
     assert [line.split(":")[0] for line in lines[:4]] == [f"k={k},seed={seed}" for k in (4, 8) for seed in (0, 1)]
     assert "mutual_choice, k 8, 32 features at blocks.1.hook_resid_post, 32 steps of" in lines[2]
-    # weights, gradients and two moments of 2·256·32 + 32 + 256 numbers each, and three fills for each of two seeds
-    assert lines[4].startswith(f"4 runs from 1 pass over the text: {in_bytes(4 * 16 * 16_672 + 2 * 3 * 512 * 256 * 4)}")
+    # weights, gradients and two moments of 2·256·32 + 32 + 256 numbers each, three fills for each of two seeds, pool
+    held = 4 * 16 * 16_672 + 2 * 3 * 512 * 256 * 4 + 9 * 8192
+    assert lines[4].startswith(f"4 runs from 1 pass over the text: {in_bytes(held)}")
     assert not (tmp_path / "x").exists()
     assert saekit_main("train", "--dry-run", "--k", 33, *flags).returncode == 2

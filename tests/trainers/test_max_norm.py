@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import typing
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,25 +22,10 @@ HOOKS = ["blocks.0.hook_resid_post", "blocks.1.hook_mlp_out"]
 PLAN = {"context_length": 64, "dtype": "float32", "max_norm": 1.1, "skip_first": 5}  # a third of the tokens is beyond
 
 
-@pytest.fixture(scope="module")
-def text(source, tmp_path_factory):
-    """A small text; whoever loads a model gets the one that is loaded."""
-    path = tmp_path_factory.mktemp("text") / "typing.txt"
-    path.write_text(Path(typing.__file__).read_text())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("saekit.activations.source.load_model", lambda *_, **__: source.model)
-        yield str(path)
-
-
 @pytest.fixture
-def live(text, tmp_path):
-    def make(name, **changes):
-        base = {"out": tmp_path / name, "dataset": text, "device": "cpu", "buffer": 2048, "expansion": 0.5, "k": 8}
-        base |= {"batch_size": 256, "tokens": 256 * 20, "calibration_tokens": 1000, "checkpoint_every": 4}
-        given = {key: value for key, value in PLAN.items() if key != "dtype"}
-        return TrainConfig(**{**base, **given, "log_every": 4, **changes})
-
-    return make
+def sunk(live, tmp_path):
+    given = {key: value for key, value in PLAN.items() if key != "dtype"} | {"tokens": 256 * 20, "checkpoint_every": 4}
+    return lambda name, **changes: live(tmp_path / name, **{**given, **changes})
 
 
 @pytest.fixture
@@ -116,7 +99,7 @@ def test_the_limit_is_a_multiple_of_the_median(text):
             norm_limit([ActivationBatch(x, *[torch.arange(len(x))] * 3)], 10)
 
 
-def test_a_cache_holds_the_rows_that_a_live_run_gets(text, live, tmp_path):
+def test_a_cache_holds_the_rows_that_a_live_run_gets(text, sunk, tmp_path):
     made = harvest_cache(tmp_path / "c", HarvestPlan(**PLAN, dataset=text, tokens=6000, pool=5000))
     limit = made.provenance["norm_limit"]
     cached = made.read(0, 6000)
@@ -124,7 +107,7 @@ def test_a_cache_holds_the_rows_that_a_live_run_gets(text, live, tmp_path):
     assert (cached.positions >= 5).all()
     skipped = json.loads((tmp_path / "c/manifest.json").read_text())["skipped"]
     assert 500 < skipped < 6000
-    data = training_data(live("run", pool=5000), torch.device("cpu"))
+    data = training_data(sunk("run", pool=5000), torch.device("cpu"))
     pieces, rows = [], 0
     for piece in data.rows(0):
         pieces.append(piece)
@@ -164,33 +147,33 @@ def test_harvests_that_go_on_and_repairs_take_the_recorded_limit(text, tmp_path,
     assert contents(tmp_path / "c") == contents(tmp_path / "whole")
 
 
-def test_a_live_run_that_is_killed_ends_as_if_it_had_not_been(live, monkeypatch, once):
-    whole = train(live("whole"), quiet=True)
+def test_a_live_run_that_is_killed_ends_as_if_it_had_not_been(sunk, monkeypatch, once):
+    whole = train(sunk("whole"), quiet=True)
     provenance, skipped, logged = told(whole)
     assert skipped == logged > 1000
     with monkeypatch.context() as patch:
         killed_after(patch, 10)
         with pytest.raises(MemoryError):
-            train(live("parts"), quiet=True)
+            train(sunk("parts"), quiet=True)
     once()
-    resumed = train(live("parts"), resume=True, quiet=True)
+    resumed = train(sunk("parts"), resume=True, quiet=True)
     assert same(resumed, whole)
     assert told(resumed) == (provenance, skipped, logged)
     with pytest.raises(SaekitError, match="started with max_norm = 1.1, not 2.0"):
-        train(live("parts", max_norm=2.0), resume=True, quiet=True)
+        train(sunk("parts", max_norm=2.0), resume=True, quiet=True)
 
 
-def test_where_no_token_is_beyond_nothing_changes(live):
-    loose, without = train(live("loose", max_norm=50.0), quiet=True), train(live("without", max_norm=None), quiet=True)
+def test_where_no_token_is_beyond_nothing_changes(sunk):
+    loose, without = train(sunk("loose", max_norm=50.0), quiet=True), train(sunk("without", max_norm=None), quiet=True)
     assert same(loose, without)
     assert told(loose)[1:] == (0, 0)
 
 
-def test_several_hooks_have_a_limit_each(text, live, monkeypatch, once):
-    whole = train_hooks(live("whole", max_norm=1.4), HOOKS, quiet=True)
+def test_several_hooks_have_a_limit_each(text, sunk, monkeypatch, once):
+    whole = train_hooks(sunk("whole", max_norm=1.4), HOOKS, quiet=True)
     limits = {hook: told(run)[0]["norm_limit"] for hook, run in whole.items()}
     for hook, limit in limits.items():
-        pool = live("whole").source.pooled(live("whole").tokens).pool
+        pool = sunk("whole").source.pooled(sunk("whole").tokens).pool
         source = ActivationSource.open(hook=hook, dataset=text, context_length=64, skip_first=5, pool=pool)
         assert limit == source.norm_limit(1.4)
     assert len(set(limits.values())) == 2
@@ -199,9 +182,9 @@ def test_several_hooks_have_a_limit_each(text, live, monkeypatch, once):
     with monkeypatch.context() as patch:
         killed_after(patch, 10)
         with pytest.raises(MemoryError):
-            train_hooks(live("parts", max_norm=1.4), HOOKS, quiet=True)
+            train_hooks(sunk("parts", max_norm=1.4), HOOKS, quiet=True)
     once()
-    resumed = train_hooks(live("parts", max_norm=1.4), HOOKS, resume=True, quiet=True)
+    resumed = train_hooks(sunk("parts", max_norm=1.4), HOOKS, resume=True, quiet=True)
     assert all(same(resumed[hook], run) and told(resumed[hook]) == told(run) for hook, run in whole.items())
 
 
@@ -234,13 +217,13 @@ def test_a_cache_of_ones_own_with_sinks(tmp_path, monkeypatch, once):
     assert told(resumed) == told(whole)
 
 
-def test_what_a_cache_cannot_be_asked_for(text, live, tmp_path):
+def test_what_a_cache_cannot_be_asked_for(text, sunk, tmp_path):
     made = harvest_cache(tmp_path / "c", HarvestPlan(**PLAN, dataset=text, tokens=6000))
     for setting, value in (("max_norm", 2.0), ("skip_first", 7)):
         cfg = TrainConfig(cache=made.path, out=tmp_path / "run", batch_size=256, tokens=2560, **{setting: value})
         with pytest.raises(SaekitError, match=f"has {setting} '.*', not '{value}' as asked"):
             training_data(cfg, torch.device("cpu"))
-    run = train(live("run", cache=made.path, expansion=0.2, tokens=2560), quiet=True)
+    run = train(sunk("run", cache=made.path, expansion=0.2, tokens=2560), quiet=True)
     assert run.sae.cfg.metadata["saekit"]["provenance"]["norm_limit"] == made.provenance["norm_limit"]
     assert run.config.max_norm == 1.1
     assert run.config.skip_first == 5
@@ -255,8 +238,8 @@ def test_what_a_cache_cannot_be_asked_for(text, live, tmp_path):
             Evaluator(max_norm=wrong)
 
 
-def test_an_evaluation_leaves_them_out_where_it_is_asked_to(live, tmp_path, once):
-    run = train(live("run", tokens=2560), quiet=True)
+def test_an_evaluation_leaves_them_out_where_it_is_asked_to(sunk, tmp_path, once):
+    run = train(sunk("run", tokens=2560), quiet=True)
     evaluator = Evaluator(tokens=2000)
     whole = evaluator(run.path)
     assert whole.about["skip_first"] == 5, "as it was trained"

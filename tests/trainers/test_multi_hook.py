@@ -6,8 +6,6 @@ import itertools
 import json
 import shutil
 import signal
-import typing
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +15,7 @@ import saekit
 from saekit import SaekitError
 from saekit.activations import ActivationSource
 from saekit.interrupt import Interrupted
-from saekit.trainers import TrainConfig, many, train, train_hooks
+from saekit.trainers import many, train, train_hooks
 from saekit.trainers.checkpoint import checkpoints
 from saekit.trainers.optimizer import DictionaryAdam
 from saekit.trainers.trainer import Trainer
@@ -26,24 +24,9 @@ HOOKS = ["blocks.0.hook_resid_post", "blocks.1.hook_mlp_out"]
 STEPS = 24
 
 
-@pytest.fixture(scope="module", autouse=True)
-def text(source, tmp_path_factory):
-    """A small text; whoever loads a model gets the one that is loaded."""
-    path = tmp_path_factory.mktemp("text") / "typing.txt"
-    path.write_text(Path(typing.__file__).read_text())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("saekit.activations.source.load_model", lambda *_, **__: source.model)
-        yield path
-
-
 @pytest.fixture
-def config(text, tmp_path):
-    def make(name, **changes):
-        base = {"out": tmp_path / name, "dataset": str(text), "context_length": 64, "device": "cpu", "buffer": 2048}
-        base |= {"expansion": 0.5, "k": 8, "batch_size": 256, "tokens": 256 * STEPS, "calibration_tokens": 1000}
-        return TrainConfig(**{**base, "log_every": 4, "checkpoint_every": 8, **changes})
-
-    return make
+def config(live, tmp_path):
+    return lambda name, **changes: live(tmp_path / name, **changes)
 
 
 @pytest.fixture
@@ -83,6 +66,13 @@ def test_each_hook_gets_the_dictionary_of_a_run_of_its_own(whole, config, tmp_pa
         ]
         assert lines[0] == lines[1]
         assert torch.equal(saekit.load(run.path).W_dec, run.sae.W_dec)
+
+
+def test_gradients_are_taken_at_each_hook_apart(config):
+    found = train_hooks(config("two", variant="gradient_topk", tokens=2048), HOOKS, quiet=True)
+    for hook, run in found.items():
+        alone = train(config(f"alone/{hook}", hook=hook, variant="gradient_topk", tokens=2048), quiet=True)
+        assert_same({hook: run}, {hook: alone})
 
 
 def test_a_hook_inside_attention_changes_only_the_rounding_of_others(whole, config):
