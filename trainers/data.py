@@ -16,6 +16,7 @@ from saekit.activations import ActivationCache, ActivationSource, ShuffledStream
 from saekit.activations.finite import BadTokens, limits_in
 from saekit.activations.harvesting import harvest_hooks
 from saekit.activations.manifest import as_known
+from saekit.activations.model import default_hook
 from saekit.activations.settings import FACTS, StreamSettings
 from saekit.activations.stream import StreamState, cache_rows, live_rows, live_rows_of_hooks
 from saekit.errors import SaekitError
@@ -108,7 +109,7 @@ def shared_data(
         cache = ActivationCache.open(first.cache)
         return [_from_cache(each, cache, gradients, was) for each, was in zip(configs, before, strict=True)]
     source = _source(first, device, trust_remote_code)
-    at = {each.hook: source if each.hook is None else source.at(each.hook) for each in configs}
+    at = {each.hook: source.at(each.hook or default_hook(source.model)) for each in configs}
     hooks = list(dict.fromkeys(each.hook for each in at.values()))
     provenance = source.provenance("train", gradients=gradients)  # fingerprints of large models take a while
     data = [

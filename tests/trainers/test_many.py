@@ -83,6 +83,10 @@ class _counted:  # noqa: N801
         return self.inner.__exit__(*error)
 
 
+def test_a_run_without_a_hook_has_the_model_s_own_whichever_comes_first(live, alone, tmp_path):
+    assert_alike(train_many(cells(live, tmp_path, ["hook", "small"]), quiet=True), alone)
+
+
 def test_gradients_have_a_pass_of_their_own(live, alone, tmp_path):
     assert_alike(train_many(cells(live, tmp_path, ["gradients", "small"]), quiet=True), alone)
 
