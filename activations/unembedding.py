@@ -87,15 +87,21 @@ class Unembedding:
         ]
         return torch.cat(found)
 
-    def divergence(
-        self, rows: Float[Tensor, "b t w"], other: Float[Tensor, "b t w"], places: Int[Tensor, "m"]
-    ) -> Float[Tensor, "m"]:
-        """KL(predictions of ``rows`` ‖ those of ``other``) at each of these (flat) places, in nats."""
-        found = []
-        for piece in self.pieces(places):
+    def compared(
+        self,
+        rows: Float[Tensor, "b t w"],
+        other: Float[Tensor, "b t w"],
+        places: Int[Tensor, "m"],
+        targets: Int[Tensor, "m"],
+    ) -> tuple[Float[Tensor, "m"], Float[Tensor, "m"]]:
+        """What the target at each of these (flat) places costs by the predictions of ``other``, in nats, and
+        KL(predictions of ``rows`` ‖ those of ``other``)."""
+        nats, divergence = [], []
+        for piece, wanted in zip(self.pieces(places), self.pieces(targets), strict=True):
             log_p, log_q = (self.logits(each.flatten(0, 1)[piece]).log_softmax(-1) for each in (rows, other))
-            found.append((log_q.neg_().add_(log_p).mul_(log_p.exp_())).sum(-1))
-        return torch.cat(found)
+            nats.append(-log_q.gather(1, wanted[:, None])[:, 0])
+            divergence.append((log_q.neg_().add_(log_p).mul_(log_p.exp_())).sum(-1))
+        return torch.cat(nats), torch.cat(divergence)
 
 
 def next_tokens(tokens: Int[Tensor, "b t"]) -> tuple[Int[Tensor, "m"], Int[Tensor, "m"]]:

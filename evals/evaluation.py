@@ -6,7 +6,7 @@ Nothing here imports torch, so that the command line helps without it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from saekit.settings import Settings
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from saekit.activations import ContextBatch
     from saekit.code import SparseCode
+    from saekit.evals.passage import Passage
+    from saekit.evals.reference import Reference
     from saekit.sae import SparseAutoencoder
 
 
@@ -48,12 +50,20 @@ class Figure:
 
 
 class Seen(NamedTuple):
-    """One batch of activations, encoded and decoded: n tokens, and their documents' numbers if those are known."""
+    """One batch of activations, encoded and decoded: n tokens.
+
+    Attributes:
+        x, code, x_hat: them.
+        documents: the numbers of their documents, if those are known.
+        passage: the contexts that they come from, in the model; None where activations alone are at hand. Its
+            ``spliced(x_hat)`` is the model with x̂ in the place of x, computed once for all evaluations.
+    """
 
     x: Float[Tensor, "n d"]
     code: SparseCode
     x_hat: Float[Tensor, "n d"]
     documents: Int[Tensor, "n"] | None
+    passage: Passage | None = None
 
 
 class Accumulator(Protocol):
@@ -63,7 +73,7 @@ class Accumulator(Protocol):
         """Count one batch."""
 
     def result(self) -> dict[str, Any]:
-        """The figures of all batches, as JSON."""
+        """The figures of all batches, as JSON; none at all where ``run`` gives them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +85,7 @@ class Context:
         contexts: makes the held-out contexts, the same ones each time; each call is a pass.
         settings: the evaluation's own.
         accumulators: of the evaluations of the pass over the activations, by name.
-        shared: what one evaluation leaves for those after it.
+        reference: what the model makes of the contexts without a dictionary, with the cost of ablations.
     """
 
     sae: SparseAutoencoder
@@ -84,7 +94,7 @@ class Context:
     contexts: Callable[[], Iterator[ContextBatch]]
     settings: Settings
     accumulators: dict[str, Any]
-    shared: dict[str, Any] = field(default_factory=dict)
+    reference: Reference
 
 
 class Evaluation:

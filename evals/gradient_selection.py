@@ -21,8 +21,9 @@ from saekit.activations.gradients import Labels, with_gradients
 from saekit.activations.tokens import PADDING
 from saekit.allocation import gradient_choice, influence_of
 from saekit.errors import SaekitError
-from saekit.evals.downstream import Costs, Edit, costs, costs_of_reconstruction
+from saekit.evals.costs import Costs, costs
 from saekit.evals.evaluation import Context, Evaluation, Figure
+from saekit.evals.passage import Edit
 from saekit.evals.reconstruction import Reconstruction
 from saekit.sae import SparseAutoencoder
 
@@ -136,5 +137,5 @@ class GradientSelectionEvaluation(Evaluation):
         """With the β of the training."""
         beta = trained_beta(context.sae)
         assert beta is not None
-        clean = costs_of_reconstruction(context)
+        clean = context.reference.costs()
         return dict(gradient_selection(context.sae, context.model, context.hook, context.contexts, beta, clean))

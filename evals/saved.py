@@ -18,9 +18,10 @@ from saekit.activations.python_source import Split
 from saekit.activations.settings import SourceSettings
 from saekit.errors import SaekitError, SaekitWarning
 from saekit.evals.heldout import Drawn, draw
+from saekit.evals.reference import Reference
 from saekit.evals.registry import routed
 from saekit.evals.report import Report
-from saekit.evals.suite import evaluate, evaluate_activations, passes
+from saekit.evals.suite import evaluate_activations, judge, passes, scored_contexts
 from saekit.evals.told import check_told, model_wanted, text_rules
 from saekit.loading import load
 from saekit.processing import asked_for
@@ -80,6 +81,7 @@ class Evaluator:
         self.on_contexts, self.settings = on_contexts, dict(settings or {})
         self._models: dict[Any, TransformerBridge] = {}
         self._drawn: dict[Any, Drawn] = {}
+        self._references: dict[Any, Reference] = {}
         self._limits: dict[Any, float | None] = {}
         given = self.source.model_dump(exclude_none=True).keys() - {"max_norm"}
         if cache and given:
@@ -236,28 +238,36 @@ class Evaluator:
         source = self.source_of(sae, path)
         return source, self._draw(sae, source).contexts
 
-    def _draw(self, sae: SparseAutoencoder, source: ActivationSource) -> Drawn:
+    def _key(self, sae: SparseAutoencoder, source: ActivationSource) -> tuple[Any, ...]:
+        """What tells held-out contexts apart."""
         limit = self.norm_limit(sae, source)
-        key = (source.name, source.text.fingerprint, source.split, source.column, source.context_length)
-        key += (source.skip_first, *(() if limit is None else (source.hook, limit)))
-        key += (source.prepend_bos, source.rules)  # type: ignore[assignment]
+        large = () if limit is None else (source.hook, limit)
+        text = (source.text.fingerprint, source.split, source.column, source.rules)
+        return (source.name, *text, source.context_length, source.skip_first, source.prepend_bos, *large)
+
+    def _draw(self, sae: SparseAutoencoder, source: ActivationSource) -> Drawn:
+        key = self._key(sae, source)
         if key not in self._drawn:
-            self._drawn[key] = draw(source, self.tokens, limit=limit)
+            self._drawn[key] = draw(source, self.tokens, limit=self.norm_limit(sae, source))
         return self._drawn[key]
 
+    def reference_of(self, sae: SparseAutoencoder, source: ActivationSource) -> Reference:
+        """The held-out contexts in the model, kept for the dictionaries that follow; activations of one hook at a
+        time."""
+        key = (*self._key(sae, source), source.hook, source.model)
+        if key not in self._references:
+            for other in self._references.values():
+                other.forget()
+            contexts = scored_contexts(self._draw(sae, source).contexts, source.skip_first)
+            self._references[key] = Reference(source.model, source.hook, contexts)
+        return self._references[key]
+
     def _by_text(self, sae: SparseAutoencoder, path: str) -> Report:
-        source, contexts = self.text_of(sae, path)
-        work = passes(sae, source.model) * len(contexts.tokens)
+        source = self.source_of(sae, path)
+        reference = self.reference_of(sae, source)
+        work = passes(sae, reference) * len(reference.contexts.tokens)
         tell = self.on_contexts(path, work) if self.on_contexts is not None else None
-        report = evaluate(
-            sae,
-            source.model,
-            contexts,
-            hook=source.hook,
-            skip_first=source.skip_first,
-            on_batch=tell,
-            settings=self.settings,
-        )
+        report = judge(sae, reference, on_batch=tell, settings=self.settings)
         told = self._told(self.norm_limit(sae, source))
         about = {**source.provenance("heldout"), **self._draw(sae, source).about(), **told, **report.about}
         return Report(report.groups, about)

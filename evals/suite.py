@@ -9,13 +9,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from saekit.activations import ActivationBatch, ContextBatch, harvest
-from saekit.activations.gradients import not_causal
+from saekit.activations import ActivationBatch, ContextBatch
 from saekit.activations.padding import as_contexts
 from saekit.activations.tokens import without_first
 from saekit.errors import SaekitError
 from saekit.evals.evaluation import Accumulator, Context, Seen
 from saekit.evals.outliers import warn_of_outliers
+from saekit.evals.passage import Passage
+from saekit.evals.reference import Reference
 from saekit.evals.registry import evaluations, routed
 from saekit.evals.report import Report
 from saekit.processing import warn_of_processing
@@ -24,6 +25,8 @@ from saekit.settings import Settings
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
+
+_WITH_DOCUMENTS = (Passage, ActivationBatch)
 
 
 def evaluate(
@@ -53,7 +56,7 @@ def evaluate(
         attention_mask: [c, t] which of plain token ids are no padding (``contexts_of``).
         batch: contexts in one forward pass.
         settings: of the evaluations, by their flat names.
-        on_batch: called with the number of contexts done, for a progress bar; each counts ``passes(sae, model)`` times.
+        on_batch: called with the number of contexts done, for a progress bar; each counts ``passes`` times.
 
     Returns:
         A report with a group for each evaluation of the registry that applies: ``sparsity``, ``reconstruction``,
@@ -66,10 +69,25 @@ def evaluate(
     hook = hook or sae.cfg.metadata.get("hook_name")
     if not hook:
         raise SaekitError("the dictionary does not name its hook point; give one")
-    warn_of_processing(sae, model, hook)
     contexts = as_contexts(model, tokens, kept=kept, attention_mask=attention_mask)
-    skip_first = skipped_first(sae) if skip_first is None else skip_first
-    contexts = contexts._replace(kept=without_first(contexts.kept, skip_first))
+    contexts = scored_contexts(contexts, skipped_first(sae) if skip_first is None else skip_first)
+    return judge(sae, Reference(model, hook, contexts, batch=batch), on_batch=on_batch, settings=settings)
+
+
+def judge(
+    sae: SparseAutoencoder,
+    reference: Reference,
+    *,
+    on_batch: Callable[[int], object] | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Report:
+    """``evaluate`` on contexts of which the model's own part is found once for all dictionaries of a hook point.
+
+    Raises:
+        SaekitError: the dictionary does not fit the model, or there is no text.
+    """
+    warn_of_processing(sae, reference.model, reference.hook)
+    contexts = reference.contexts
     if not contexts.kept.any():
         raise SaekitError("there is no held-out text to evaluate on")
     asked = [(name, each) for name, each in evaluations("standard") if each.applies(sae)]
@@ -77,23 +95,32 @@ def evaluate(
         evaluation.check(sae, contexts)
     own = routed(settings or {})
 
-    def parts() -> Iterator[ContextBatch]:
-        for part in contexts.split(batch):
-            yield part
+    def told(batches: Iterable[Passage]) -> Iterator[Passage]:
+        for passage in batches:
+            yield passage
             if on_batch is not None:
-                on_batch(len(part.tokens))
+                on_batch(len(passage.contexts.tokens))
 
-    accumulators = _seen(sae, harvest(model, hook, parts()), hook, own)
-    groups = {name: accumulator.result() for name, accumulator in accumulators.items()}
-    about = {"hook": hook, "contexts": len(contexts.tokens), "context_length": contexts.tokens.shape[1]}
-    if why := not_causal(model):
+    def parts() -> Iterator[ContextBatch]:
+        return (passage.contexts for passage in told(reference.batches))
+
+    accumulators = _seen(sae, told(reference), reference.hook, own)
+    groups = {name: counted for name, accumulator in accumulators.items() if (counted := accumulator.result())}
+    about = {"hook": reference.hook, "contexts": len(contexts.tokens), "context_length": contexts.tokens.shape[1]}
+    if why := reference.no_downstream:
         return Report(groups, {**about, "no_downstream": f"no next-token figures: {why}"})
-    shared: dict[str, Any] = {}
+    reference.costs(on_batch)
     for name, evaluation in asked:
-        found = evaluation.run(Context(sae, model, hook, parts, own[name], accumulators, shared))
+        context = Context(sae, reference.model, reference.hook, parts, own[name], accumulators, reference)
+        found = evaluation.run(context)
         if found is not None:
             groups[name] = {**groups.get(name, {}), **found}
     return Report(groups, about)
+
+
+def scored_contexts(contexts: ContextBatch, skip_first: int) -> ContextBatch:
+    """The contexts without so many positions at the start of each."""
+    return contexts._replace(kept=without_first(contexts.kept, skip_first))
 
 
 def skipped_first(sae: SparseAutoencoder) -> int:
@@ -102,11 +129,11 @@ def skipped_first(sae: SparseAutoencoder) -> int:
     return max(1, provenance.get("skip_first") or 1)
 
 
-def passes(sae: SparseAutoencoder, model: TransformerBridge) -> int:
-    """How often ``evaluate`` goes through the contexts."""
-    if not_causal(model):
+def passes(sae: SparseAutoencoder, reference: Reference) -> int:
+    """How often ``judge`` goes through the contexts."""
+    if reference.no_downstream:
         return 1
-    return 1 + sum(each.passes for _, each in evaluations("standard") if each.applies(sae))
+    return 1 + reference.passes + sum(each.passes for _, each in evaluations("standard") if each.applies(sae))
 
 
 def evaluate_activations(
@@ -132,7 +159,7 @@ def evaluate_activations(
 @torch.no_grad()
 def _seen(
     sae: SparseAutoencoder,
-    batches: Iterable[ActivationBatch | Float[Tensor, "m d_in"]],
+    batches: Iterable[Passage | ActivationBatch | Float[Tensor, "m d_in"]],
     origin: str,
     settings: Mapping[str, Settings],
 ) -> dict[str, Accumulator]:
@@ -141,7 +168,7 @@ def _seen(
     accumulators = {name: accumulator for name, accumulator in begun.items() if accumulator is not None}
     tokens = 0
     for batch in batches:
-        x, documents = (batch.x, batch.documents) if isinstance(batch, ActivationBatch) else (batch, None)
+        x, documents = (batch.x, batch.documents) if isinstance(batch, _WITH_DOCUMENTS) else (batch, None)
         if not isinstance(x, Tensor) or x.ndim != 2:
             kind = f"of shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise SaekitError(f"activations come in batches, each a tensor [m, d_in], not {kind}")
@@ -153,7 +180,7 @@ def _seen(
             )
         tokens += len(x)
         code = sae.encode_sparse(x.to(sae.W_dec.device))
-        seen = Seen(x, code, sae.decode(code), documents)
+        seen = Seen(x, code, sae.decode(code), documents, batch if isinstance(batch, Passage) else None)
         for accumulator in accumulators.values():
             accumulator.see(seen)
     if not tokens:

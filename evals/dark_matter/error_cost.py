@@ -11,9 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saekit.activations import ContextBatch
+from saekit.evals.costs import costs
 from saekit.evals.dark_matter.least_squares import LinearMap
 from saekit.evals.dark_matter.splits import in_test_half
-from saekit.evals.downstream import Edit, costs
+from saekit.evals.passage import Edit
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
