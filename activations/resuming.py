@@ -75,13 +75,13 @@ def _found(model: TransformerBridge, hook: str) -> list[nn.Module]:
     length = min(int(model.cfg.n_ctx), 64)
     tokens = torch.arange(length, device=next(model.parameters()).device)[None] % int(model.cfg.d_vocab)
 
-    def logits(hooks: list[tuple[str, Callable[..., None]]]) -> Tensor:
-        with torch.no_grad(), model.hooks(fwd_hooks=hooks):
+    def logits(tokens: Tensor, *hooks: tuple[str, Callable[..., None]]) -> Tensor:
+        with torch.no_grad(), model.hooks(fwd_hooks=list(hooks)):
             return torch.as_tensor(model(tokens, return_type="logits")).float()
 
     handles = [layer.register_forward_hook(ends) for layer in layers]
     try:
-        expected = logits([(hook, reached)])
+        expected = logits(tokens, (hook, reached))
     except Exception:  # models that no adapter knows fail in many ways, and then run all of it
         return []
     finally:
@@ -91,8 +91,9 @@ def _found(model: TransformerBridge, hook: str) -> list[nn.Module]:
         return []
     found = before[0]
     try:
+        logits(tokens.flip(1))  # what layers may remember of the pass before
         with resumed(found, outputs[len(found) - 1]):
-            again = logits([])
+            again = logits(tokens)
     except Exception:
         return []
     tolerance = max(1e-5, 2 * torch.finfo(next(model.parameters()).dtype).eps)

@@ -93,15 +93,15 @@ class Unembedding:
         other: Float[Tensor, "b t w"],
         places: Int[Tensor, "m"],
         targets: Int[Tensor, "m"],
-    ) -> tuple[Float[Tensor, "m"], Float[Tensor, "m"]]:
-        """What the target at each of these (flat) places costs by the predictions of ``other``, in nats, and
-        KL(predictions of ``rows`` ‖ those of ``other``)."""
-        nats, divergence = [], []
+    ) -> tuple[Float[Tensor, "m"], Float[Tensor, "m"], Float[Tensor, "m"]]:
+        """What the target at each of these (flat) places costs by ``rows`` and by ``other``, and KL(rows ‖ other)."""
+        found = []
         for piece, wanted in zip(self.pieces(places), self.pieces(targets), strict=True):
             log_p, log_q = (self.logits(each.flatten(0, 1)[piece]).log_softmax(-1) for each in (rows, other))
-            nats.append(-log_q.gather(1, wanted[:, None])[:, 0])
-            divergence.append((log_q.neg_().add_(log_p).mul_(log_p.exp_())).sum(-1))
-        return torch.cat(nats), torch.cat(divergence)
+            nats = [-each.gather(1, wanted[:, None])[:, 0] for each in (log_p, log_q)]
+            found.append((*nats, (log_q.neg_().add_(log_p).mul_(log_p.exp_())).sum(-1)))
+        before, after, divergence = (torch.cat(column) for column in zip(*found, strict=True))
+        return before, after, divergence
 
 
 def next_tokens(tokens: Int[Tensor, "b t"]) -> tuple[Int[Tensor, "m"], Int[Tensor, "m"]]:

@@ -77,17 +77,16 @@ def costs_of(contexts: Iterable[Passage], edits: Mapping[str, Edit | None], dive
     names = ["tokens", *(f"ce_{name}" for name in edits), *(f"kl_{name}" for name in divergence)]
     found = Costs(names, DocumentSums(len(names)))
     for passage in contexts:
-        places, targets, documents = passage.scored()
-        if not len(places):
+        documents = passage.scored().documents
+        if not len(documents):
             continue
-        nats = {"tokens": torch.ones(len(places))}
+        nats = {"tokens": torch.ones(len(documents))}
         for name, edit in edits.items():
-            rows = passage.edited(edit)
             if name in divergence:
-                each = passage.end.compared(passage.rows, rows, places, targets)
+                each = passage.compared(passage.edited(edit))
                 nats |= {f"ce_{name}": each[0].cpu(), f"kl_{name}": each[1].cpu()}
             else:
-                nats[f"ce_{name}"] = passage.end.nats(rows, places, targets).cpu()
+                nats[f"ce_{name}"] = passage.nats(edit).cpu()
         found.sums.add(torch.stack([nats[name] for name in names], dim=1), documents)
     if not found.tokens:
         raise SaekitError("there is no held-out text to score")

@@ -48,10 +48,9 @@ class Spliced:
         passage = seen.passage
         if passage is None or not passage.causal:
             return
-        places, targets, documents = passage.scored()
-        if len(places):
-            spliced = passage.spliced(seen.x_hat)
-            found = passage.end.compared(passage.rows, spliced, places, targets)
+        documents = passage.scored().documents
+        if len(documents):
+            found = passage.compared(passage.spliced(seen.x_hat))
             self.sums.add(torch.stack([each.cpu() for each in found], dim=1), documents)
 
     def result(self) -> dict[str, Any]:

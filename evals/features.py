@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from operator import index
@@ -19,6 +19,7 @@ from saekit.code import SparseCode
 from saekit.errors import SaekitError, first_line
 from saekit.evals.activity import Activity, Found
 from saekit.evals.pieces import pieces
+from saekit.evals.reference import Reference
 from saekit.processing import warn_of_processing
 from saekit.sae import SparseAutoencoder
 
@@ -214,7 +215,7 @@ class FeatureStudy:
 def study_features(
     sae: SparseAutoencoder,
     model: TransformerBridge,
-    contexts: ContextBatch | Int[Tensor, "c t"],
+    contexts: ContextBatch | Int[Tensor, "c t"] | Reference,
     *,
     hook: str | None = None,
     attention_mask: Bool[Tensor, "c t"] | None = None,
@@ -233,7 +234,7 @@ def study_features(
     Args:
         sae: the dictionary.
         model: the hooked model (``saekit.activations.load_model``).
-        contexts: the text; plain token ids too.
+        contexts: the text; plain token ids too, or a ``Reference``, whose activations are not computed again.
         hook: hook point; what the dictionary's metadata names if not given.
         attention_mask: [c, t] which of plain token ids are no padding (``contexts_of``).
         features: which to study; all if not given.
@@ -247,10 +248,11 @@ def study_features(
         SaekitError: no hook is known, the dictionary does not fit the model, its activations or decoder are not finite,
             a feature does not exist, a number is too small, or there is no text.
     """
-    hook = hook or sae.cfg.metadata.get("hook_name")
+    known = contexts if isinstance(contexts, Reference) else None
+    hook = hook or (known.hook if known is not None else sae.cfg.metadata.get("hook_name"))
     if not hook:
         raise SaekitError("the dictionary does not name its hook point; give one")
-    contexts = as_contexts(model, contexts, attention_mask=attention_mask)
+    contexts = as_contexts(model, contexts if known is None else known.contexts, attention_mask=attention_mask)
     warn_of_processing(sae, model, hook)
     if not contexts.kept.any():
         raise SaekitError("there is no text to study features on")
@@ -265,8 +267,10 @@ def study_features(
     if not torch.isfinite(sae.W_dec).all():
         raise SaekitError("the dictionary has decoder rows that are NaN or infinite; there is nothing to show")
     found = Activity(sae.cfg.d_sae, studied, top=top, window=window)
-    parts = list(contexts.split(batch))
-    for part, code in zip(parts, codes(sae, model, hook, parts), strict=True):
+    passages = (
+        ((each.contexts, each.x) for each in known) if known is not None else _read(model, hook, contexts.split(batch))
+    )
+    for part, code in codes(sae, hook, passages):
         found.update(part, code)
         if on_batch is not None:
             on_batch(len(part.tokens))
@@ -285,7 +289,7 @@ def spread_over_densities(
     if sae.cfg.d_sae <= count:
         return list(range(sae.cfg.d_sae))
     fired = torch.zeros(sae.cfg.d_sae, dtype=torch.long)
-    for code in codes(sae, model, hook, contexts.split(16)):
+    for _, code in codes(sae, hook, _read(model, hook, contexts.split(16))):
         fired += code.matches_per_feature().cpu()
     steps = torch.linspace(0, sae.cfg.d_sae - 1, count, dtype=torch.float64).round().long()
     return sorted(fired.sort(descending=True, stable=True).indices[steps].tolist())
@@ -293,19 +297,26 @@ def spread_over_densities(
 
 @torch.no_grad()
 def codes(
-    sae: SparseAutoencoder, model: TransformerBridge, hook: str, parts: Iterable[ContextBatch]
-) -> Iterable[SparseCode]:
-    """The sparse codes of the text tokens of each batch of contexts.
+    sae: SparseAutoencoder, hook: str, passages: Iterable[tuple[ContextBatch, Float[Tensor, "m d"]]]
+) -> Iterator[tuple[ContextBatch, SparseCode]]:
+    """Contexts with the sparse codes of the activations at their text tokens.
 
     Raises:
         SaekitError: the dictionary does not fit the model.
     """
-    for batch in harvest(model, hook, parts):
-        if batch.x.shape[1] != sae.cfg.d_in:
+    for contexts, x in passages:
+        if x.shape[1] != sae.cfg.d_in:
             raise SaekitError(
-                f"the dictionary does not fit: it takes width {sae.cfg.d_in}, but '{hook}' has width {batch.x.shape[1]}"
+                f"the dictionary does not fit: it takes width {sae.cfg.d_in}, but '{hook}' has width {x.shape[1]}"
             )
-        yield sae.encode_sparse(batch.x.to(sae.W_dec.device))
+        yield contexts, sae.encode_sparse(x.to(sae.W_dec.device))
+
+
+def _read(
+    model: TransformerBridge, hook: str, contexts: Iterable[ContextBatch]
+) -> Iterator[tuple[ContextBatch, Float[Tensor, "m d"]]]:
+    parts = list(contexts)
+    return ((part, batch.x) for part, batch in zip(parts, harvest(model, hook, parts), strict=True))
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -22,6 +22,14 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 Edit = Callable[[Float[Tensor, "m d"]], Float[Tensor, "m d"]]
+
+
+class Scored(NamedTuple):
+    """Of the scored positions: their places in the flattened batch, the tokens that follow, their documents."""
+
+    places: Int[Tensor, "s"]
+    targets: Int[Tensor, "s"]
+    documents: Int[Tensor, "s"]
 
 
 class Passage:
@@ -45,6 +53,7 @@ class Passage:
         self._x: Tensor | None = None  # at all positions
         self._start: Tensor | None = None
         self._rows: Tensor | None = None
+        self._nats: Tensor | None = None  # of the model itself, at the scored positions
         self._spliced: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -99,12 +108,27 @@ class Passage:
             self._spliced = (x_hat, self.edited(lambda x: x_hat.to(x.device)))
         return self._spliced[1]
 
-    def scored(self) -> tuple[Int[Tensor, "s"], Int[Tensor, "s"], Int[Tensor, "s"]]:
-        """Of the scored positions: their places in the flattened batch, the tokens that follow, their documents."""
+    def nats(self, edit: Edit | None) -> Float[Tensor, "s"]:
+        """What the next token at each scored position costs after an edit."""
+        places, targets, _ = self.scored()
+        if edit is not None:
+            return self.end.nats(self.edited(edit), places, targets)
+        if self._nats is None:
+            self._nats = self.end.nats(self.rows, places, targets)
+        return self._nats
+
+    def compared(self, edited: Float[Tensor, "b t w"]) -> tuple[Float[Tensor, "s"], Float[Tensor, "s"]]:
+        """What the next token at each scored position costs by edited rows, and KL(the model itself ‖ those)."""
+        places, targets, _ = self.scored()
+        self._nats, nats, divergence = self.end.compared(self.rows, edited, places, targets)
+        return nats, divergence
+
+    def scored(self) -> Scored:
+        """The scored positions."""
         batch = self.contexts
         places = torch.nn.functional.pad(scored_positions(batch), (0, 1)).flatten().nonzero()[:, 0]
         targets, documents = batch.tokens.flatten()[places + 1], batch.documents.flatten()[places]
-        return places.to(self._device), targets.to(self._device), documents
+        return Scored(places.to(self._device), targets.to(self._device), documents)
 
     def hold(self) -> int:
         """Keep what the model's own pass found, in main memory; how many bytes that is."""

@@ -34,7 +34,7 @@ class Reference:
     """
 
     def __init__(
-        self, model: TransformerBridge, hook: str, contexts: ContextBatch, *, batch: int = 16, held: int = HELD
+        self, model: TransformerBridge, hook: str, contexts: ContextBatch, *, batch: int = 8, held: int = HELD
     ) -> None:
         """Take contexts, at most ``batch`` at once; nothing is computed yet.
 

@@ -24,7 +24,7 @@ from saekit.evals.report import Report
 from saekit.evals.suite import evaluate_activations, judge, passes, scored_contexts
 from saekit.evals.told import check_told, model_wanted, text_rules
 from saekit.loading import load
-from saekit.processing import asked_for
+from saekit.processing import asked_for, warn_of_processing
 from saekit.reading import is_plain
 from saekit.sae import SparseAutoencoder
 from saekit.settings import partial
@@ -251,12 +251,18 @@ class Evaluator:
             self._drawn[key] = draw(source, self.tokens, limit=self.norm_limit(sae, source))
         return self._drawn[key]
 
-    def reference_of(self, sae: SparseAutoencoder, source: ActivationSource) -> Reference:
-        """The held-out contexts in the model, kept for the dictionaries that follow; activations of one hook at a
-        time."""
+    def reference_of(self, sae: SparseAutoencoder, path: str) -> Reference:
+        """What the model makes of the held-out contexts, found once for all dictionaries of a hook point.
+
+        Raises:
+            SaekitError: as ``text_of``.
+        """
+        return self._reference(sae, self.source_of(sae, path))
+
+    def _reference(self, sae: SparseAutoencoder, source: ActivationSource) -> Reference:
         key = (*self._key(sae, source), source.hook, source.model)
         if key not in self._references:
-            for other in self._references.values():
+            for other in self._references.values():  # activations of one hook point at a time
                 other.forget()
             contexts = scored_contexts(self._draw(sae, source).contexts, source.skip_first)
             self._references[key] = Reference(source.model, source.hook, contexts)
@@ -264,9 +270,10 @@ class Evaluator:
 
     def _by_text(self, sae: SparseAutoencoder, path: str) -> Report:
         source = self.source_of(sae, path)
-        reference = self.reference_of(sae, source)
+        reference = self._reference(sae, source)
         work = passes(sae, reference) * len(reference.contexts.tokens)
         tell = self.on_contexts(path, work) if self.on_contexts is not None else None
+        warn_of_processing(sae, source.model, source.hook)
         report = judge(sae, reference, on_batch=tell, settings=self.settings)
         told = self._told(self.norm_limit(sae, source))
         about = {**source.provenance("heldout"), **self._draw(sae, source).about(), **told, **report.about}

@@ -38,7 +38,7 @@ def evaluate(
     kept: Bool[Tensor, "c t"] | None = None,
     skip_first: int | None = None,
     attention_mask: Bool[Tensor, "c t"] | None = None,
-    batch: int = 16,
+    batch: int = 8,
     on_batch: Callable[[int], object] | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Report:
@@ -69,6 +69,7 @@ def evaluate(
     hook = hook or sae.cfg.metadata.get("hook_name")
     if not hook:
         raise SaekitError("the dictionary does not name its hook point; give one")
+    warn_of_processing(sae, model, hook)
     contexts = as_contexts(model, tokens, kept=kept, attention_mask=attention_mask)
     contexts = scored_contexts(contexts, skipped_first(sae) if skip_first is None else skip_first)
     return judge(sae, Reference(model, hook, contexts, batch=batch), on_batch=on_batch, settings=settings)
@@ -86,7 +87,6 @@ def judge(
     Raises:
         SaekitError: the dictionary does not fit the model, or there is no text.
     """
-    warn_of_processing(sae, reference.model, reference.hook)
     contexts = reference.contexts
     if not contexts.kept.any():
         raise SaekitError("there is no held-out text to evaluate on")

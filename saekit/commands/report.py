@@ -64,12 +64,13 @@ def _study(
         return None, f"it was judged by the cache '{cache}', which holds activations and no text"
     if not shown:
         return None, "--features-shown 0 asked for none"
-    source, contexts = evaluator.text_of(sae, path)
-    features = spread_over_densities(sae, source.model, contexts.rows(0, _FIRST), shown, hook=source.hook)
+    reference = evaluator.reference_of(sae, path)
+    model, hook, contexts = reference.model, reference.hook, reference.contexts
+    features = spread_over_densities(sae, model, contexts.rows(0, _FIRST), shown, hook=hook)
     with bars(evaluator, quiet):
         assert evaluator.on_contexts is not None
         tell = evaluator.on_contexts(f"the features of {path}", len(contexts.tokens))
-        return study_features(sae, source.model, contexts, hook=source.hook, features=features, on_batch=tell), None
+        return study_features(sae, model, reference, features=features, on_batch=tell), None
 
 
 def _dark_matter(path: Path) -> dict[str, Any]:

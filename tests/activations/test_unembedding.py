@@ -14,7 +14,7 @@ from saekit.activations.gradients import with_gradients
 from saekit.activations.harvesting import harvest_hooks
 from saekit.activations.model import load_model
 from saekit.activations.unembedding import Unembedding
-from saekit.evals.downstream import costs
+from saekit.evals.costs import costs
 
 HOOK = "blocks.0.hook_resid_post"
 

@@ -14,7 +14,8 @@ from saekit import SAEConfig, SaekitError, SparseAutoencoder
 from saekit.activations import ContextBatch
 from saekit.code import SparseCode
 from saekit.evals import Report, evaluate, evaluate_activations, table
-from saekit.evals.downstream import costs, downstream, edited_logits, replacements
+from saekit.evals.costs import costs
+from saekit.evals.downstream import downstream, edited_logits
 from saekit.evals.reconstruction import Reconstruction
 from saekit.evals.report import WIDTH
 from saekit.evals.sparsity import Sparsity
@@ -175,7 +176,12 @@ def test_downstream_against_plain_hooks(source, contexts):
     documents = torch.arange(256) // 90 + 3 * torch.arange(3)[:, None]
     batch = ContextBatch(contexts.tokens[:3], documents, contexts.kept[:3])
     mean = torch.linspace(-1, 1, 256)
-    edits = replacements(lambda x: 0.7 * x, mean)
+    edits = {
+        "clean": None,
+        "reconstructed": lambda x: 0.7 * x,
+        "zero": torch.zeros_like,
+        "mean": lambda x: mean.expand_as(x),
+    }
     found = downstream(costs(source.model, source.hook, [batch], edits, ["reconstructed"]))
     plain = AutoModelForCausalLM.from_pretrained(
         model_path("embedded"), dtype=torch.float32, attn_implementation="eager"

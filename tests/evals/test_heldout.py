@@ -12,7 +12,7 @@ from saekit import SaekitError
 from saekit.activations.text import TextSource
 from saekit.evals import heldout as module
 from saekit.evals import heldout_contexts
-from saekit.evals.downstream import costs
+from saekit.evals.costs import costs
 from saekit.evals.heldout import draw, excerpts_of
 
 

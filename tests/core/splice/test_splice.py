@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 import saekit
 from saekit.activations.model import model_path
 from saekit.code import SparseCode
-from saekit.evals.downstream import costs
+from saekit.evals.costs import costs
 
 
 def test_the_reconstruction_costs_what_evaluations_say(model, contexts, sae):
