@@ -76,7 +76,7 @@ def training_data(
     before: Mapping[str, Any] | None = None,
 ) -> TrainingData:
     """``shared_data`` of one run."""
-    return shared_data([config], device, trust_remote_code, [before])[0]
+    return shared_data([config], opened(config, device, trust_remote_code), [before])[0]
 
 
 def origin(config: TrainConfig) -> tuple[Any, ...]:
@@ -89,26 +89,61 @@ def origin(config: TrainConfig) -> tuple[Any, ...]:
     return (text, gradients, config.device, *sifted)
 
 
+def opened(
+    config: TrainConfig, device: torch.device, trust_remote_code: bool = False
+) -> ActivationSource | ActivationCache:
+    """The cache that a run is trained on, or its model and text.
+
+    Raises:
+        SaekitError: a part is missing, or the text is too short for its three parts.
+    """
+    if config.cache is not None:
+        return ActivationCache.open(config.cache)
+    source = ActivationSource.of(
+        config.source.pooled(config.tokens), device=str(device), trust_remote_code=trust_remote_code
+    )
+    next(source.contexts("calibration"))  # better now than after the training
+    next(source.contexts("heldout"))
+    return source
+
+
+def widths(hooks: Sequence[str | None], origin: ActivationSource | ActivationCache) -> dict[str | None, int]:
+    """d_in at each of these hook points, None for the one that is had where none is named.
+
+    Raises:
+        SaekitError: there is no such hook.
+    """
+    if isinstance(origin, ActivationCache):
+        return dict.fromkeys(hooks, origin.d_in)
+    points = {hook: origin.at(hook or default_hook(origin.model)).hook for hook in hooks}
+    context = [next(origin.contexts("calibration", 1))]
+    (one,) = harvest_hooks(origin.model, [*dict.fromkeys(points.values())], context, bad=BadTokens(skip=True))
+    return {hook: one.batches[point].x.shape[1] for hook, point in points.items()}
+
+
 def shared_data(
     configs: Sequence[TrainConfig],
-    device: torch.device,
-    trust_remote_code: bool = False,
+    origin: ActivationSource | ActivationCache,
     before: Sequence[Mapping[str, Any] | None] = (),
 ) -> list[TrainingData]:
-    """Open the cache that configs of one origin name, or load the model and the text, once for all.
+    """The data of runs of one origin.
 
     A run that goes on keeps the limit of the norm in ``before``, its provenance. Live activations at several hooks
     share the rows; what is left out at one hook is left out at all.
 
+    Args:
+        configs: of the runs.
+        origin: what ``opened`` makes of them.
+        before: their provenance, where they go on.
+
     Raises:
-        SaekitError: a part is missing or does not fit another, or the text is too short for its three parts.
+        SaekitError: a part does not fit another.
     """
     before = before or [None] * len(configs)
     first, gradients = configs[0], VARIANTS[configs[0].variant].needs_gradients(configs[0])
-    if first.cache is not None:
-        cache = ActivationCache.open(first.cache)
-        return [_from_cache(each, cache, gradients, was) for each, was in zip(configs, before, strict=True)]
-    source = _source(first, device, trust_remote_code)
+    if isinstance(origin, ActivationCache):
+        return [_from_cache(each, origin, gradients, was) for each, was in zip(configs, before, strict=True)]
+    source = origin
     at = {each.hook: source.at(each.hook or default_hook(source.model)) for each in configs}
     hooks = list(dict.fromkeys(each.hook for each in at.values()))
     provenance = source.provenance("train", gradients=gradients)  # fingerprints of large models take a while
@@ -120,9 +155,8 @@ def shared_data(
     if len(hooks) == 1:
         rows = partial(_rows_of_one, at[first.hook], gradients, bad)
         return _sharing_calibration([replace(each, rows=rows, bad=bad) for each in data], configs)
-    (one,) = harvest_hooks(source.model, hooks, [next(source.contexts("calibration", 1))], bad=BadTokens(skip=True))
-    widths = [batch.x.shape[1] for batch in one.batches.values()]
-    columns = {hook: slice(stop - w, stop) for hook, w, stop in zip(hooks, widths, accumulate(widths), strict=True)}
+    found = widths(hooks, source).values()
+    columns = {hook: slice(stop - w, stop) for hook, w, stop in zip(hooks, found, accumulate(found), strict=True)}
     rows = partial(_rows_of_hooks, source, hooks, bad)
     data = [
         replace(each, rows=rows, bad=bad, columns=columns[at[config.hook].hook])
@@ -170,15 +204,6 @@ class Held:
                 kept.clear()
             yield batch
         self._batches = kept if size <= _HELD else None
-
-
-def _source(config: TrainConfig, device: torch.device, trust_remote_code: bool) -> ActivationSource:
-    source = ActivationSource.of(
-        config.source.pooled(config.tokens), device=str(device), trust_remote_code=trust_remote_code
-    )
-    next(source.contexts("calibration"))  # better now than after the training
-    next(source.contexts("heldout"))
-    return source
 
 
 def _live(

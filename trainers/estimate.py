@@ -11,15 +11,15 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from saekit.activations.mixing import BYTES
 from saekit.files import in_bytes
+from saekit.machine import pick_device
 from saekit.trainers.config import TrainConfig
+from saekit.trainers.data import opened
 from saekit.trainers.loop import Lane
-from saekit.trainers.many import begun, by_origin
+from saekit.trainers.many import begun, by_origin, in_groups
 from saekit.trainers.trainer import Trainer
 
 _STEPS = 3
-_FILLS = 3  # of a stream: one is taken, one is ready, one is being made
 
 
 @dataclass(frozen=True)
@@ -28,20 +28,16 @@ class Estimate:
 
     Attributes:
         config: what would be trained, defaults filled in.
-        bytes: of weights, gradients and the optimiser's moments.
         step_seconds: one step, without waiting for rows: the median of three.
-        stream: number of the stream that it shares with others.
-        stream_bytes: of that stream's rows: a fill is taken, one is ready, one is being made.
-        origin: number of the pass over the text that it shares with others.
+        group: number of the runs that share a pass over the data with it.
+        memory: bytes of that group, beside the model.
         row_seconds: that one row of that pass takes; None where the text is too short to tell.
     """
 
     config: TrainConfig
-    bytes: int
     step_seconds: float
-    stream: int
-    stream_bytes: int
-    origin: int
+    group: int
+    memory: int
     row_seconds: float | None
 
 
@@ -52,22 +48,20 @@ def estimate(configs: Sequence[TrainConfig], *, trust_remote_code: bool = False)
         SaekitError: what ``train_many`` raises for before it begins.
     """
     found: list[Estimate] = []
-    streams = 0
-    for number, group in enumerate(by_origin(configs)):
-        with begun(group, [True] * len(group), trust_remote_code) as (trainers, lanes):
-            row_seconds = _time_rows(lanes[0])
-            for _, trainer in sorted(trainers.items()):
-                place = next(i for i, lane in enumerate(lanes) if trainer in lane.trainers)
-                size = trainer.config.batch_size
-                rows = torch.split(lanes[place].stream.peek(_STEPS * size), size)
-                buffered = _FILLS * max(trainer.config.buffer, size) * rows[0].shape[1] * 4
-                held = 16 * sum(p.numel() for p in trainer.optimizer.parameters.values())
-                found.append(
-                    Estimate(
-                        trainer.config, held, _time_steps(trainer, rows), streams + place, buffered, number, row_seconds
-                    )
-                )
-            streams += len(lanes)
+    passes = 0
+    for alike in by_origin(configs):
+        device = pick_device(alike[0].device)
+        source = opened(alike[0], device, trust_remote_code)
+        for group, memory in in_groups(alike, source, device):
+            some = [alike[m] for m in group]
+            with begun(some, [True] * len(some), source, device) as (trainers, lanes):
+                row_seconds = _time_rows(lanes[0])
+                for _, trainer in sorted(trainers.items()):
+                    stream = next(lane.stream for lane in lanes if trainer in lane.trainers)
+                    size = trainer.config.batch_size
+                    seconds = _time_steps(trainer, torch.split(stream.peek(_STEPS * size), size))
+                    found.append(Estimate(trainer.config, seconds, passes, memory.total, row_seconds))
+            passes += 1
     return found
 
 
@@ -98,19 +92,15 @@ def told(estimates: Sequence[Estimate]) -> list[str]:
             f"{config.out.name}: {config.variant}, k {getattr(config, 'k', '-')}, {config.width:,} features at "
             f"{config.hook}, {config.steps:,} steps of {each.step_seconds * 1000:.0f} ms"
         )
-    memory = sum(each.bytes for each in estimates)
-    memory += sum({each.stream: each.stream_bytes for each in estimates}.values())
-    memory += BYTES * sum({each.origin: each.config.pool or 0 for each in estimates if not each.config.cache}.values())
+    groups = {each.group: each for each in estimates}
     steps = sum(each.step_seconds * each.config.steps for each in estimates)
-    harvest = {
-        each.origin: (each.row_seconds or 0) * max(e.config.tokens for e in estimates if e.origin == each.origin)
-        for each in estimates
-    }
-    passes = len(harvest)
+    tokens = {number: max(e.config.tokens for e in estimates if e.group == number) for number in groups}
+    harvest = sum((each.row_seconds or 0) * tokens[number] for number, each in groups.items())
+    memory = in_bytes(max(each.memory for each in estimates))
     lines.append(
-        f"{len(estimates)} runs from {passes} pass{'es' if passes > 1 else ''} over the text: "
-        f"{in_bytes(memory)} beside the model; about {_time(steps)} of steps and {_time(sum(harvest.values()))} of "
-        f"harvest, which overlap where there are processors for both"
+        f"{len(estimates)} runs from {len(groups)} pass{'es' if len(groups) > 1 else ''} over the data: "
+        f"{memory} beside the model{' at a time' if len(groups) > 1 else ''}; about {_time(steps)} of steps and "
+        f"{_time(harvest)} of harvest, which overlap where there are processors for both"
     )
     return lines
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
@@ -12,19 +13,20 @@ from typing import Any
 
 import torch
 
-from saekit.activations import ShuffledStream
+from saekit.activations import ActivationCache, ActivationSource, ShuffledStream
 from saekit.activations.finite import BadTokens
 from saekit.activations.stream import StreamState
 from saekit.activations.tee import Tee
 from saekit.errors import SaekitError
-from saekit.files import check_free, check_space, remove_unfinished
+from saekit.files import check_free, check_space, in_bytes, remove_unfinished
 from saekit.kernels.workspace import Workspace
 from saekit.machine import pick_device
 from saekit.trainers.checkpoint import checkpoints, load_checkpoints
 from saekit.trainers.config import TrainConfig
-from saekit.trainers.data import TrainingData, origin, shared_data
+from saekit.trainers.data import TrainingData, opened, origin, shared_data, widths
 from saekit.trainers.loggers import check_installed
 from saekit.trainers.loop import Lane, take_steps
+from saekit.trainers.memory import Memory, groups_that_fit
 from saekit.trainers.plan import PLAN, read_plan, write_plan
 from saekit.trainers.run_folder import (
     CHECKPOINTS,
@@ -232,29 +234,65 @@ def _together(
     write: Callable[[], object],
 ) -> tuple[dict[int, Run], dict[int, SaekitError]]:
     """Train runs of one origin: those that were, and why the others were not; ``write`` is called before any begins."""
-    with ExitStack() as stack:
-        trainers, lanes = stack.enter_context(begun(configs, new, trust_remote_code))
-        home = configs[0].out if len(configs) == 1 else configs[0].out.parent
-        check_space(home, sum(t.checkpoint_bytes for t in trainers.values()), "the run with its checkpoints")
-        write()
-        for m, trainer in trainers.items():  # all that can be refused has been by now
-            if new[m]:
-                stack.enter_context(prepared_folder(trainer.config, overwrite=overwrite))
-        failed = take_steps(lanes, quiet)
-        runs = {m: trainer.finish() for m, trainer in sorted(trainers.items()) if trainer not in failed}
-        return runs, {m: failed[trainer] for m, trainer in trainers.items() if trainer in failed}
+    device = pick_device(configs[0].device)
+    source = opened(configs[0], device, trust_remote_code)
+    groups = in_groups(configs, source, device)
+    if len(configs) > 1 and not quiet:
+        _tell(groups)
+    runs: dict[int, Run] = {}
+    errors: dict[int, SaekitError] = {}
+    for group, _ in groups:
+        with ExitStack() as stack:
+            some = [configs[m] for m in group]
+            trainers, lanes = stack.enter_context(begun(some, [new[m] for m in group], source, device))
+            home = configs[0].out if len(configs) == 1 else configs[0].out.parent
+            check_space(home, sum(t.checkpoint_bytes for t in trainers.values()), "the run with its checkpoints")
+            write()
+            for m, trainer in trainers.items():  # all that can be refused has been by now
+                if new[group[m]]:
+                    stack.enter_context(prepared_folder(trainer.config, overwrite=overwrite))
+            failed = take_steps(lanes, quiet)
+            for m, trainer in sorted(trainers.items()):
+                if trainer in failed:
+                    errors[group[m]] = failed[trainer]
+                else:
+                    runs[group[m]] = trainer.finish()
+    return runs, errors
+
+
+def in_groups(
+    configs: list[TrainConfig], source: ActivationSource | ActivationCache, device: torch.device
+) -> list[tuple[list[int], Memory]]:
+    """The numbers of runs of one origin in groups that memory holds, each of which takes a pass of its own.
+
+    Raises:
+        SaekitError: a run asks for more features a token than its width has.
+    """
+    found = widths(list(dict.fromkeys(config.hook for config in configs)), source)
+    d_in = [found[config.hook] for config in configs]
+    for config, d in zip(configs, d_in, strict=True):
+        config.check_width(config.width or round(config.expansion * d))
+    return groups_that_fit(configs, d_in, device)
+
+
+def _tell(groups: Sequence[tuple[list[int], Memory]]) -> None:
+    runs, most = sum(len(group) for group, _ in groups), max(memory.total for _, memory in groups)
+    how = "at once" if len(groups) == 1 else f"in {len(groups)} groups, each with a pass of its own over the data"
+    print(f"{runs} runs {how}: {in_bytes(most)} beside the model", file=sys.stderr)
 
 
 @contextmanager
 def begun(
-    configs: list[TrainConfig], new: Sequence[bool], trust_remote_code: bool
+    configs: list[TrainConfig],
+    new: Sequence[bool],
+    source: ActivationSource | ActivationCache,
+    device: torch.device,
 ) -> Iterator[tuple[dict[int, Trainer], list[Lane]]]:
     """The trainers of runs of one origin by number, and in lanes; their streams run while it is entered."""
-    device = pick_device(configs[0].device)
     orders = _orders(configs, new, device)
     states = {m: state for order in orders for m, state in zip(order.members, order.states, strict=True)}
     before = [state and state["provenance"] for _, state in sorted(states.items())]
-    data = shared_data(configs, device, trust_remote_code, before)
+    data = shared_data(configs, source, before)
     workspace, trainers, lanes = Workspace(), {}, []
     with _streams(configs, data, orders) as streams:
         for order, stream, own in streams:

@@ -6,15 +6,17 @@ import json
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from saekit import SaekitError
 from saekit.activations import harvesting
 from saekit.activations.model import hooks_matching
 from saekit.files import in_bytes
-from saekit.trainers import TrainConfig, many, train, train_many
+from saekit.trainers import TrainConfig, many, memory, train, train_many
 from saekit.trainers.checkpoint import checkpoints
 from saekit.trainers.loggers import OpenLoggers
+from saekit.trainers.memory import Memory, free_bytes, groups_that_fit
 from saekit.trainers.plan import combined, name_of, read_plan
 from saekit.trainers.trainer import Trainer
 
@@ -245,6 +247,29 @@ def test_hooks_by_a_pattern(source, saekit_main, text, tmp_path):
     assert "no hook point of the model fits 'blocks.*.hook_resid_pots'" in wrong.stderr
 
 
+def test_what_memory_does_not_hold_at_once_is_trained_in_groups(live, alone, tmp_path, monkeypatch, capsys):
+    names = ["small", "seed", "batch", "choice"]
+    configs = cells(live, tmp_path, names)
+    two = [Memory.of(configs[m : m + 2], [256, 256]).total for m in range(3)]
+    monkeypatch.setattr(memory, "free_bytes", lambda device: int(max(two) / 0.8) + 1)
+    runs = train_many(configs)
+    assert_alike(runs, alone)
+    told = capsys.readouterr().err
+    assert f"4 runs in 2 groups, each with a pass of its own over the data: {in_bytes(max(two[0], two[2]))}" in told
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1)
+    found = groups_that_fit(configs, [256] * 4, torch.device("cpu"))
+    assert [group for group, _ in found] == [[0], [1], [2], [3]], "a run that does not fit is tried alone"
+
+
+def test_memory_of_runs_grows_with_runs_and_is_that_of_one_alone(live, tmp_path):
+    configs = cells(live, tmp_path)
+    d_in = [256] * len(configs)
+    alone = [Memory.of([config], [256]) for config in configs]
+    every = Memory.of(configs, d_in)
+    assert max(each.total for each in alone) < every.total < sum(each.total for each in alone)
+    assert 0 < free_bytes(torch.device("cpu")) < 2**44
+
+
 def test_a_dry_run_tells_and_leaves_nothing(saekit_main, text, tmp_path):
     flags = ["--tokens", 8192, "--batch-size", 256, "--width", 32, "--context-length", 64, "--quiet"]
     flags += ["--buffer", 512, "--dataset", text, "--out", tmp_path / "x"]
@@ -253,8 +278,9 @@ def test_a_dry_run_tells_and_leaves_nothing(saekit_main, text, tmp_path):
     lines = done.stdout.splitlines()
     assert [line.split(":")[0] for line in lines[:4]] == [f"k={k},seed={seed}" for k in (4, 8) for seed in (0, 1)]
     assert "mutual_choice, k 8, 32 features at blocks.1.hook_resid_post, 32 steps of" in lines[2]
-    # weights, gradients and two moments of 2·256·32 + 32 + 256 numbers each, three fills for each of two seeds, pool
-    held = 4 * 16 * 16_672 + 2 * 3 * 512 * 256 * 4 + 9 * 8192
-    assert lines[4].startswith(f"4 runs from 1 pass over the text: {in_bytes(held)}")
+    # weights, gradients and two moments of 2·256·32 + 32 + 256 numbers each, three batches of pre-activations, three
+    # fills for each of two seeds, the pool
+    held = 4 * 16 * 16_672 + 3 * 256 * 32 * 4 + 2 * 3 * 512 * 256 * 4 + 9 * 8192
+    assert lines[4].startswith(f"4 runs from 1 pass over the data: {in_bytes(held)} beside the model; about")
     assert not (tmp_path / "x").exists()
     assert saekit_main("train", "--dry-run", "--k", 33, *flags).returncode == 2
