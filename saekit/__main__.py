@@ -1,0 +1,5 @@
+"""``python -m saekit``, as launchers of processes call it."""
+
+from saekit.cli import main
+
+main()
