@@ -234,7 +234,7 @@ def study_features(
     Args:
         sae: the dictionary.
         model: the hooked model (``saekit.activations.load_model``).
-        contexts: the text; plain token ids too, or a ``Reference``, whose activations are not computed again.
+        contexts: the text; plain token ids too, or a ``Reference``, whose activations are used where it holds them.
         hook: hook point; what the dictionary's metadata names if not given.
         attention_mask: [c, t] which of plain token ids are no padding (``contexts_of``).
         features: which to study; all if not given.
@@ -267,9 +267,10 @@ def study_features(
     if not torch.isfinite(sae.W_dec).all():
         raise SaekitError("the dictionary has decoder rows that are NaN or infinite; there is nothing to show")
     found = Activity(sae.cfg.d_sae, studied, top=top, window=window)
-    passages = (
-        ((each.contexts, each.x) for each in known) if known is not None else _read(model, hook, contexts.split(batch))
-    )
+    if known is not None and known.holds:
+        passages = ((passage.contexts, passage.x) for passage in known)
+    else:
+        passages = _read(model, hook, contexts.split(batch))
     for part, code in codes(sae, hook, passages):
         found.update(part, code)
         if on_batch is not None:

@@ -73,6 +73,11 @@ class Reference:
         self._room = 0
 
     @property
+    def holds(self) -> bool:
+        """Whether there are activations here that need not be computed again."""
+        return bool(self._held)
+
+    @property
     def passes(self) -> int:
         """How often ``costs`` still has to go through the contexts."""
         return PASSES if self._costs is None and self.no_downstream is None else 0
