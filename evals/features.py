@@ -267,6 +267,7 @@ def study_features(
     if not torch.isfinite(sae.W_dec).all():
         raise SaekitError("the dictionary has decoder rows that are NaN or infinite; there is nothing to show")
     found = Activity(sae.cfg.d_sae, studied, top=top, window=window)
+    passages: Iterator[tuple[ContextBatch, Tensor]]
     if known is not None and known.holds:
         passages = ((passage.contexts, passage.x) for passage in known)
     else:
