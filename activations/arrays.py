@@ -14,7 +14,7 @@ from torch import Tensor
 
 from saekit.activations.batch import ActivationBatch
 from saekit.activations.division import blocks
-from saekit.activations.model import DTYPES
+from saekit.activations.placement import DTYPES
 from saekit.errors import SaekitError, SaekitWarning, first_line
 from saekit.files import expanded
 

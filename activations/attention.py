@@ -14,6 +14,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from saekit.activations.placement import device_of, dtype_of
+
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
@@ -76,7 +78,7 @@ def _replaceable(model: TransformerBridge) -> list[nn.Module]:
     if any("forward" in vars(attention) for attention in attentions):  # somebody has replaced it already
         return []
     length = min(int(model.cfg.n_ctx), 256)
-    tokens = torch.arange(length, device=next(model.parameters()).device)[None] % int(model.cfg.d_vocab)
+    tokens = torch.arange(length, device=device_of(model))[None] % int(model.cfg.d_vocab)
 
     def logits() -> Tensor:
         with torch.no_grad():
@@ -89,5 +91,5 @@ def _replaceable(model: TransformerBridge) -> list[nn.Module]:
     except Exception:  # models that no adapter knows fail in many ways, and then keep what works
         return []
     size = float(expected.norm())
-    tolerance = max(1e-4, 2 * torch.finfo(next(model.parameters()).dtype).eps)
+    tolerance = max(1e-4, 2 * torch.finfo(dtype_of(model)).eps)
     return attentions if float(expected.sub_(found).norm()) <= tolerance * size else []  # no third copy

@@ -18,7 +18,7 @@ from saekit.activations.batch import ActivationBatch
 from saekit.activations.division import Division, Grouping
 from saekit.activations.finite import SAMPLE, check_finite, norm_limit
 from saekit.activations.manifest import MANIFEST, Manifest, Shard, check_provenance
-from saekit.activations.model import DTYPES
+from saekit.activations.placement import DTYPES
 from saekit.activations.python_source import Split
 from saekit.activations.shards import ShardWriter, damaged, read_shard
 from saekit.activations.staging import JOURNAL, begun, finish, regrouped, staging

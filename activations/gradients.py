@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from saekit.activations.attention import quick_attention, try_quick_attention
 from saekit.activations.model import check_hook
+from saekit.activations.placement import device_of, dtype_of
 from saekit.activations.unembedding import Unembedding, next_tokens
 from saekit.errors import SaekitError, first_line
 
@@ -48,7 +49,7 @@ def with_gradients(
     check_hook(model, hook)
     try_quick_attention(model)
     check_causal(model)
-    device = next(model.parameters()).device
+    device = device_of(model)
     end = Unembedding.of(model, hook)
     generator = torch.Generator(device).manual_seed(seed)
     found: list[Tensor] = []
@@ -77,8 +78,8 @@ def with_gradients(
 
     def loss_gradient(rows: Tensor, tokens: Tensor) -> Tensor:
         """Of the loss with respect to the rows."""
-        places, targets = next_tokens(tokens)
-        uniform = torch.rand(len(places), device=device, generator=generator, dtype=torch.float64)
+        places, targets = next_tokens(tokens.to(rows.device))
+        uniform = torch.rand(len(places), device=device, generator=generator, dtype=torch.float64).to(rows.device)
         flat = rows.detach().flatten(0, 1)
         gradient = torch.zeros_like(flat)
         for piece, wanted, draws in zip(*map(end.pieces, (places, targets, uniform)), strict=True):
@@ -116,15 +117,14 @@ def not_causal(model: TransformerBridge) -> str | None:
 
 
 def _ask(model: TransformerBridge) -> str | None:
-    parameter = next(model.parameters())
-    tokens = torch.arange(1, 9, device=parameter.device)[None] % int(model.cfg.d_vocab)
+    tokens = torch.arange(1, 9, device=device_of(model))[None] % int(model.cfg.d_vocab)
     other = torch.cat([tokens[:, :4], tokens[:, 4:].flip(1)], dim=1)
     try:
         with torch.no_grad():
             first, second = (model(each, return_type="logits")[:, :4].float() for each in (tokens, other))
     except Exception as error:  # encoders and encoder-decoders fail in many ways
         return f"the model predicts no next tokens: {first_line(error)}"
-    tolerance = max(1e-5, 4 * torch.finfo(parameter.dtype).eps)
+    tolerance = max(1e-5, 4 * torch.finfo(dtype_of(model)).eps)
     if torch.allclose(first, second, rtol=0, atol=tolerance * float(first.abs().max())):
         return None
     return "the model is not causal: its predictions depend on later tokens"

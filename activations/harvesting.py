@@ -16,6 +16,8 @@ from saekit.activations.batch import ActivationBatch
 from saekit.activations.finite import BadTokens, norms
 from saekit.activations.gradients import with_gradients
 from saekit.activations.model import activations_of, recorded, truncated
+from saekit.activations.passes import A_BATCH, Pass, in_passes
+from saekit.activations.placement import device_of
 from saekit.activations.tokens import ContextBatch
 from saekit.activations.unembedding import Unembedding, next_tokens
 
@@ -31,6 +33,7 @@ def harvest(
     gradients: bool = False,
     bad: BadTokens | None = None,
     first: int = 0,
+    at_once: int = A_BATCH,
 ) -> Iterator[ActivationBatch]:
     """Yield the activations at the hook of each batch of contexts, kept positions only.
 
@@ -43,20 +46,19 @@ def harvest(
         gradients: whether those of the loss are taken too.
         bad: what becomes of tokens that are not to be learned from; NaN or inf is an error if not given.
         first: number of the first batch, for messages.
+        at_once: contexts in one pass of the model (``in_passes``); each batch in a pass of its own if not given.
 
     Raises:
         SaekitError: the model has no such hook, gradients are asked of a model that is not causal, or an activation is
             NaN or infinite (the token is named).
     """
     bad = bad or BadTokens()
-    device = next(model.parameters()).device
-    with _passes(model, hook, gradients) as run:
-        for number, batch in enumerate(contexts, first):
+    with a_pass(model, hook, gradients) as run:
+        for number, (batch, parts) in enumerate(in_passes(run, contexts, at_once), first):
             kept = batch.kept
-            x, gradient = (None if part is None else part[kept.to(device)] for part in run(batch.tokens.to(device)))
-            assert x is not None
+            x, *gradient = (part[kept.to(part.device)] for part in parts)
             positions = torch.arange(kept.shape[1]).expand(kept.shape)[kept]
-            found = ActivationBatch(x, batch.tokens[kept], batch.documents[kept], positions, gradient)
+            found = ActivationBatch(x, batch.tokens[kept], batch.documents[kept], positions, *gradient)
             yield from bad.sift([found], [hook], f"batch {number} of contexts")
 
 
@@ -75,15 +77,18 @@ def without_large(
 
 
 @contextmanager
-def _passes(
-    model: TransformerBridge, hook: str, gradients: bool
-) -> Iterator[Callable[[Tensor], tuple[Tensor, Tensor | None]]]:
-    """A function from tokens to activations and, where asked for, gradients."""
+def a_pass(model: TransformerBridge, hook: str, gradients: bool) -> Iterator[Pass]:
+    """A function from tokens [b, t], wherever they lie, to activations and, where asked for, gradients [b, t, d].
+
+    Raises:
+        SaekitError: as ``harvest``.
+    """
+    device = device_of(model)
     if gradients:
         yield with_gradients(model, hook)
     else:
         with truncated(model, [hook]) as forward:
-            yield lambda tokens: (forward(tokens)[0], None)
+            yield lambda tokens: forward(tokens.to(device))
 
 
 class Harvest(NamedTuple):
@@ -106,6 +111,7 @@ def harvest_hooks(
     losses: bool = False,
     bad: BadTokens | None = None,
     first: int = 0,
+    at_once: int = A_BATCH,
 ) -> Iterator[Harvest]:
     """Yield the activations at several hooks, kept positions only, by one pass of the model for each batch of contexts.
 
@@ -116,18 +122,18 @@ def harvest_hooks(
         SaekitError: the model has no such hook, or an activation is NaN or infinite (the token is named).
     """
     bad = BadTokens() if bad is None or losses else bad
-    device = next(model.parameters()).device
+    device = device_of(model)
     with _losses(model, hooks) if losses else truncated(model, hooks) as run:
-        for number, batch in enumerate(contexts, first):
-            found = run(batch.tokens.to(device))
-            where, kept = batch.kept.to(device), batch.kept
+        passes = in_passes(lambda tokens: run(tokens.to(device)), contexts, at_once)
+        for number, (batch, found) in enumerate(passes, first):
+            kept = batch.kept
             positions = torch.arange(kept.shape[1]).expand(kept.shape)[kept]
+            at_kept = [column[kept.to(column.device)] for column in found]
             rows = [
-                ActivationBatch(x[where], batch.tokens[kept], batch.documents[kept], positions)
-                for x in found[: len(hooks)]
+                ActivationBatch(x, batch.tokens[kept], batch.documents[kept], positions) for x in at_kept[: len(hooks)]
             ]
             rows = bad.sift(rows, hooks, f"batch {number} of contexts")
-            yield Harvest(dict(zip(hooks, rows, strict=True)), found[-1][where] if losses else None)
+            yield Harvest(dict(zip(hooks, rows, strict=True)), at_kept[-1] if losses else None)
 
 
 @contextmanager

@@ -46,6 +46,8 @@ class Provenance(TypedDict, total=False):
     model: str
     revision: str
     model_dtype: str
+    model_quantization: str
+    harvest_batch: Count
     hook: str
     dataset: str
     dataset_fingerprint: str
@@ -124,13 +126,14 @@ class Manifest(BaseModel):
 def as_known(provenance: Mapping[str, Any]) -> dict[str, Any]:
     """Provenance with the facts that older ones do not tell, or told otherwise: BOS is a first position."""
     same = {"mask": MASK} if provenance.get("prepend_bos") and "skip_first" not in provenance else {}
-    return {"dataset_config": None, "skip_first": 1, "pool": 0, "data_seed": 0, **provenance, **same}
+    before = {"model_quantization": "none", "dataset_config": None, "skip_first": 1, "pool": 0, "data_seed": 0}
+    return {**before, **provenance, **same}
 
 
 def first_change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """The first fact of a provenance that was another before."""
+    """The first fact of a provenance that was another before, other than how many contexts a pass has."""
     before = as_known(before)
-    return next((fact for fact, value in now.items() if before.get(fact) != value), None)
+    return next((fact for fact, value in now.items() if before.get(fact) != value and fact != "harvest_batch"), None)
 
 
 def check_provenance(provenance: dict[str, Any]) -> None:

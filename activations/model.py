@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -20,6 +20,15 @@ from saekit.activations.attention import quick_attention, try_quick_attention
 from saekit.activations.boot import keep_own_tokens, text_alone
 from saekit.activations.gguf import gguf_of_hub, load_gguf
 from saekit.activations.gguf_header import is_gguf
+from saekit.activations.placement import (
+    AUTO,
+    DTYPES,
+    NO_QUANTIZATION,
+    QUANTIZATIONS,
+    check_accelerate,
+    fastest_dtype,
+    quantised,
+)
 from saekit.activations.processing import process
 from saekit.errors import SaekitError, did_you_mean, first_line
 from saekit.files import expanded
@@ -29,7 +38,6 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 EMBEDDED = "embedded"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load_model(
@@ -40,6 +48,8 @@ def load_model(
     trust_remote_code: bool = False,
     revision: str | None = None,
     processing: Sequence[str] = (),
+    quantization: str = NO_QUANTIZATION,
+    device_map: str | Mapping[str, Any] | None = None,
 ) -> TransformerBridge:
     """Load a language model, hooked by TransformerLens, in evaluation mode and without parameter gradients.
 
@@ -49,20 +59,36 @@ def load_model(
         name_or_path: ``"embedded"`` (the small model that ships with saekit), a local Hugging Face folder, a name on
             the hub, a GGUF file, or ``owner/repo/FILE.gguf`` on the hub.
         device: where it runs; the fastest at hand if not given.
-        dtype: ``float32``, ``bfloat16`` or ``float16``.
+        dtype: ``float32``, ``bfloat16``, ``float16`` or ``auto`` (``fastest_dtype``).
         trust_remote_code: whether code that comes with the model may run.
         revision: branch, tag or commit of a model on the hub.
         processing: what TransformerLens does to the weights (``process``); nothing if not given.
+        quantization: ``8bit`` or ``4bit`` (NF4), by bitsandbytes.
+        device_map: how its layers lie over several devices, as transformers takes it; ``auto`` for all cards.
 
     Raises:
-        SaekitError: there is no such model, TransformerLens cannot hook it, or it cannot be processed so.
+        SaekitError: there is no such model, TransformerLens cannot hook it, it cannot be processed so, or a package is
+            missing that quantises it or lays it over several devices.
     """
     dtype = str(dtype).removeprefix("torch.")
-    if dtype not in DTYPES:
-        raise SaekitError(f"unknown dtype '{dtype}'{did_you_mean(dtype, DTYPES)}")
+    if dtype not in (AUTO, *DTYPES):
+        raise SaekitError(f"unknown dtype '{dtype}'{did_you_mean(dtype, (AUTO, *DTYPES))}")
+    if quantization not in QUANTIZATIONS:
+        raise SaekitError(f"unknown quantization '{quantization}'{did_you_mean(quantization, QUANTIZATIONS)}")
+    if quantization != NO_QUANTIZATION and processing:
+        raise SaekitError(f"{', '.join(processing)} cannot be had with {quantization} weights, which are not changed")
+    if device_map is not None:
+        check_accelerate()
+        device = None
+    dtype = fastest_dtype(device) if dtype == AUTO else dtype
     place = model_path(name_or_path)
     if revision is not None and Path(place).exists():
         raise SaekitError(f"the model in '{name_or_path}' has no revision '{revision}'; models on the hub have")
+    if Path(place).is_file() and (quantization != NO_QUANTIZATION or device_map is not None):
+        raise SaekitError(
+            f"'{name_or_path}' is a GGUF file, which is dequantised on one device; --model-quantization and "
+            f"--model-device-map are for models of transformers"
+        )
     version = {} if revision is None else {"revision": revision}
     from transformer_lens.model_bridge import TransformerBridge
     from transformers.utils import logging as transformers_logging
@@ -75,9 +101,12 @@ def load_model(
             if Path(place).is_file():
                 model = load_gguf(place, device=device, dtype=DTYPES[dtype])
             else:
-                model = TransformerBridge.boot_transformers(
-                    place, device=device, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code, **version
-                )
+                how: dict[str, Any] = {"dtype": DTYPES[dtype], "trust_remote_code": trust_remote_code, **version}
+                where: dict[str, Any] = {"device": device} if device_map is None else {"device_map": device_map}
+                if quantization != NO_QUANTIZATION:
+                    layout = device_map or {"": device or ("cuda" if torch.cuda.is_available() else "cpu")}
+                    where = {"device": device, "hf_model": quantised(place, quantization, layout=layout, **how)}
+                model = TransformerBridge.boot_transformers(place, **how, **where)
                 if model.tokenizer is not None:
                     keep_own_tokens(model, trust_remote_code)
     except SaekitError:
@@ -94,6 +123,7 @@ def load_model(
         raise SaekitError(f"the model '{name_or_path}' comes without a tokenizer")
     model.eval()
     model.requires_grad_(False)
+    model.quantization = quantization
     process(model, processing)
     return model
 

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from saekit.activations.placement import device_of, dtype_of
 from saekit.errors import SaekitError, did_you_mean, first_line
 from saekit.processing import OPTIONS
 
@@ -49,7 +50,7 @@ def process(model: TransformerBridge, options: Sequence[str]) -> None:
             change = float((_predictions(model) - before).norm() / before.norm())
         except Exception as error:  # it was made for some kinds of models, and fails in many ways for others
             raise _refusal(model, names, first_line(error)) from error
-        if not change <= max(1e-3, 8 * torch.finfo(next(model.parameters()).dtype).eps):
+        if not change <= max(1e-3, 8 * torch.finfo(dtype_of(model)).eps):
             raise _refusal(model, names, f"its predictions would change by {change:.1%}")
         model.requires_grad_(False)
     model.processing = tuple(option for option in OPTIONS if option in options)
@@ -62,6 +63,6 @@ def _refusal(model: TransformerBridge, names: str, why: str) -> SaekitError:
 @torch.no_grad()
 def _predictions(model: TransformerBridge) -> Float[Tensor, "t v"]:
     """Log-probabilities of next tokens, which no processing changes."""
-    tokens = torch.arange(min(_PROBE, int(model.cfg.n_ctx)), device=next(model.parameters()).device)
+    tokens = torch.arange(min(_PROBE, int(model.cfg.n_ctx)), device=device_of(model))
     logits: Tensor = model(tokens[None] % int(model.cfg.d_vocab), return_type="logits")
     return logits[0].float().log_softmax(-1)

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 from saekit.activations.cache import ActivationCache
 from saekit.activations.finite import BadTokens, limits_in
 from saekit.activations.manifest import Manifest, Shard, first_change
-from saekit.activations.model import DTYPES
+from saekit.activations.placement import DTYPES
 from saekit.activations.settings import StreamSettings
 from saekit.activations.shards import unchanged, write_shard
-from saekit.activations.source import ActivationSource, contexts_at_once
+from saekit.activations.source import ActivationSource, piece_size
 from saekit.activations.staging import Place, regrouped
 from saekit.errors import SaekitError
 from saekit.files import check_writable, locked
@@ -134,7 +134,7 @@ def _places(cache: ActivationCache, source: ActivationSource) -> Iterable[tuple[
     if all("batch" in shard and "row" in shard for shard in cache.shards):
         yield from ((Place(shard["batch"], shard["row"]), shard) for shard in cache.shards)
         return
-    ends = accumulate(int(each.kept.sum()) for each in source.mixed("train", contexts_at_once(cache.gradients)))
+    ends = accumulate(int(each.kept.sum()) for each in source.mixed("train", piece_size(cache.gradients)))
     number, before, end = 0, 0, next(ends)  # the batch of contexts, tokens before it and up to its end
     first = 0
     for shard in cache.shards:

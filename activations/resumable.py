@@ -19,8 +19,8 @@ from saekit.activations.division import Count
 from saekit.activations.finite import BadTokens, limits_in
 from saekit.activations.gradients import check_causal
 from saekit.activations.manifest import MANIFEST, Manifest, Provenance, Shard, checked, first_change
-from saekit.activations.model import DTYPES
-from saekit.activations.settings import HarvestPlan
+from saekit.activations.placement import AUTO, DTYPES
+from saekit.activations.settings import BEFORE, HarvestPlan
 from saekit.activations.shards import ShardWriter, unchanged
 from saekit.activations.source import ActivationSource
 from saekit.activations.staging import (
@@ -39,6 +39,7 @@ from saekit.files import check_space, expanded, remove_unfinished, replace_file,
 from saekit.interrupt import Interrupted, InterruptGuard
 from saekit.reading import parse_json, read_bounded
 from saekit.seal import BLANK, stamp, unbroken
+from saekit.settings import fact
 
 _NOTHING = "there is no harvest to resume at '{}'; begin one without --resume"
 _LONGEST = 1 << 28  # bytes of a journal
@@ -110,6 +111,10 @@ def harvest_cache(
     provenance = source.provenance("train", gradients=plan.gradients)
     if plan.max_norm is not None:
         provenance |= {"max_norm": plan.max_norm, "norm_limit": source.norm_limit(plan.max_norm)}
+    found = {"model_dtype": provenance["model_dtype"], "harvest_batch": provenance.get("harvest_batch")}
+    plan = plan.model_copy(update={key: value for key, value in found.items() if value is not None})
+    if plan.harvest_batch:
+        tell(f"the model runs in {plan.model_dtype}, {plan.harvest_batch} contexts at a time")
     d_in = next(source.batches("train", gradients=plan.gradients, bad=BadTokens(skip=True))).x.shape[1]
     beginning = _Beginning(plan=plan.model_dump(), provenance=provenance, d_in=d_in)  # type: ignore[arg-type]
     _check_space(expanded(path).resolve(), beginning, plan, 0, tell)
@@ -131,7 +136,8 @@ def resume_cache(
 
     Args:
         path: the folder of the cache.
-        asked: fields of the plan that were set anew; they must equal those that the harvest was begun with.
+        asked: fields of the plan that were set anew; those that decide about the data must equal those that the
+            harvest was begun with.
         device: where the model runs.
         trust_remote_code: whether code that comes with the model may run.
         tell: receives lines for the user.
@@ -157,10 +163,15 @@ def resume_cache(
             move(target, folder, Manifest.read(folder))
             return ActivationCache.open(target)
         beginning, lines = _read_journal(folder, path, tell)
-        plan = HarvestPlan(**{"pool": 0, **beginning.plan})  # before 0.2 the text came in its own order
-        changed = [key for key, value in asked.items() if value != getattr(plan, key)]
+        plan = HarvestPlan(**{**BEFORE, **beginning.plan})
+        free = {key for key, field in HarvestPlan.model_fields.items() if not fact(field, "decides")}
+        lasting = {key: value for key, value in asked.items() if key not in free}
+        if lasting.get("model_dtype") == AUTO:
+            del lasting["model_dtype"]
+        changed = [key for key, value in lasting.items() if value != getattr(plan, key)]
         if changed:
             raise SaekitError(f"the harvest at '{path}' was begun with another {', '.join(changed)}")
+        plan = HarvestPlan(**{**plan.model_dump(), **{key: value for key, value in asked.items() if key in free}})
         source = open_source(plan, device, trust_remote_code)
         if field := first_change(beginning.provenance, source.provenance("train", gradients=plan.gradients)):
             raise SaekitError(

@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from saekit.activations.placement import device_of, dtype_of
+
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
@@ -73,7 +75,7 @@ def _found(model: TransformerBridge, hook: str) -> list[nn.Module]:
         before.append(list(ended))
 
     length = min(int(model.cfg.n_ctx), 64)
-    tokens = torch.arange(length, device=next(model.parameters()).device)[None] % int(model.cfg.d_vocab)
+    tokens = torch.arange(length, device=device_of(model))[None] % int(model.cfg.d_vocab)
 
     def logits(tokens: Tensor, *hooks: tuple[str, Callable[..., None]]) -> Tensor:
         with torch.no_grad(), model.hooks(fwd_hooks=list(hooks)):
@@ -96,5 +98,5 @@ def _found(model: TransformerBridge, hook: str) -> list[nn.Module]:
             again = logits(tokens)
     except Exception:
         return []
-    tolerance = max(1e-5, 2 * torch.finfo(next(model.parameters()).dtype).eps)
+    tolerance = max(1e-5, 2 * torch.finfo(dtype_of(model)).eps)
     return found if float((again - expected).norm()) <= tolerance * float(expected.norm()) else []

@@ -5,7 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from pydantic import field_validator, model_validator
+
+from saekit.errors import did_you_mean
 from saekit.settings import MANY, Settings, setting
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
+
+def known_device(value: str) -> str:
+    """The name of a device, as it is: ``cpu``, ``cuda:1``. ValueError where there is no such kind."""
+    if value.split(":")[0] not in DEVICES:
+        raise ValueError(f"unknown device '{value}'{did_you_mean(value, DEVICES)}")
+    return value
 
 
 class SourceSettings(Settings):
@@ -34,7 +46,29 @@ class SourceSettings(Settings):
     prepend_bos: bool | None = setting(
         None, description="whether contexts begin with BOS; the model's own if not given"
     )
-    model_dtype: Literal["float32", "bfloat16", "float16"] = setting("float32", description="in which the model runs")
+    model_dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        "auto", description="in which the model runs; auto is bfloat16 on a card that has it, else float32"
+    )
+    model_quantization: Literal["none", "8bit", "4bit"] = setting(
+        "none", description="whether bitsandbytes quantises the model's weights as it is loaded"
+    )
+    model_device: str | None = setting(
+        None, decides=False, description="where the model runs, if not where the dictionary is: cpu, cuda:1"
+    )
+    model_device_map: Literal["auto"] | None = setting(
+        None, decides=False, description="auto lays the model's layers over all cards"
+    )
+
+    @field_validator("model_device")
+    @classmethod
+    def _known_device(cls, value: str | None) -> str | None:
+        return None if value is None else known_device(value)
+
+    @model_validator(mode="after")
+    def _one_place(self) -> SourceSettings:
+        if self.model_device is not None and self.model_device_map is not None:
+            raise ValueError("--model-device and --model-device-map both say where the model is; give one of them")
+        return self
 
 
 class StreamSettings(SourceSettings):
@@ -48,6 +82,14 @@ class StreamSettings(SourceSettings):
         "at most 8M, if not given; 0 keeps the order of the text",
     )
     data_seed: int = setting(0, ge=0, lt=2**31, description="of the order in which contexts are drawn")
+    harvest_batch: int | None = setting(
+        None,
+        ge=0,
+        lt=2**20,
+        decides=False,
+        description="contexts that the model takes at a time; on a card as many as half of its free memory holds, if "
+        "not given; 0, as on a CPU: 32, or 8 where gradients are taken",
+    )
 
     def pooled(self, tokens: int) -> StreamSettings:
         """The same, with the pool that so many training tokens decide where none is given."""
@@ -56,13 +98,14 @@ class StreamSettings(SourceSettings):
     @classmethod
     def of(cls, provenance: Mapping[str, Any]) -> StreamSettings | None:
         """The settings that made activations of this provenance; None where they were not harvested by saekit."""
-        provenance = {"pool": 0, **provenance}  # before 0.2 the text came in its own order
+        provenance = {**BEFORE, **provenance}
         names = {field: FACTS.get(field, field) for field in cls.model_fields}
         told = {field: provenance[name] for field, name in names.items() if provenance.get(name) is not None}
         needed = {"model", "hook", "dataset", "column", "split", "context_length", "model_dtype"}
         return cls(**told) if needed <= told.keys() and provenance.get("part") == "train" else None
 
 
+BEFORE = {"pool": 0, "harvest_batch": 0}  # before 0.2 the text came in its own order, 32 contexts at a time
 _POOL = 8_000_000
 FACTS = {"split": "dataset_split"}  # settings that a provenance calls otherwise
 

@@ -6,12 +6,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
 
 from saekit.activations.batch import ActivationBatch
 from saekit.activations.boot import text_tokenizer
 from saekit.activations.finite import SAMPLE, BadTokens, norm_limit
 from saekit.activations.gradients import LOSS
-from saekit.activations.harvesting import harvest
+from saekit.activations.harvesting import a_pass, harvest
 from saekit.activations.mixing import mixed
 from saekit.activations.model import (
     EMBEDDED,
@@ -21,6 +24,8 @@ from saekit.activations.model import (
     load_model,
     model_revision,
 )
+from saekit.activations.passes import A_BATCH, that_fit
+from saekit.activations.placement import NO_QUANTIZATION, cards_of, dtype_of, how_loaded, quantization_of
 from saekit.activations.python_source import Split
 from saekit.activations.rules import OWN_RULES, TextRules
 from saekit.activations.settings import SourceSettings
@@ -35,10 +40,18 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 DEFAULT_CONTEXT = 256
+_OF_THE_MODEL = {"model_dtype", "model_quantization", "model_device", "model_device_map"}
 
 
-def contexts_at_once(gradients: bool) -> int:
-    """Contexts that the model takes in one pass; a backward pass holds the logits and more of each of them."""
+_fitting: WeakKeyDictionary[nn.Module, dict[tuple[str, bool, int], int]] = WeakKeyDictionary()
+
+
+def piece_size(gradients: bool) -> int:
+    """Contexts in a piece, by which streams and caches count their place.
+
+    Where nothing else is asked for it is what the model takes in one pass; a backward pass holds the logits and more of
+    each context.
+    """
     return 8 if gradients else 32
 
 
@@ -59,6 +72,7 @@ class ActivationSource:
     rules: TextRules = OWN_RULES
     pool: int = 0
     data_seed: int = 0
+    harvest_batch: int | None = None
 
     @classmethod
     def of(
@@ -74,8 +88,9 @@ class ActivationSource:
         Raises:
             SaekitError: as ``open``.
         """
-        asked = settings.model_dump(exclude={"max_norm", "model_dtype"})
-        return cls.open(**asked, dtype=settings.model_dtype, device=device, trust_remote_code=trust_remote_code, **more)
+        asked = settings.model_dump(exclude={"max_norm", *_OF_THE_MODEL})
+        how = how_loaded(settings, device)
+        return cls.open(**asked, **how, trust_remote_code=trust_remote_code, **more)
 
     @classmethod
     def open(
@@ -96,6 +111,9 @@ class ActivationSource:
         data_seed: int = 0,
         device: str | None = None,
         dtype: str = "float32",
+        quantization: str = NO_QUANTIZATION,
+        device_map: str | None = None,
+        harvest_batch: int | None = None,
         revision: str | None = None,
         processing: Sequence[str] = (),
         loaded: TransformerBridge | None = None,
@@ -115,8 +133,9 @@ class ActivationSource:
             rules: how else contexts are made, and which of their tokens count.
             pool: tokens of the text that contexts are drawn from (``mixed``); 0 keeps the order of the text.
             data_seed: of the order in which they are drawn.
-            device: where the model runs.
-            dtype, revision, processing: of the model, as in ``load_model``.
+            device, device_map: where the model runs, as in ``load_model``.
+            dtype, quantization, revision, processing: of the model, as in ``load_model``.
+            harvest_batch: contexts that the model takes at a time (``at_once``).
             loaded: the model itself, where it is loaded already.
             trust_remote_code: whether code that comes with the model may run.
 
@@ -132,6 +151,8 @@ class ActivationSource:
                 trust_remote_code=trust_remote_code,
                 revision=revision,
                 processing=processing,
+                quantization=quantization,
+                device_map=device_map,
             )
         bridge = loaded
         hook = hook or default_hook(bridge)
@@ -142,9 +163,8 @@ class ActivationSource:
             raise SaekitError(f"a context of {length} tokens is longer than the {longest} that '{model}' takes")
         wanted = bool(getattr(bridge.cfg, "default_prepend_bos", True)) if prepend_bos is None else prepend_bos
         bos = wanted and special_tokens(bridge).bos is not None
-        return cls(
-            model, bridge, hook, text, length, bos, column, split, dataset_config, skip_first, rules, pool, data_seed
-        )
+        asked = (column, split, dataset_config, skip_first, rules, pool, data_seed, harvest_batch)
+        return cls(model, bridge, hook, text, length, bos, *asked)
 
     def at(self, hook: str) -> ActivationSource:
         """The same model and text at another hook point.
@@ -154,6 +174,20 @@ class ActivationSource:
         """
         check_hook(self.model, hook)
         return replace(self, hook=hook)
+
+    def at_once(self, gradients: bool = False) -> int:
+        """Contexts that the model takes at a time (``in_passes``): as asked for, else by the memory of its cards.
+
+        Found once for a model; ``A_BATCH`` where it lies on no card.
+        """
+        cards = cards_of(self.model)
+        if self.harvest_batch is not None or not cards:
+            return self.harvest_batch or A_BATCH
+        known, key = _fitting.setdefault(self.model, {}), (self.hook, gradients, self.context_length)
+        if key not in known:
+            with a_pass(self.model, self.hook, gradients) as run:
+                known[key] = that_fit(run, cards, self.context_length)
+        return known[key]
 
     def contexts(self, part: Split, batch: int = 32) -> Iterator[ContextBatch]:
         """Contexts of one part of the text, in its own order.
@@ -219,8 +253,9 @@ class ActivationSource:
         ``harvest``.
         """
         left = tokens
-        contexts = islice(self.mixed(part, contexts_at_once(gradients)), first, None)
-        for batch in harvest(self.model, self.hook, contexts, gradients=gradients, bad=bad, first=first):
+        contexts = islice(self.mixed(part, piece_size(gradients)), first, None)
+        manner: Any = {"gradients": gradients, "first": first, "at_once": self.at_once(gradients)}
+        for batch in harvest(self.model, self.hook, contexts, bad=bad, **manner):
             if left is not None and len(batch.x) >= left:
                 yield batch.rows(0, left)
                 return
@@ -236,7 +271,8 @@ class ActivationSource:
         return {
             "model": self.name,
             "revision": model_revision(self.model, self.name),
-            "model_dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
+            "model_dtype": str(dtype_of(self.model)).removeprefix("torch."),
+            "model_quantization": quantization_of(self.model),
             "hook": self.hook,
             "dataset": self.text.name,
             "dataset_fingerprint": self.text.fingerprint,
@@ -252,6 +288,7 @@ class ActivationSource:
             "data_seed": self.data_seed,
             "mask": MASK,
             **self.rules.facts(),
+            **({"harvest_batch": size} if part == "train" and (size := self.at_once(gradients)) else {}),
             **({"processing": list(processing)} if (processing := applied_to(self.model)) else {}),
             **({"gradients": LOSS} if gradients else {}),
         }

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from saekit.activations.batch import ActivationBatch
 from saekit.activations.division import Division, Grouping, divided
 from saekit.activations.manifest import MANIFEST, Manifest, checked
-from saekit.activations.model import DTYPES
+from saekit.activations.placement import DTYPES
 from saekit.activations.shards import read_shard
 from saekit.errors import SaekitError, did_you_mean
 from saekit.files import (

@@ -22,7 +22,7 @@ from saekit.activations.batch import ActivationBatch
 from saekit.activations.cache import ActivationCache
 from saekit.activations.finite import BadTokens
 from saekit.activations.harvesting import harvest, harvest_hooks
-from saekit.activations.source import ActivationSource, contexts_at_once
+from saekit.activations.source import ActivationSource, piece_size
 from saekit.activations.tee import Reader
 from saekit.activations.tokens import ContextBatch
 from saekit.errors import SaekitWarning
@@ -82,7 +82,9 @@ def live_rows(
         SaekitError: the text does not fill one context, or an activation is not finite.
     """
     contexts = islice(_endless(source, gradients), first, None)
-    return map(_row, harvest(source.model, source.hook, contexts, gradients=gradients, bad=bad, first=first))
+    at_once = source.at_once(gradients)
+    found = harvest(source.model, source.hook, contexts, gradients=gradients, bad=bad, first=first, at_once=at_once)
+    return map(_row, found)
 
 
 def live_rows_of_hooks(
@@ -96,7 +98,7 @@ def live_rows_of_hooks(
         SaekitError: as ``live_rows``.
     """
     contexts = islice(_endless(source), first, None)
-    for found in harvest_hooks(source.model, hooks, contexts, bad=bad, first=first):
+    for found in harvest_hooks(source.model, hooks, contexts, bad=bad, first=first, at_once=source.at_once()):
         yield torch.cat([_row(batch) for batch in found.batches.values()], dim=1)
 
 
@@ -104,7 +106,7 @@ def _endless(source: ActivationSource, gradients: bool = False) -> Iterator[Cont
     """The training text over and over."""
     for lap in count():
         total = 0
-        for contexts in source.mixed("train", contexts_at_once(gradients), lap=lap):
+        for contexts in source.mixed("train", piece_size(gradients), lap=lap):
             yield contexts
             total += int(contexts.kept.sum())
         warnings.warn(f"the text ran out after {total:,} tokens and begins again", SaekitWarning, stacklevel=2)
@@ -148,6 +150,7 @@ class ShuffledStream:
         limit: int | None = None,
         place: StreamState | None = None,
         bad: BadTokens | None = None,
+        pinned: bool = False,
     ) -> None:
         """Start to prepare batches.
 
@@ -159,11 +162,12 @@ class ShuffledStream:
             limit: rows to take in all; nothing is read or harvested in vain.
             place: where to go on; ``rows`` then begins with piece number ``place.pieces``.
             bad: counts the tokens that ``rows`` leaves out.
+            pinned: whether batches lie where a card can fetch them while the processor goes on.
         """
         self.waited = 0.0
         self.place = place or StreamState()
         self._rows, self._batch_size, self._buffer, self._seed = rows, batch_size, max(buffer, batch_size), seed
-        self._limit, self._bad = limit, bad or BadTokens()
+        self._limit, self._bad, self._pinned = limit, bad or BadTokens(), pinned
         self._ready: queue.Queue[_Fill | BaseException | None] = queue.Queue(maxsize=1)
         self._stop = threading.Event()
         self._batches: Iterator[tuple[Tensor, StreamState]] = self._take()
@@ -192,8 +196,10 @@ class ShuffledStream:
 
     def _deliver(self, parts: list[Tensor], place: StreamState, pieces: int, rows: int) -> StreamState:
         """Permute a fill and hand on its whole batches; returns the place after them."""
-        filled = torch.cat(parts) if parts else torch.empty(0, 0)
-        filled = filled[torch.randperm(len(filled), generator=_generator(self._seed, place.fill))]
+        made = torch.cat(parts) if parts else torch.empty(0, 0)
+        order = torch.randperm(len(made), generator=_generator(self._seed, place.fill))
+        filled = torch.empty(made.shape, dtype=made.dtype, pin_memory=self._pinned)
+        torch.index_select(made, 0, order, out=filled)
         whole = len(filled) // self._batch_size * self._batch_size
         after = StreamState(pieces, rows, place.fill + 1, 0, self._bad.count, filled[whole:].clone())
         if whole:

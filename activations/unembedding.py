@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from saekit.activations.placement import device_of, dtype_of
+
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
@@ -70,8 +72,10 @@ class Unembedding:
         return found[0]
 
     def logits(self, rows: Float[Tensor, "m w"]) -> Float[Tensor, "m v"]:
-        """The logits of some rows, in float32."""
-        return rows.float() if self.whole else _capped(self.model, self.model.unembed(rows[None])[0]).float()
+        """The logits of some rows, in float32, where the rows lie."""
+        if self.whole:
+            return rows.float()
+        return _capped(self.model, self.model.unembed(rows[None])[0]).float().to(rows.device)
 
     def pieces(self, places: Int[Tensor, "m"]) -> Iterator[Int[Tensor, "p"]]:
         """The places of rows in pieces whose logits can be worked on."""
@@ -81,6 +85,7 @@ class Unembedding:
         self, rows: Float[Tensor, "b t w"], places: Int[Tensor, "m"], targets: Int[Tensor, "m"]
     ) -> Float[Tensor, "m"]:
         """What the target at each of these (flat) places costs."""
+        places, targets = places.to(rows.device), targets.to(rows.device)
         found = [
             nn.functional.cross_entropy(self.logits(rows.flatten(0, 1)[piece]), wanted, reduction="none")
             for piece, wanted in zip(self.pieces(places), self.pieces(targets), strict=True)
@@ -95,6 +100,7 @@ class Unembedding:
         targets: Int[Tensor, "m"],
     ) -> tuple[Float[Tensor, "m"], Float[Tensor, "m"], Float[Tensor, "m"]]:
         """What the target at each of these (flat) places costs by ``rows`` and by ``other``, and KL(rows ‖ other)."""
+        places, targets = places.to(rows.device), targets.to(rows.device)
         found = []
         for piece, wanted in zip(self.pieces(places), self.pieces(targets), strict=True):
             log_p, log_q = (self.logits(each.flatten(0, 1)[piece]).log_softmax(-1) for each in (rows, other))
@@ -118,7 +124,7 @@ def _capped(model: TransformerBridge, logits: Float[Tensor, "*m v"]) -> Float[Te
 
 def _is_the_end(model: TransformerBridge) -> bool:
     """Whether the unembedding of what a pass has before it gives the model's own logits."""
-    tokens = torch.arange(min(int(model.cfg.n_ctx), 8), device=next(model.parameters()).device)[None]
+    tokens = torch.arange(min(int(model.cfg.n_ctx), 8), device=device_of(model))[None]
     tokens %= int(model.cfg.d_vocab)
     split = Unembedding(model, whole=False)
     try:
@@ -127,5 +133,5 @@ def _is_the_end(model: TransformerBridge) -> bool:
             found = split.logits(split.before(tokens)[0])[None]
     except Exception:  # models that no adapter knows fail in many ways, and then give all logits
         return False
-    tolerance = max(1e-5, 2 * torch.finfo(next(model.parameters()).dtype).eps)
+    tolerance = max(1e-5, 2 * torch.finfo(dtype_of(model)).eps)
     return found.shape == expected.shape and float((found - expected).norm()) <= tolerance * float(expected.norm())

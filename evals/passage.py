@@ -13,6 +13,7 @@ from saekit.activations import ActivationBatch, ContextBatch
 from saekit.activations.attention import quick_attention, try_quick_attention
 from saekit.activations.finite import check_finite
 from saekit.activations.model import activations_of, check_hook, truncated
+from saekit.activations.placement import device_of
 from saekit.activations.resuming import layers_before, recorded_start, resumed
 from saekit.activations.tokens import PADDING
 from saekit.activations.unembedding import Unembedding
@@ -93,11 +94,10 @@ class Passage:
         """The rows with ``edit`` applied to the activations at the kept positions; None: as they are."""
         if edit is None:
             return self.rows
-        kept = self.contexts.kept.to(self._device)
 
         def replace(activation: Tensor, hook: Any) -> Tensor:
-            changed = activation.clone()
-            changed[kept] = edit(activation[kept].flatten(1)).to(activation.dtype).reshape(activation[kept].shape)
+            kept, changed = self.contexts.kept.to(activation.device), activation.clone()
+            changed[kept] = edit(activation[kept].flatten(1)).to(activation).reshape(activation[kept].shape)
             return changed
 
         return self._pass([(self.hook, replace)])
@@ -147,8 +147,7 @@ class Passage:
 
     @property
     def _device(self) -> torch.device:
-        device: torch.device = next(self.end.model.parameters()).device
-        return device
+        return device_of(self.end.model)
 
     def _pass(self, hooks: list[tuple[str, Callable[..., Any]]]) -> Float[Tensor, "b t w"]:
         start = None if self._start is None else self._start.to(self._device)

@@ -14,6 +14,7 @@ from typing_extensions import TypedDict
 
 from saekit.activations import ActivationBatch, ActivationCache, ActivationSource, ContextBatch, harvest
 from saekit.activations.finite import BadTokens
+from saekit.activations.placement import NO_QUANTIZATION, how_loaded
 from saekit.activations.python_source import Split
 from saekit.activations.settings import SourceSettings
 from saekit.errors import SaekitError, SaekitWarning
@@ -203,7 +204,9 @@ class Evaluator:
             raise SaekitError(f"'{path}' does not say which hook point it belongs to; give --hook")
         wanted = model_wanted(facts, path, hook, named=asked.model is not None, dtype=asked.model_dtype)
         dtype = asked.model_dtype or provenance.get("model_dtype") or wanted.dtype or "float32"
-        key = (model, dtype, wanted.revision, wanted.processing)
+        quantization = asked.model_quantization or provenance.get("model_quantization") or NO_QUANTIZATION
+        how = how_loaded(asked, self.device) | {"dtype": dtype, "quantization": quantization}
+        key = (model, dtype, quantization, wanted.revision, wanted.processing)
         source = ActivationSource.open(
             model,
             hook,
@@ -216,8 +219,7 @@ class Evaluator:
             skip_first=asked.skip_first or provenance.get("skip_first") or 1,
             prepend_bos=facts.get("prepend_bos") if asked.prepend_bos is None else asked.prepend_bos,
             rules=text_rules(facts),
-            device=self.device,
-            dtype=dtype,
+            **how,
             revision=wanted.revision,
             processing=wanted.processing,
             loaded=self._models.get(key),
@@ -307,6 +309,7 @@ class _Provenance(TypedDict, total=False):
     max_norm: Annotated[float, Field(gt=0)] | None
     norm_limit: Annotated[float, Field(gt=0)] | None
     model_dtype: _Text
+    model_quantization: _Text
     cache_fingerprint: _Text
 
 

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from saekit.activations.model import DTYPES
+from saekit.activations.placement import DTYPES
 from saekit.activations.rules import OWN, TextRules
 from saekit.errors import SaekitError, SaekitWarning
 from saekit.processing import KWARGS, OPTIONS, asked_for

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from saekit.activations.settings import StreamSettings
+from saekit.activations.settings import BEFORE, StreamSettings
 from saekit.errors import SaekitError, did_you_mean
 from saekit.reading import read_yaml
 from saekit.settings import Settings, fact
@@ -182,7 +182,7 @@ def settings_in(path: str | Path | None, *, of_a_run: bool = False, **flags: Any
     if "expansion" in flags and "width" not in flags:
         values.pop("width", None)  # both name the width
     if of_a_run and path is not None:
-        values.setdefault("pool", 0)  # before 0.2 the text came in its own order
+        values = {**BEFORE, **values}
         names = {key: str({**values, **flags}.get(key, default)) for key, default in _DEFAULTS.items()}
         if names["variant"] in VARIANTS and names["aux"] in AUXILIARY:
             foreign = _owners().keys() - {key for kind in _kinds(**names).values() for key in kind.model_fields}

@@ -17,10 +17,12 @@ from saekit.activations.finite import BadTokens, limits_in
 from saekit.activations.harvesting import harvest_hooks
 from saekit.activations.manifest import as_known
 from saekit.activations.model import default_hook
+from saekit.activations.placement import AUTO
 from saekit.activations.settings import FACTS, StreamSettings
 from saekit.activations.stream import StreamState, cache_rows, live_rows, live_rows_of_hooks
 from saekit.errors import SaekitError
 from saekit.kernels.devices import has_fast_bfloat16
+from saekit.machine import pick_device
 from saekit.trainers.config import TrainConfig
 from saekit.trainers.variants import VARIANTS
 
@@ -66,6 +68,7 @@ class TrainingData:
             limit=config.steps * config.batch_size,
             place=place,
             bad=self.bad,
+            pinned=pick_device(config.device).type == "cuda",
         )
 
 
@@ -242,7 +245,7 @@ def _from_cache(
     facts = as_known(cache.provenance)
     for setting, fact in _FACTS.items():
         asked, found = getattr(config, setting), facts.get(fact)
-        if setting in config.given and None not in (asked, found) and asked != found:
+        if setting in config.given and asked not in (None, AUTO) and found is not None and asked != found:
             raise SaekitError(f"the cache '{config.cache}' has {setting} '{found}', not '{asked}' as asked")
     if gradients:
         cache.check_gradients()
@@ -281,6 +284,8 @@ def resolved(config: TrainConfig, provenance: dict[str, Any], d_in: int) -> Trai
         SaekitError: more features a token are asked for than the width has.
     """
     facts = {setting: provenance[fact] for setting, fact in _FACTS.items() if provenance.get(fact) is not None}
+    if config.source.model_dtype == AUTO:
+        facts.setdefault("model_dtype", "float32")  # activations that tell no model
     width = config.width or round(config.expansion * d_in)
     config.check_width(width)
     dead_after = config.dead_after or max(config.batch_size, min(10_000_000, config.tokens // 10))

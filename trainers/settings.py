@@ -8,12 +8,11 @@ from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
+from saekit.activations.settings import DEVICES, known_device
 from saekit.errors import did_you_mean
 from saekit.files import expanded
 from saekit.settings import MANY, Settings, setting
 from saekit.trainers.loggers import LOGGERS
-
-_DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
 class DataSettings(Settings):
@@ -92,7 +91,7 @@ class RunSettings(Settings):
         None, own=True, decides=False, description="folder of the run; runs/VARIANT if not given"
     )
     seed: int = setting(0, ge=0, lt=2**31, description="of every random choice")
-    device: str = setting("auto", values=_DEVICES, decides=False, description="auto, cpu, cuda, cuda:1, mps")
+    device: str = setting("auto", values=DEVICES, decides=False, description="auto, cpu, cuda, cuda:1, mps")
     log_every: int = setting(10, gt=0, lt=2**50, decides=False, description="steps between lines of metrics.jsonl")
     checkpoint_every: int = setting(500, gt=0, lt=2**50, decides=False, description="steps between checkpoints")
     log: list[str] = setting(
@@ -119,9 +118,7 @@ class RunSettings(Settings):
     @field_validator("device")
     @classmethod
     def _known(cls, value: str) -> str:
-        if value.split(":")[0] not in _DEVICES:  # cuda:1
-            raise ValueError(f"unknown device '{value}'{did_you_mean(value, _DEVICES)}")
-        return value
+        return known_device(value)
 
     @field_validator("out")
     @classmethod

@@ -116,7 +116,7 @@ class Trainer:
         Raises:
             SaekitError: the loss or its gradient is not finite.
         """
-        rows = rows[:, self.data.columns].to(self.device)
+        rows = rows[:, self.data.columns].to(self.device, non_blocking=rows.is_pinned())
         gradients = rows[:, self.d_in :] if self.data.gradients else None
         metrics = self.train_step(self.units(rows[:, : self.d_in]), gradients)
         self.step += 1

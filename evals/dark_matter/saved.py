@@ -12,6 +12,7 @@ from saekit.activations import ActivationCache, ActivationSource, ContextBatch, 
 from saekit.activations.batch import ActivationBatch
 from saekit.activations.gradients import not_causal
 from saekit.activations.model import check_hook, recorded
+from saekit.activations.placement import device_of, dtype_of
 from saekit.errors import SaekitError
 from saekit.evals.dark_matter.error_cost import error_downstream, only_tested, without_start
 from saekit.evals.dark_matter.study import SPLIT, ErrorStudy
@@ -151,7 +152,7 @@ class DarkMatterEvaluator:
 
 def _after(source: ActivationSource, hooks: set[str]) -> set[str]:
     """Those of the hooks that a pass has not reached when it reaches the source's own."""
-    tokens = next(source.contexts("heldout", 1)).tokens.to(next(source.model.parameters()).device)
+    tokens = next(source.contexts("heldout", 1)).tokens.to(device_of(source.model))
     with recorded(source.model, [source.hook, *hooks]) as seen:
         source.model(tokens, return_type=None)
     order = list(seen)
@@ -166,7 +167,7 @@ def _check_same(first: str, one: ActivationSource, path: str, other: ActivationS
         if a != b:
             kind = {"name": "model"}.get(what, what)
             raise SaekitError(f"'{first}' has {kind} '{a}', '{path}' has '{b}'; errors are compared at one hook point")
-    a, b = (str(next(source.model.parameters()).dtype) for source in (one, other))
+    a, b = (str(dtype_of(source.model)) for source in (one, other))
     if a != b:
         raise SaekitError(f"the models of '{first}' and '{path}' run in {a} and {b}; give --model-dtype")
     if one.text.fingerprint != other.text.fingerprint:

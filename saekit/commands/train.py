@@ -10,6 +10,7 @@ from typing import Any
 
 import typer
 
+from saekit.activations.settings import SourceSettings
 from saekit.commands.evaluating import evaluated, open_evaluator
 from saekit.commands.flags import flag, flags, named_flag, panel_of, takes_several, values_of, with_flags
 from saekit.commands.report import SHOWN, report_on_run
@@ -19,6 +20,7 @@ from saekit.trainers.config import OLD_NAMES, PARTS, TrainConfig, settings_in, v
 from saekit.trainers.variants import VARIANTS
 
 _AGAIN = {"hook": "; commas and * for a dictionary at each", "log": "; give it again for both"}
+_OF_THE_MODEL = ("model_dtype", "model_quantization", "model_device", "model_device_map")
 _PANELS = {"source": "Data", "data": "Data", "dictionary": "Dictionary", "optimizer": "Optimisation", "run": "Run"}
 
 
@@ -107,8 +109,10 @@ def train(
             print(f"the run in {run.path} was finished already")
     evaluator = None
     if eval_tokens:
+        first = runs[0].config
+        where = {name: value for name in ("model_device", "model_device_map") if (value := getattr(first, name))}
         evaluator = open_evaluator(
-            device=runs[0].config.device, tokens=eval_tokens, trust_remote_code=trust_remote_code
+            device=first.device, tokens=eval_tokens, trust_remote_code=trust_remote_code, **where
         )
     unevaluated = [run.path for run in runs if evaluator and "sparsity" not in groups_in(run.path / "eval.json")]
     if evaluator is not None and unevaluated:
@@ -130,9 +134,13 @@ def train(
 def _hooks(values: Mapping[str, Any], trust_remote_code: bool) -> list[str]:
     """The hook points that are meant by names in which ``*`` stands for anything."""
     from saekit.activations.model import EMBEDDED, hooks_matching, load_model
+    from saekit.activations.placement import how_loaded
+    from saekit.machine import pick_device
 
     asked = values["hook"] if isinstance(values["hook"], list) else [values["hook"]]
-    model = load_model(str(values.get("model") or EMBEDDED), trust_remote_code=trust_remote_code)
+    named: Any = {key: value for key in _OF_THE_MODEL if isinstance(value := values.get(key), str)}
+    how = how_loaded(SourceSettings(**named), str(pick_device(str(values.get("device") or "auto"))))
+    model = load_model(str(values.get("model") or EMBEDDED), trust_remote_code=trust_remote_code, **how)
     every = [name for each in asked for name in (hooks_matching(model, each) if "*" in each else [each])]
     return list(dict.fromkeys(every))
 
