@@ -35,10 +35,11 @@ def in_passes(
     Raises:
         SaekitError: the memory does not hold one context.
     """
-    size = at_once
+    most = at_once
     for group in _grouped(contexts, at_once):
         tokens = group[0].tokens if len(group) == 1 else torch.cat([batch.tokens for batch in group])
-        size, parts = _run(run, tokens, size or len(tokens))
+        size, parts = _run(run, tokens, most or len(tokens))
+        most = size if size < (most or len(tokens)) else most
         found = [column[0] if len(column) == 1 else torch.cat(column) for column in zip(*parts, strict=True)]
         start = 0
         for batch in group:
@@ -48,14 +49,16 @@ def in_passes(
 
 
 def _grouped(contexts: Iterable[ContextBatch], at_once: int) -> Iterator[list[ContextBatch]]:
-    """Batches of contexts of one length that a pass takes together, one at least."""
+    """Batches of contexts of one length that a pass takes together, one at least; none is asked for too early."""
     group: list[ContextBatch] = []
     for batch in contexts:
-        fits = sum(len(each.tokens) for each in [*group, batch]) <= at_once
-        if group and not (fits and batch.tokens.shape[1] == group[0].tokens.shape[1]):
+        if group and batch.tokens.shape[1] != group[0].tokens.shape[1]:
             yield group
             group = []
         group.append(batch)
+        if sum(len(each.tokens) for each in group) + len(batch.tokens) > at_once:
+            yield group
+            group = []
     if group:
         yield group
 

@@ -116,6 +116,9 @@ def test_facts_of_fields():
         "device",
         "log_every",
         "checkpoint_every",
+        "model_device",
+        "model_device_map",
+        "harvest_batch",
     }
     assert config.keys_with("within_width") == {"k", "k_aux"}
     for kind in PARTS.values():
@@ -126,7 +129,7 @@ def test_partial_settings_are_none_until_they_are_given():
     kind = partial(PARTS["source"])
     assert not kind().model_dump(exclude_none=True)
     assert kind(skip_first=3).skip_first == 3
-    assert choices(kind.model_fields["model_dtype"]) == ("float32", "bfloat16", "float16")
+    assert choices(kind.model_fields["model_dtype"]) == ("auto", "float32", "bfloat16", "float16")
     with pytest.raises(SaekitError, match="skip_first = 0"):
         kind(skip_first=0)
 
