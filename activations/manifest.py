@@ -54,6 +54,8 @@ class Provenance(TypedDict, total=False):
     dataset_split: str
     dataset_config: str | None
     column: str
+    tokens_column: str | None
+    group_column: str | None
     part: str
     tokenizer: str
     context_length: Annotated[int, Field(gt=0, lt=2**31)]
@@ -126,7 +128,8 @@ class Manifest(BaseModel):
 def as_known(provenance: Mapping[str, Any]) -> dict[str, Any]:
     """Provenance with the facts that older ones do not tell, or told otherwise: BOS is a first position."""
     same = {"mask": MASK} if provenance.get("prepend_bos") and "skip_first" not in provenance else {}
-    before = {"model_quantization": "none", "dataset_config": None, "skip_first": 1, "pool": 0, "data_seed": 0}
+    named = dict.fromkeys(("dataset_config", "tokens_column", "group_column"))
+    before = {**named, "model_quantization": "none", "skip_first": 1, "pool": 0, "data_seed": 0}
     return {**before, **provenance, **same}
 
 

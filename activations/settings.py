@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
+from typing_extensions import Self
 
 from saekit.errors import did_you_mean
 from saekit.settings import MANY, Settings, setting
@@ -27,8 +28,12 @@ class SourceSettings(Settings):
     hook: str | None = setting(
         None, own=True, description="TransformerLens hook point; the residual after half of the blocks if not given"
     )
-    dataset: str = setting("python", description="'python', a local text/JSONL/Parquet file, or a name on the hub")
+    dataset: str = setting("python", description="'python', a local text/JSONL/CSV/Parquet file, or a name on the hub")
     column: str = setting("text", description="column of the dataset that holds the text")
+    tokens_column: str | None = setting(None, description="column that holds lists of token ids, read in place of text")
+    group_column: str | None = setting(
+        None, description="column whose value divides the documents: all of one value are trained on, or held out"
+    )
     split: str = setting("train", description="split of a dataset of the hub")
     dataset_config: str | None = setting(None, description="configuration of a dataset that has several")
     streaming: bool = setting(True, description="read a dataset of the hub as it downloads")
@@ -65,9 +70,15 @@ class SourceSettings(Settings):
         return None if value is None else known_device(value)
 
     @model_validator(mode="after")
-    def _one_place(self) -> SourceSettings:
+    def _one_place(self) -> Self:
         if self.model_device is not None and self.model_device_map is not None:
             raise ValueError("--model-device and --model-device-map both say where the model is; give one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _one_column(self) -> Self:
+        if self.tokens_column is not None and self.column not in (None, "text"):
+            raise ValueError(f"read either the text of --column {self.column} or --tokens-column {self.tokens_column}")
         return self
 
 

@@ -73,6 +73,8 @@ class ActivationSource:
     pool: int = 0
     data_seed: int = 0
     harvest_batch: int | None = None
+    tokens_column: str | None = None
+    group_column: str | None = None
 
     @classmethod
     def of(
@@ -100,6 +102,8 @@ class ActivationSource:
         dataset: str = PYTHON,
         *,
         column: str = "text",
+        tokens_column: str | None = None,
+        group_column: str | None = None,
         split: str = "train",
         dataset_config: str | None = None,
         streaming: bool = True,
@@ -125,7 +129,7 @@ class ActivationSource:
             model: ``"embedded"``, a local Hugging Face folder or GGUF file, or a name on the hub.
             hook: TransformerLens hook point; the residual stream after half of the blocks if not given.
             dataset: what ``open_text`` takes.
-            column, split, dataset_config, streaming: as in ``open_text``.
+            column, tokens_column, group_column, split, dataset_config, streaming: as in ``open_text``.
             context_length: tokens a context; 256, or the model's most where that is less, if not given.
             skip_first: positions at the start of each context that are not used.
             prepend_bos: whether contexts begin with BOS, where the tokenizer has one; what TransformerLens knows of the
@@ -142,7 +146,15 @@ class ActivationSource:
         Raises:
             SaekitError: one of them does not exist, or the context is longer than the model's.
         """
-        text = open_text(dataset, column=column, split=split, dataset_config=dataset_config, streaming=streaming)
+        text = open_text(
+            dataset,
+            column=column,
+            tokens_column=tokens_column,
+            group_column=group_column,
+            split=split,
+            dataset_config=dataset_config,
+            streaming=streaming,
+        )
         if loaded is None:
             loaded = load_model(
                 model,
@@ -163,8 +175,9 @@ class ActivationSource:
             raise SaekitError(f"a context of {length} tokens is longer than the {longest} that '{model}' takes")
         wanted = bool(getattr(bridge.cfg, "default_prepend_bos", True)) if prepend_bos is None else prepend_bos
         bos = wanted and special_tokens(bridge).bos is not None
+        text = text.bounded(int(bridge.cfg.d_vocab)) if text.bounded else text
         asked = (column, split, dataset_config, skip_first, rules, pool, data_seed, harvest_batch)
-        return cls(model, bridge, hook, text, length, bos, *asked)
+        return cls(model, bridge, hook, text, length, bos, *asked, tokens_column, group_column)
 
     def at(self, hook: str) -> ActivationSource:
         """The same model and text at another hook point.
@@ -279,6 +292,8 @@ class ActivationSource:
             "dataset_split": self.split,
             "dataset_config": self.dataset_config,
             "column": self.column,
+            "tokens_column": self.tokens_column,
+            "group_column": self.group_column,
             "part": part,
             "tokenizer": tokenizer_fingerprint(text_tokenizer(self.model)),
             "context_length": self.context_length,

@@ -2,7 +2,7 @@
 
 Every source divides its documents into the same three parts (see ``python_source``): ``train``, ``calibration`` and
 ``heldout``. Files of Python source are divided by their names, the documents of every other source by a hash of their
-content, so that a document that occurs twice is never on both sides.
+content, so that a document that occurs twice is never on both sides, or of a column that the user names.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ from __future__ import annotations
 import glob
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
 from saekit.activations import python_source
-from saekit.activations.python_source import CALIBRATION_SHARE, HELDOUT_SHARE, Split
+from saekit.activations.columns import Columns, Divided, Document, part_of
+from saekit.activations.python_source import Split
+from saekit.activations.text_files import blocks, digest_of, is_plain_text, kind_of, one_kind, rows_of
 from saekit.errors import SaekitError, did_you_mean, first_line
 from saekit.files import expanded
 from saekit.no_installs import no_installs
@@ -26,7 +28,6 @@ PYTHON = "python"
 SPLITS: tuple[Split, ...] = get_args(Split)
 _BUILDERS = {"arrow", "csv", "json", "parquet", "text", "xml"}  # of datasets; others may unpickle or run scripts
 _BUFFER = 1024  # rows that are shuffled together
-_LOADERS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,10 @@ class Documents:
         key: what they depend on.
     """
 
-    read: Callable[[Split], Iterator[str]]
+    read: Callable[[Split], Iterator[Document]]
     key: tuple[str | int, ...]
 
-    def __call__(self, part: Split) -> Iterator[str]:
+    def __call__(self, part: Split) -> Iterator[Document]:
         """The documents of a part."""
         return self.read(part)
 
@@ -55,26 +56,22 @@ class TextSource:
         fingerprint: changes when the text does.
         documents: from a part of the text to an iterator over its documents, in a fixed order.
         shuffled: from a seed to the same text in another order, for datasets whose files come one after the other.
+        bounded: from the size of a vocabulary to the same text, which refuses other ids; only where it has token ids.
     """
 
     name: str
     fingerprint: str
-    documents: Callable[[Split], Iterator[str]]
+    documents: Callable[[Split], Iterator[Document]]
     shuffled: Callable[[int], TextSource] | None = None
-
-
-def part_of(text: str) -> Split:
-    """The part that a document belongs to, by its content."""
-    place = int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "big") / 2**64
-    if place < CALIBRATION_SHARE:
-        return "calibration"
-    return "heldout" if place < CALIBRATION_SHARE + HELDOUT_SHARE else "train"
+    bounded: Callable[[int], TextSource] | None = None
 
 
 def open_text(
     dataset: str = PYTHON,
     *,
     column: str = "text",
+    tokens_column: str | None = None,
+    group_column: str | None = None,
     split: str = "train",
     dataset_config: str | None = None,
     streaming: bool = True,
@@ -82,9 +79,11 @@ def open_text(
     """Open a text source.
 
     Args:
-        dataset: ``"python"``, a local file or glob pattern (.txt, .md, .jsonl, .json, .parquet), a folder that
-            ``datasets`` saved or reads, or a name on the hub.
+        dataset: ``"python"``, a local file or glob pattern (``text_files.KINDS``), a folder that ``datasets`` saved or
+            reads, or a name on the hub.
         column: the column that holds the text (not for plain text).
+        tokens_column: the column that holds lists of token ids, which are read in place of text.
+        group_column: the column by whose value documents are divided, all of one value into one part.
         split: the split of a dataset of the hub or of a folder.
         dataset_config: which configuration of a dataset of the hub or of a folder, where it has several.
         streaming: whether a dataset of the hub is read as it downloads, rather than downloaded first.
@@ -93,19 +92,18 @@ def open_text(
         SaekitError: nothing of that name is found, it is empty, it has no such column, or it has no such configuration
             or several of which none is named (those that it has are named).
     """
-    place = expanded(dataset)
+    place, columns = expanded(dataset), Columns(column, tokens_column, group_column)
     files = [] if dataset == PYTHON or place.is_dir() else _files(place)
     if dataset == PYTHON or files or _is_saved(place):
         if dataset_config is not None:
             raise SaekitError(f"'{dataset}' has no configurations; leave --dataset-config {dataset_config} away")
         if dataset == PYTHON:
+            columns.refuse(PYTHON)
             return _python()
-        return _local(dataset, files, column) if files else _saved(dataset, place, column, split)
-    if place.is_dir():
-        return _hub(dataset, column, split, dataset_config, streaming)
-    if place.suffix.lower() in _LOADERS or place.is_absolute() or dataset.startswith("."):
+        return _local(dataset, files, columns) if files else _saved(dataset, place, columns, split)
+    if not place.is_dir() and (kind_of(place) or place.is_absolute() or dataset.startswith(".")):
         raise SaekitError(f"no text file matches '{dataset}'")
-    return _hub(dataset, column, split, dataset_config, streaming)
+    return _hub(dataset, columns, split, dataset_config, streaming)
 
 
 def _files(place: Path) -> list[str]:
@@ -124,15 +122,17 @@ def _python() -> TextSource:
     return TextSource(PYTHON, digest.hexdigest(), documents)
 
 
-def _local(dataset: str, files: list[str], column: str) -> TextSource:
-    kinds = {Path(f).suffix.lower() for f in files}
-    if len(kinds) > 1 or (kind := kinds.pop()) not in _LOADERS:
-        raise SaekitError(f"'{dataset}' is not of one known kind of text file ({', '.join(_LOADERS)})")
-    fingerprint = _digest(map(Path, files))
-    if _LOADERS[kind] == "text":
-        return _divided(dataset, fingerprint, lambda: (block for f in files for block in _blocks(Path(f))), ("text",))
-    rows = _opened(dataset, lambda d: d.load_dataset(_LOADERS[kind], data_files=files, split="train", streaming=True))
-    return _of_rows(dataset, fingerprint, rows, column)
+def _local(dataset: str, files: list[str], columns: Columns) -> TextSource:
+    kind = one_kind(dataset, files)
+    fingerprint = digest_of(map(Path, files))
+    if is_plain_text(kind):
+        columns.refuse(dataset)
+
+        def documents() -> Iterator[Divided]:
+            return (Divided(part_of(block), block) for file in files for block in blocks(Path(file)))
+
+        return _divided(dataset, fingerprint, documents, ("text",))
+    return _of_rows(dataset, fingerprint, _opened(dataset, lambda d: rows_of(d, kind, files)), columns)
 
 
 def _is_saved(folder: Path) -> bool:
@@ -161,7 +161,7 @@ def _check_saved(folder: Path) -> list[Path]:
     return tables
 
 
-def _saved(dataset: str, folder: Path, column: str, split: str) -> TextSource:
+def _saved(dataset: str, folder: Path, columns: Columns, split: str) -> TextSource:
     if (folder / "dataset_dict.json").is_file():
         found = read_json(folder / "dataset_dict.json")
         splits = found.get("splits") if isinstance(found, dict) else None
@@ -173,10 +173,10 @@ def _saved(dataset: str, folder: Path, column: str, split: str) -> TextSource:
         folder = folder / split
     tables = _check_saved(folder)
     rows = _opened(dataset, lambda d: d.load_from_disk(str(folder)))
-    return _of_rows(dataset, _digest(sorted(tables)), rows, column)
+    return _of_rows(dataset, digest_of(sorted(tables)), rows, columns)
 
 
-def _hub(dataset: str, column: str, split: str, config: str | None, streaming: bool) -> TextSource:
+def _hub(dataset: str, columns: Columns, split: str, config: str | None, streaming: bool) -> TextSource:
     def rows_of(datasets: Any) -> tuple[Any, str]:
         try:
             builder = datasets.load_dataset_builder(dataset, config)
@@ -192,7 +192,7 @@ def _hub(dataset: str, column: str, split: str, config: str | None, streaming: b
 
     rows, version = _opened(dataset, rows_of)
     fingerprint = hashlib.blake2b(version.encode(), digest_size=16).hexdigest()
-    return _of_rows(dataset, fingerprint, rows, column)
+    return _of_rows(dataset, fingerprint, rows, columns)
 
 
 def _check_config(dataset: str, config: str | None, known: list[str]) -> None:
@@ -223,96 +223,33 @@ def _opened(dataset: str, opener: Callable[[Any], Any]) -> Any:
         ) from error
 
 
-def _of_rows(dataset: str, fingerprint: str, rows: Any, column: str) -> TextSource:
-    """The text in a column of rows; shuffled, files come in another order, and rows out of a buffer."""
+def _of_rows(dataset: str, fingerprint: str, rows: Any, columns: Columns) -> TextSource:
+    """The documents of rows; shuffled, files come in another order, and rows out of a buffer."""
 
     def shuffled(seed: int) -> TextSource:
         mixed = (
             rows.to_iterable_dataset(num_shards=min(64, len(rows))) if hasattr(rows, "to_iterable_dataset") else rows
         )
-        texts = _column(dataset, mixed.shuffle(seed, buffer_size=_BUFFER), column)
-        return _divided(dataset, fingerprint, texts, (column, seed, _BUFFER))
+        documents = columns.documents(dataset, mixed.shuffle(seed, buffer_size=_BUFFER))
+        return _divided(dataset, fingerprint, documents, (*columns.key, seed, _BUFFER))
 
-    texts = _column(dataset, rows, column)
-    if next(texts(), None) is None:
+    documents = columns.documents(dataset, rows)
+    if next(documents(), None) is None:
         raise SaekitError(f"the dataset '{dataset}' is empty")
-    return replace(_divided(dataset, fingerprint, texts, (column,)), shuffled=shuffled)
 
+    def bounded(vocabulary: int) -> TextSource:
+        return _of_rows(dataset, fingerprint, rows, replace(columns, vocabulary=vocabulary))
 
-def _column(dataset: str, rows: Any, column: str) -> Callable[[], Iterator[str]]:
-    def texts() -> Iterator[str]:
-        number = 0
-        try:
-            for number, row in enumerate(_guarded(rows)):
-                text = row.get(column)
-                if isinstance(text, str):
-                    if text:
-                        yield text
-                elif column not in row:
-                    raise SaekitError(f"the dataset '{dataset}' has no column '{column}'{did_you_mean(column, row)}")
-                elif text is not None:
-                    kind = type(text).__name__
-                    raise SaekitError(f"the column '{column}' of '{dataset}' holds {kind} in row {number}, not text")
-        except SaekitError:
-            raise
-        except Exception as error:  # damaged files show while they are read
-            raise SaekitError(f"cannot read row {number} or the next of '{dataset}': {first_line(error)}") from error
-
-    return texts
-
-
-def _guarded(rows: Iterable[Any]) -> Iterator[Any]:
-    """The rows, none of which installs anything while it is read."""
-    with no_installs():
-        reader = iter(rows)
-    end = object()
-    while True:
-        with no_installs():
-            row = next(reader, end)
-        if row is end:
-            return
-        yield row
-
-
-def _digest(files: Iterable[Path]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for file in files:
-        with file.open("rb") as content:
-            while block := content.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest()
-
-
-def _blocks(path: Path) -> Iterator[str]:
-    """The documents of a plain text file: blocks of whole lines, 100 to 2,000 characters or a line more.
-
-    Plain text does not mark its documents. Some 400 blocks even of a small file make three parts possible; lines much
-    longer than a block are cut.
-    """
-    least = min(2000, max(100, path.stat().st_size // 400))
-    lines: list[str] = []
-    size = 0
-    try:
-        with path.open(encoding="utf-8") as file:
-            for line in file:
-                for piece in (line[start : start + 2 * least] for start in range(0, len(line), 2 * least)):
-                    lines.append(piece)
-                    size += len(piece)
-                    if size >= least:
-                        yield "".join(lines)
-                        lines, size = [], 0
-    except UnicodeDecodeError as error:
-        raise SaekitError(f"'{path}' is not UTF-8 text: byte {error.start}") from None
-    if "".join(lines).strip():
-        yield "".join(lines)
+    found = replace(_divided(dataset, fingerprint, documents, columns.key), shuffled=shuffled)
+    return replace(found, bounded=bounded) if columns.tokens and columns.vocabulary is None else found
 
 
 def _divided(
-    name: str, fingerprint: str, documents: Callable[[], Iterator[str]], read_as: tuple[str | int, ...]
+    name: str, fingerprint: str, documents: Callable[[], Iterator[Divided]], read_as: tuple[str | int, ...]
 ) -> TextSource:
     """The text in its three parts; ``read_as`` is what its documents depend on beside the fingerprint."""
 
-    def read(part: Split) -> Iterator[str]:
-        return (text for text in documents() if part_of(text) == part)
+    def read(part: Split) -> Iterator[Document]:
+        return (each.document for each in documents() if each.part == part)
 
     return TextSource(name, fingerprint, Documents(read, (fingerprint, *read_as)))

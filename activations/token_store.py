@@ -44,7 +44,7 @@ def token_folder() -> Path | None:
         return None
 
 
-def stored(key: Sequence[object], documents: Iterable[str], tokenizer: Any) -> Iterator[Ids]:
+def stored(key: Sequence[object], documents: Iterable[str | Ids], tokenizer: Any) -> Iterator[Ids]:
     """``tokens.encoded``, read from the disk as far as it was done before; the rest is kept there.
 
     Args:

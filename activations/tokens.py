@@ -52,10 +52,13 @@ class ContextBatch(NamedTuple):
         return (self.rows(start, start + size) for start in range(0, len(self.tokens), size))
 
 
-def encoded(documents: Iterable[str], tokenizer: Any) -> Iterator[Ids]:
-    """The token ids [m] of each document, without special tokens."""
-    texts = iter(documents)
-    while batch := list(islice(texts, DOCUMENTS)):
+def encoded(documents: Iterable[str | Ids], tokenizer: Any) -> Iterator[Ids]:
+    """The token ids [m] of each document, without special tokens; documents of token ids, all or none, as they are."""
+    arriving = iter(documents)
+    while batch := list(islice(arriving, DOCUMENTS)):
+        if not isinstance(batch[0], str):
+            yield from batch  # type: ignore[misc]
+            continue
         found = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
         yield from (np.asarray(ids, dtype=np.int64) for ids in found)
 

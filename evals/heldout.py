@@ -13,11 +13,15 @@ from torch import Tensor
 
 from saekit.activations import ActivationSource, ContextBatch
 from saekit.activations.boot import text_tokenizer
+from saekit.activations.columns import Document, content
 from saekit.activations.harvesting import without_large
 from saekit.activations.python_source import Split
 
 STRIDE = 8  # one context in so many of the text that is drawn
-_LENGTH = 16 * 4  # characters of an excerpt for each token of a context: about 16 contexts, which few documents exceed
+_CHARACTERS = 4  # of a token, about
+_LENGTH = (
+    16 * _CHARACTERS
+)  # characters of an excerpt for each token of a context: about 16 contexts, which few documents exceed
 _SCANNED = 256  # characters read for each token that is asked for, against texts without end
 _LEAST = 1 << 25  # characters read in any case: the same text for any number of tokens up to 131,072
 _POOL = 8 * STRIDE  # characters kept for each token that is asked for
@@ -35,8 +39,13 @@ class Excerpt(NamedTuple):
 
     rank: bytes
     document: int
-    text: str
+    text: Document
     cut: bool
+
+    @property
+    def size(self) -> int:
+        """Characters, about; a token counts for four."""
+        return _size(self.text)
 
 
 class Drawn(NamedTuple):
@@ -113,41 +122,47 @@ def draw(
     return Drawn(found._replace(documents=_in_order(numbers[found.documents])), documents, whole)
 
 
-def _lowest(texts: Iterable[str], context_length: int, tokens: int) -> tuple[list[Excerpt], int, bool]:
+def _lowest(texts: Iterable[Document], context_length: int, tokens: int) -> tuple[list[Excerpt], int, bool]:
     """The excerpts of the lowest ranks, how many documents there are, and whether those are all."""
     kept: list[Excerpt] = []
     characters = waiting = document = 0
     for document, text in enumerate(texts, 1):
         if characters > max(_LEAST, _SCANNED * tokens):
             return _first(kept, _POOL * tokens), document - 1, False
-        characters += len(text)
+        characters += _size(text)
         for excerpt in excerpts_of(text, document, _LENGTH * context_length):
             kept.append(excerpt)
-            waiting += len(excerpt.text)
+            waiting += excerpt.size
         if waiting > 2 * _POOL * tokens:
             kept = _first(kept, _POOL * tokens)
-            waiting = sum(len(excerpt.text) for excerpt in kept)
+            waiting = sum(excerpt.size for excerpt in kept)
     return _first(kept, _POOL * tokens), document, True
 
 
 def _first(excerpts: list[Excerpt], characters: int) -> list[Excerpt]:
     """Those of the lowest ranks that hold so many characters."""
-    excerpts.sort()
+    excerpts.sort(key=lambda excerpt: (excerpt.rank, excerpt.document, excerpt.cut))
     for i, excerpt in enumerate(excerpts):
-        characters -= len(excerpt.text)
+        characters -= excerpt.size
         if characters <= 0:
             return excerpts[: i + 1]
     return excerpts
 
 
-def excerpts_of(text: str, document: int, size: int) -> Iterator[Excerpt]:
-    """A document in about equal parts of about ``size`` characters, cut after a line or else before a space."""
-    parts = max(1, round(len(text) / size))
+def _size(document: Document) -> int:
+    return len(document) if isinstance(document, str) else _CHARACTERS * len(document)
+
+
+def excerpts_of(text: Document, document: int, size: int) -> Iterator[Excerpt]:
+    """A document in about equal parts of about ``size`` characters, a text cut after a line or else before a space."""
+    parts = max(1, round(_size(text) / size))
     start = 0
     for part in range(1, parts + 1):
-        end = len(text) if part == parts else _cut(text, max(start, len(text) * part // parts), size // 8)
-        if piece := text[start:end]:
-            rank = hashlib.blake2b(piece.encode("utf-8", "replace"), digest_size=8, person=b"drawn").digest()
+        end = len(text) * part // parts
+        if isinstance(text, str) and part < parts:
+            end = _cut(text, max(start, end), size // 8)
+        if len(piece := text[start:end]):
+            rank = hashlib.blake2b(content(piece), digest_size=8, person=b"drawn").digest()
             yield Excerpt(rank, document, piece, end < len(text))
         start = end
 
@@ -161,7 +176,7 @@ def _cut(text: str, place: int, most: int) -> int:
     return space if space >= 0 else place
 
 
-def _every_eighth(source: ActivationSource, texts: list[str]) -> Iterator[ContextBatch]:
+def _every_eighth(source: ActivationSource, texts: list[Document]) -> Iterator[ContextBatch]:
     """The contexts that the texts make: every eighth, then every eighth from the second, and so on."""
     rules = source.rules.packing()  # what is before a cut is seen where all text is kept
     packed = replace(source, text=replace(source.text, documents=lambda part: iter(texts)), rules=rules)

@@ -207,13 +207,16 @@ class Evaluator:
         quantization = asked.model_quantization or provenance.get("model_quantization") or NO_QUANTIZATION
         how = how_loaded(asked, self.device) | {"dtype": dtype, "quantization": quantization}
         key = (model, dtype, quantization, wanted.revision, wanted.processing)
+        own_text = {} if asked.dataset else provenance
         source = ActivationSource.open(
             model,
             hook,
             asked.dataset or facts.get("dataset_path") or "python",
             column=asked.column or provenance.get("column") or "text",
+            tokens_column=asked.tokens_column or (None if asked.column else own_text.get("tokens_column")),
+            group_column=asked.group_column or own_text.get("group_column"),
             split=asked.split or provenance.get("dataset_split") or "train",
-            dataset_config=asked.dataset_config or (None if asked.dataset else provenance.get("dataset_config")),
+            dataset_config=asked.dataset_config or own_text.get("dataset_config"),
             streaming=asked.streaming is not False,
             context_length=asked.context_length or facts.get("context_size"),
             skip_first=asked.skip_first or provenance.get("skip_first") or 1,
@@ -226,6 +229,9 @@ class Evaluator:
             trust_remote_code=self.trust_remote_code,
         )
         self._models[key] = source.model
+        if (group := provenance.get("group_column")) != source.group_column and not asked.group_column:
+            told = f"'{path}' was trained on text that its column '{group}' divides; '{source.text.name}' is divided by"
+            warnings.warn(f"{told} its documents (--group-column {group})", SaekitWarning, stacklevel=3)
         if asked.prepend_bos and not source.prepend_bos:
             raise SaekitError(f"the tokenizer of '{model}' has no BOS to prepend")
         check_told(facts, path, hook, str(source.model.cfg.normalization_type))
@@ -244,7 +250,8 @@ class Evaluator:
         """What tells held-out contexts apart."""
         limit = self.norm_limit(sae, source)
         large = () if limit is None else (source.hook, limit)
-        text = (source.text.fingerprint, source.split, source.column, source.rules)
+        columns = (source.column, source.tokens_column, source.group_column)
+        text = (source.text.fingerprint, source.split, *columns, source.rules)
         return (source.name, *text, source.context_length, source.skip_first, source.prepend_bos, *large)
 
     def _draw(self, sae: SparseAutoencoder, source: ActivationSource) -> Drawn:
@@ -303,6 +310,8 @@ class _Provenance(TypedDict, total=False):
     __pydantic_config__ = ConfigDict(extra="allow", strict=True)  # type: ignore[misc]
     hook: _Text
     column: _Text
+    tokens_column: _Text
+    group_column: _Text
     dataset_split: _Text
     dataset_config: _Text
     skip_first: Annotated[int, Field(gt=0, lt=2**31)] | None

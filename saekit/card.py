@@ -98,12 +98,20 @@ class _Told:
             "input": _NORMALISED.get(cfg.input_normalization),
             "active are": rule,
             "trained on": " of ".join(filter(None, [f"{self.tokens:,} tokens" if self.tokens else None, text])),
+            "token ids": self._column("tokens_column"),
+            "text divided by": self._column("group_column"),
             "context": f"{self.context:,} tokens" if self.context else None,
             "trained by": self._training(),
         }
         if isinstance(own.get("seed"), int):
             rows["seed"] = str(own["seed"])
         return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value)
+
+    def _column(self, fact: str) -> str | None:
+        """A column of the text that the provenance names."""
+        provenance = self.own.get("provenance")
+        name = _text(provenance.get(fact)) if isinstance(provenance, dict) else None
+        return f"the column {_code(name)}" if name else None
 
     def _training(self) -> str | None:
         variant, aux = _text(self.own.get("variant")), _text(self.own.get("aux"))

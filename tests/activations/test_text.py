@@ -139,7 +139,7 @@ def test_plain_text_is_cut_at_line_ends_and_nothing_is_lost(tmp_path):
         ("a.jsonl", '{"txet": "x"}\n', "text", "no column 'text'; did you mean 'txet'"),
         ("a.jsonl", '{"text": 3}\n', "text", "holds int in row 0, not text"),
         ("a.jsonl", "", "text", "empty|cannot open"),
-        ("a.csv", "text\nx\n", "text", "not of one known kind"),
+        ("a.xlsx", "text\nx\n", "text", "not of one known kind"),
     ],
 )
 def test_mistakes_in_files_are_named(tmp_path, name, content, column, message):

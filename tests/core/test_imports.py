@@ -25,7 +25,7 @@ LAYERS = {
     "trainers": ("trainers",),
     "evals": ("evals",),
     "publishing": ("card", "publish"),
-    "command line": ("cli", "commands"),
+    "command line": ("__main__", "cli", "commands"),
 }
 BESIDE = {("evals", "trainers"), ("trainers", "evals")}  # they meet at the dictionary alone
 
