@@ -35,13 +35,14 @@ def checkpoints(folder: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any], dictionary: dict[str, Any] | None = None) -> Path:
     """Write the state after ``step`` steps, then delete all but the newest two.
 
     Args:
         folder: is made where it is missing.
         step: names the file.
         state: nested dictionaries and lists of tensors, numbers, texts and None.
+        dictionary: what the format ``saekit_checkpoint`` needs to read it as a dictionary, as JSON.
 
     Raises:
         WriteError: the disk is full or not to be written to; the checkpoints before are as they were.
@@ -49,7 +50,8 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
     facts = _without_tensors(state, "", tensors)
-    metadata = {_FACTS: json.dumps({"seal": BLANK, "format": _FORMAT, "step": step, "state": facts})}
+    told = {"seal": BLANK, "format": _FORMAT, "step": step, "dictionary": dictionary, "state": facts}
+    metadata = {_FACTS: json.dumps(told)}
 
     def write(path: Path) -> None:
         save_file(tensors, path, metadata)

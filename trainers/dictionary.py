@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saekit.errors import SaekitError
+from saekit.formats.rewriting import fold_units
 from saekit.sae import AffinityScale, SAEConfig, SparseAutoencoder
 from saekit.trainers.config import TrainConfig
 from saekit.trainers.geometric_median import geometric_median
@@ -80,13 +81,6 @@ def initialise(sae: SparseAutoencoder, sample: Float[Tensor, "n d"], seed: int) 
 
 @torch.no_grad()
 def unscale(sae: SparseAutoencoder, units: Units) -> None:
-    """Fold the units of training into the dictionary, in place: afterwards it takes and gives raw activations.
-
-    With x' = s·(x − m): relu((x' − b)W + c)/s = relu((x − m − b/s)W + c/s), so biases and thresholds are divided by s
-    and m joins b_dec, while both matrices stay and decoder rows keep unit norm. A threshold in units of the token's
-    norm stays too.
-    """
-    sae.b_enc.div_(units.scale)
-    sae.b_dec.div_(units.scale).add_(units.centre)
-    if sae.threshold is not None and sae.cfg.affinity_scale == "none":
-        sae.threshold.div_(units.scale)
+    """Fold the units of training into the dictionary, in place: afterwards it takes and gives raw activations."""
+    thresholds = sae.threshold is not None and sae.cfg.affinity_scale == "none"
+    fold_units(sae.state_dict(), units.centre, units.scale, thresholds=thresholds)

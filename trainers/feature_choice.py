@@ -90,6 +90,14 @@ class FeatureChoice(Variant):
             by_rank = self._budgets(self.law.exponent, self.law.shift)
         self.budgets = by_rank.to(density.device)[ranks_of(density)]
 
+    def running_rule(self, statistics: Statistics) -> dict[str, Tensor]:
+        """One threshold before the switch; after it each feature's, and none is reached where there is no budget."""
+        rule = super().running_rule(statistics)
+        if self.budgets is None:
+            return rule
+        kept = statistics.smallest_kept.where(~statistics.smallest_kept.isnan(), rule["threshold"])
+        return {"threshold": kept.masked_fill(self.budgets == 0, 3e38)}
+
     def calibrate(self, sae: SparseAutoencoder, heldout: Heldout) -> None:
         """Set the thresholds at which each feature fires at its budget's rate on held-out activations."""
         assert sae.threshold is not None

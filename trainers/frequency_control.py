@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from saekit.code import SparseCode
+    from saekit.trainers.statistics import Statistics
 
 
 class FrequencyControl(FeatureChoice):
@@ -74,6 +75,10 @@ class FrequencyControl(FeatureChoice):
         budgets = (self.budgets / self.config.batch_size).to(self.rates)
         targets: Tensor = self.rates ** (1 - share) * budgets**share
         return targets
+
+    def running_rule(self, statistics: Statistics) -> dict[str, Tensor]:
+        """The thresholds that feedback has driven, once they decide."""
+        return super().running_rule(statistics) if self.thresholds is None else {"threshold": self.thresholds}
 
     def state_dict(self) -> dict[str, Any]:
         """Budgets, law, thresholds and the rates at the switch."""

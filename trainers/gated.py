@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from saekit.sae import Architecture, SparseAutoencoder
     from saekit.trainers.calibration import Heldout
     from saekit.trainers.gated_terms import Gate
+    from saekit.trainers.statistics import Statistics
     from saekit.trainers.terms import Term
 
 
@@ -53,6 +54,11 @@ class Gated(ReLU):
         from saekit.trainers.gated_terms import GatedL1, GatedReconstruction, GateReconstruction
 
         return [GatedReconstruction(self.gate), GatedL1(self.control, self.gate), GateReconstruction(self.gate)]
+
+    def running_rule(self, statistics: Statistics) -> dict[str, Tensor]:
+        """What ``calibrate`` folds in."""
+        shift = self.gate.shift.detach()
+        return {"gain": self.gate.log_scale.detach().exp(), "shift": shift, "threshold": shift.clamp(min=0)}
 
     def calibrate(self, sae: SparseAutoencoder, heldout: Heldout) -> None:
         """Fold the scale into the encoder: z = π' = e^r π + b, and π > 0 is π' > b."""

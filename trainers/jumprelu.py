@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from saekit.code import SparseCode
     from saekit.sae import Architecture, SparseAutoencoder
     from saekit.trainers.calibration import Heldout
+    from saekit.trainers.statistics import Statistics
     from saekit.trainers.terms import Term
 
 
@@ -61,6 +62,10 @@ class JumpReLU(Variant):
         config, dead_after = self.config, self.config.dead_after
         self.penalty = L0(self.threshold, self.k, config.bandwidth, config.l0_weight)
         return [Reconstruction(), self.penalty, Revival(self.threshold, dead_after, config.pre_act_weight)]
+
+    def running_rule(self, statistics: Statistics) -> dict[str, Tensor]:
+        """The thresholds learned so far."""
+        return {"threshold": self.threshold.detach().clamp(min=0)}
 
     def calibrate(self, sae: SparseAutoencoder, heldout: Heldout) -> None:
         """The thresholds are those that were learned."""

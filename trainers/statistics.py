@@ -13,6 +13,7 @@ from saekit.kernels.devices import exact_dtype
 from saekit.zipf import ZipfLaw, fit_zipf, ranks_of
 
 _RATE = 0.01  # of the running means over batches
+_QUICK = 0.1  # of the threshold's, which each batch tells well by itself
 
 
 class Statistics:
@@ -25,6 +26,8 @@ class Statistics:
         smallest_kept: [F] running mean (rate 0.01, unbiased from the first) of the smallest affinity at which each
             feature was active in a batch, over the batches in which it was; NaN for one that never was. In units of the
             token's norm where the rule compares those. By nature it depends on the size of the batches.
+        threshold: [] running mean (rate 0.1) of the smallest affinity at which any feature was active in a batch, in
+            the same units; NaN before the first match.
     """
 
     def __init__(self, n_features: int, window: int, device: torch.device) -> None:
@@ -36,6 +39,7 @@ class Statistics:
         self._seen = 0.0
         self._kept = torch.zeros(n_features, device=device)
         self._kept_weight = torch.zeros(n_features, device=device)
+        self.threshold = torch.full((), math.nan, device=device)
 
     @property
     def density(self) -> Float[Tensor, "F"]:
@@ -63,6 +67,8 @@ class Statistics:
         kept = code.values.detach() if token_norms is None else code.values.detach() / token_norms[code.tokens]
         smallest.scatter_reduce_(0, code.features, kept.to(smallest.dtype), "amin")
         active = last >= 0
+        least = torch.where(active.any(), smallest.min(), self.threshold)
+        self.threshold = torch.where(self.threshold.isnan(), least, torch.lerp(self.threshold, least, _QUICK))
         self._kept = torch.where(active, (1 - _RATE) * self._kept + _RATE * smallest, self._kept)
         self._kept_weight = torch.where(active, (1 - _RATE) * self._kept_weight + _RATE, self._kept_weight)
 

@@ -140,7 +140,13 @@ class Trainer:
         if not self.divergence.suspect:
             rest = None if stream.rest is None else stream.rest[:, self.data.columns]
             state = {**self.state_dict(), "stream": stream._replace(rest=rest)._asdict()}
-            save_checkpoint(self.config.out / CHECKPOINTS, self.step, state)
+            save_checkpoint(self.config.out / CHECKPOINTS, self.step, state, self._described())
+
+    def _described(self) -> dict[str, Any]:
+        """What a checkpoint must tell to be read as a dictionary, beside the state."""
+        cfg = self.sae.cfg
+        rule = {"architecture": cfg.architecture, "k": cfg.k, "affinity_scale": cfg.affinity_scale}
+        return {**rule, "scale": self.units.scale, "metadata": self._facts()}
 
     def train_step(self, x: Float[Tensor, "n d"], gradients: Float[Tensor, "n d"] | None = None) -> dict[str, float]:
         """One optimiser step on activations in the run's units; gradients of the model's loss may have any scale."""
@@ -193,14 +199,22 @@ class Trainer:
         heldout = Heldout(lambda: (self.units(x.to(self.device)) for x in self.data.calibration()))
         self.variant.calibrate(sae, heldout)
         unscale(sae, self.units)
+        sae.with_metadata(**self._facts())
+        figures = self._figures()
+        replace_file(self.config.out / STATISTICS, lambda path: save_file(figures, path))
+        sae.save(self.config.out / DICTIONARY, overwrite=True)
+        return Run(sae, self.config.out, self.config)
+
+    def _facts(self) -> dict[str, Any]:
+        """What the dictionary's metadata tell of the run."""
         provenance = self.data.provenance
-        sae.with_metadata(
-            model_name=provenance.get("model"),
-            hook_name=provenance.get("hook"),
-            dataset_path=provenance.get("dataset"),
-            context_size=provenance.get("context_length"),
-            prepend_bos=provenance.get("prepend_bos"),
-            saekit={
+        return {
+            "model_name": provenance.get("model"),
+            "hook_name": provenance.get("hook"),
+            "dataset_path": provenance.get("dataset"),
+            "context_size": provenance.get("context_length"),
+            "prepend_bos": provenance.get("prepend_bos"),
+            "saekit": {
                 "variant": self.config.variant,
                 "k": getattr(self.config, "k", None),
                 "training_tokens": self.statistics.tokens,
@@ -213,11 +227,7 @@ class Trainer:
                 "ran_on": self.machines,
                 **self.variant.facts(),
             },
-        )
-        figures = self._figures()
-        replace_file(self.config.out / STATISTICS, lambda path: save_file(figures, path))
-        sae.save(self.config.out / DICTIONARY, overwrite=True)
-        return Run(sae, self.config.out, self.config)
+        }
 
     def _figures(self) -> dict[str, Tensor]:
         """What is known of each feature [F] at the end, in units of raw activations, and what the variant learned."""
@@ -243,6 +253,7 @@ class Trainer:
             "statistics": self.statistics.state_dict(),
             "divergence": self.divergence.state_dict(),
             "variant": self.variant.state_dict(),
+            "rule": {name: value.clone() for name, value in self.variant.running_rule(self.statistics).items()},
             "learned": {name: value.detach() for name, value in self.variant.parameters().items()},
             "scale": self.units.scale,
             "centre": self.units.centre,

@@ -125,6 +125,16 @@ class Variant:
     def calibrate(self, sae: SparseAutoencoder, heldout: Heldout) -> None:
         """Set what the inference rule needs, from activations that were not trained on."""
 
+    def running_rule(self, statistics: Statistics) -> dict[str, Tensor]:
+        """What a checkpoint is read with as a dictionary, by what training knows so far, in the run's units.
+
+        Of ``threshold``, ``gain`` and ``shift``, each [F], what there is: W_enc and b_enc are multiplied by the gain,
+        and the shift joins b_enc. For ``jumprelu`` by default one threshold, at which training has matched of late.
+        """
+        if self.architecture != "jumprelu":
+            return {}
+        return {"threshold": statistics.threshold.nan_to_num(0.0).expand(self.d_sae)}
+
     def facts(self) -> dict[str, Any]:
         """What the saved dictionary should tell about its training, as JSON."""
         return {}

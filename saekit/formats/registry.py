@@ -19,7 +19,7 @@ from saekit.reading import check_inside
 GROUP = "saekit.formats"
 ABOUT = ("eval.json", "statistics.safetensors")  # of a run, beside its dictionary
 _WRITABLE = ("saelens", "dictionary_learning", "sparsify")  # of saekit's own; those of others tell when imported
-_OWN = (*_WRITABLE, "gemma_scope", "openai")
+_OWN = (*_WRITABLE, "gemma_scope", "openai", "saekit_checkpoint")
 
 
 class Formats(MutableMapping[str, Format]):

@@ -40,3 +40,21 @@ def gated(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     threshold = w["b_mag"] - scale * w["b_gate"]
     kept = {"W_dec": w["W_dec"], "b_dec": w["b_dec"]}
     return {**kept, "W_enc": w["W_enc"] * scale, "b_enc": w["b_mag"], "threshold": threshold}
+
+
+def fold_units(weights: Mapping[str, Tensor], centre: Tensor, scale: float, *, thresholds: bool) -> None:
+    """Change in place a dictionary of (x − centre) · scale into one of x, reconstructions too.
+
+    With x' = s·(x − m): relu((x' − b)W + c)/s = relu((x − m − b/s)W + c/s), so biases and thresholds are divided by s
+    and m joins b_dec, while both matrices stay and decoder rows keep unit norm.
+
+    Args:
+        weights: of a rule that subtracts b_dec from the input.
+        centre: [d_in].
+        scale: a positive number.
+        thresholds: whether they are in units of x'; one in units of the token's norm stays.
+    """
+    weights["b_enc"].div_(scale)
+    weights["b_dec"].div_(scale).add_(centre)
+    if thresholds:
+        weights["threshold"].div_(scale)
