@@ -102,6 +102,7 @@ class _Told:
             "text divided by": self._column("group_column"),
             "context": f"{self.context:,} tokens" if self.context else None,
             "trained by": self._training(),
+            "started from": self._initial(),
         }
         if isinstance(own.get("seed"), int):
             rows["seed"] = str(own["seed"])
@@ -112,6 +113,12 @@ class _Told:
         provenance = self.own.get("provenance")
         name = _text(provenance.get(fact)) if isinstance(provenance, dict) else None
         return f"the column {_code(name)}" if name else None
+
+    def _initial(self) -> str | None:
+        """The dictionary that the training started from."""
+        initial = self.own.get("init")
+        path = _text(initial.get("path")) if isinstance(initial, dict) else None
+        return _described(path) if path else None
 
     def _training(self) -> str | None:
         variant, aux = _text(self.own.get("variant")), _text(self.own.get("aux"))

@@ -15,6 +15,7 @@ from saekit.files import in_bytes
 from saekit.machine import pick_device
 from saekit.trainers.config import TrainConfig
 from saekit.trainers.data import opened
+from saekit.trainers.initial import with_initial_width
 from saekit.trainers.loop import Lane
 from saekit.trainers.many import begun, by_origin, in_groups
 from saekit.trainers.trainer import Trainer
@@ -49,7 +50,7 @@ def estimate(configs: Sequence[TrainConfig], *, trust_remote_code: bool = False)
     """
     found: list[Estimate] = []
     passes = 0
-    for alike in by_origin(configs):
+    for alike in by_origin(map(with_initial_width, configs)):
         device = pick_device(alike[0].device)
         source = opened(alike[0], device, trust_remote_code)
         for group, memory in in_groups(alike, source, device):

@@ -36,8 +36,10 @@ class JumpReLU(Variant):
     threshold: Tensor
 
     def begin(self, sae: SparseAutoencoder) -> None:
-        """Make the thresholds; below 0 they have not begun."""
-        self.threshold = (sae.b_enc.detach().clone().zero_() - 1).requires_grad_()
+        """Make the thresholds, those of the dictionary that the run starts from; below 0 they have not begun."""
+        assert sae.threshold is not None
+        first = sae.threshold.detach().clone()
+        self.threshold = (first if bool((first > 0).any()) else first - 1).requires_grad_()
 
     def parameters(self) -> dict[str, Tensor]:
         """The thresholds [F], in the run's units."""

@@ -24,6 +24,7 @@ from saekit.machine import pick_device
 from saekit.trainers.checkpoint import checkpoints, load_checkpoints
 from saekit.trainers.config import TrainConfig
 from saekit.trainers.data import TrainingData, opened, origin, shared_data, widths
+from saekit.trainers.initial import with_initial_width
 from saekit.trainers.loggers import check_installed
 from saekit.trainers.loop import Lane, take_steps
 from saekit.trainers.memory import Memory, groups_that_fit
@@ -131,6 +132,7 @@ def train_many(
                     continue
             else:
                 check_new(config, overwrite=overwrite)
+                config = with_initial_width(config)
             check_installed(config.log)
             groups.setdefault(origin(config), {})[number] = config
         plan = dict(zip((folder.name for folder in folders), configs, strict=True))

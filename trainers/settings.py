@@ -36,10 +36,13 @@ class DataSettings(Settings):
 
 
 class DictionarySettings(Settings):
-    """How wide the dictionary is."""
+    """How wide the dictionary is, and what it starts from."""
 
     width: int | None = setting(None, gt=0, lt=MANY, own=True, description="number of features (d_sae)")
     expansion: float = setting(16, gt=0, lt=1e6, description="width as a multiple of d_in, where no width is given")
+    init: str | None = setting(
+        None, own=True, description="dictionary to start from, in any format that is read; its width, if none is given"
+    )
 
 
 class OptimizerSettings(Settings):

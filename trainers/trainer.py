@@ -27,6 +27,7 @@ from saekit.trainers.config import OLD_NAMES, TrainConfig
 from saekit.trainers.data import TrainingData, resolved
 from saekit.trainers.dictionary import Units, affinity_scale, empty_dictionary, initialise, unscale
 from saekit.trainers.divergence import Divergence
+from saekit.trainers.initial import start_from
 from saekit.trainers.optimizer import DictionaryAdam, learning_rate
 from saekit.trainers.run_folder import CHECKPOINTS, CONFIG, DICTIONARY, STATISTICS, Run
 from saekit.trainers.statistics import Statistics
@@ -84,6 +85,7 @@ class Trainer:
         else:
             assert sample is not None
             self.units = initialise(self.sae, sample[:, : self.d_in].to(device), config.seed)
+            self.initial = start_from(config.init, self.sae, self.units) if config.init else None
         self.variant.begin(self.sae)
         self.terms = [*self.variant.terms(), *_auxiliary(config)]
         self.optimizer = DictionaryAdam(self.sae, config.clip, self.variant.parameters())
@@ -224,6 +226,7 @@ class Trainer:
                 "provenance": provenance,
                 "skipped_tokens": self.data.bad.count,
                 "aux": self.config.aux,
+                **({} if self.initial is None else {"init": self.initial}),
                 "ran_on": self.machines,
                 **self.variant.facts(),
             },
@@ -257,6 +260,7 @@ class Trainer:
             "learned": {name: value.detach() for name, value in self.variant.parameters().items()},
             "scale": self.units.scale,
             "centre": self.units.centre,
+            "initial": self.initial,
             "step": self.step,
             "provenance": self.data.provenance,
             "config": _lasting(self.config),
@@ -274,6 +278,7 @@ class Trainer:
         self.divergence.load_state_dict(state["divergence"])
         self.variant.load_state_dict(state["variant"])
         self.units = Units(state["centre"], float(state["scale"]))
+        self.initial = state.get("initial")
         self.step = int(state["step"])
         before: list[Machine] = state.get("ran_on", [{}])
         if other := differences(before[-1], self.machines[-1]):
