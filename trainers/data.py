@@ -7,10 +7,11 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate, islice
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from saekit.activations import ActivationCache, ActivationSource, ShuffledStream
 from saekit.activations.finite import BadTokens, limits_in
@@ -26,6 +27,7 @@ from saekit.machine import pick_device
 from saekit.trainers.config import TrainConfig
 from saekit.trainers.variants import VARIANTS
 
+_known_widths: WeakKeyDictionary[nn.Module, dict[str, int]] = WeakKeyDictionary()
 _HELD = 2 << 30  # bytes of activations for the calibration
 # settings that a cache answers for, and the facts of its provenance that they must equal
 _FACTS = {field: FACTS.get(field, field) for field in StreamSettings.model_fields if field != "streaming"}
@@ -119,9 +121,12 @@ def widths(hooks: Sequence[str | None], origin: ActivationSource | ActivationCac
     if isinstance(origin, ActivationCache):
         return dict.fromkeys(hooks, origin.d_in)
     points = {hook: origin.at(hook or default_hook(origin.model)).hook for hook in hooks}
-    context = [next(origin.contexts("calibration", 1))]
-    (one,) = harvest_hooks(origin.model, [*dict.fromkeys(points.values())], context, bad=BadTokens(skip=True))
-    return {hook: one.batches[point].x.shape[1] for hook, point in points.items()}
+    known = _known_widths.setdefault(origin.model, {})
+    if new := [point for point in dict.fromkeys(points.values()) if point not in known]:
+        context = [next(origin.contexts("calibration", 1))]
+        (one,) = harvest_hooks(origin.model, new, context, bad=BadTokens(skip=True))
+        known |= {point: batch.x.shape[1] for point, batch in one.batches.items()}
+    return {hook: known[point] for hook, point in points.items()}
 
 
 def shared_data(

@@ -100,9 +100,8 @@ def test_the_model_goes_over_the_text_once(source, text, config, monkeypatch):
         rows += int(contexts.kept.sum())
         if rows >= 256 * STEPS:
             break
-    assert len(seen) == len(wanted) + 1, "and one context of the calibration text, that tells the widths"
-    assert len(seen[0]) == 1
-    assert all(torch.equal(found, tokens) for found, tokens in zip(seen[1:], wanted, strict=True))
+    passes = [tokens for tokens in seen if len(tokens) > 1]  # one context of the calibration text tells the widths
+    assert all(torch.equal(found, tokens) for found, tokens in zip(passes, wanted, strict=True))
 
 
 def test_stopped_runs_go_on_as_if_they_had_not_been_stopped(source, whole, config, tmp_path, monkeypatch):
