@@ -109,7 +109,7 @@ def test_keys_that_clash_are_refused(key, of, monkeypatch):
 def test_facts_of_fields():
     config = TrainConfig(aux="aux_k")
     assert config.keys_with("resumable") == {"skip_bad_tokens", "log"}
-    assert config.keys_with("own") == {"hook", "out", "width", "k_aux"}
+    assert config.keys_with("own") == {"hook", "out", "width", "init", "k_aux"}
     assert config.fields.keys() - config.keys_with("decides") == {
         "out",
         "cache",
