@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 
 import torch
@@ -14,7 +14,12 @@ BYTES = 9  # that the pool takes for each token: its id, the number of its docum
 
 
 def mixed(
-    contexts: Iterable[ContextBatch], pool: int, seed: int | str, *, size: int | None = None
+    contexts: Iterable[ContextBatch],
+    pool: int,
+    seed: int | str,
+    *,
+    size: int | None = None,
+    short: Callable[[int], object] | None = None,
 ) -> Iterator[ContextBatch]:
     """The same contexts in another order: each is drawn from the ``pool`` contexts that stand before it and waits.
 
@@ -27,6 +32,7 @@ def mixed(
         seed: of the order; the number and sizes of the batches play no part.
         size: contexts a batch that is handed on; as many as the first that arrives has if not given. The last may be
             smaller.
+        short: called where the pool is not filled, before any context is handed on: with the kept positions of all.
     """
     digest = hashlib.blake2b(str(seed).encode(), digest_size=8, person=b"contexts").digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
@@ -53,6 +59,8 @@ def mixed(
             if len(drawn) == size:
                 yield _stacked(drawn)
                 drawn = []
+    if short is not None and filled < pool:
+        short(int(held[-1][:filled].sum()))
     for slot in torch.randperm(filled, generator=generator).tolist():
         drawn.append(ContextBatch(*(place[slot] for place in held)))
         if len(drawn) == size:

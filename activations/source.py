@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -233,13 +233,16 @@ class ActivationSource:
             return stored([*self.text.documents.key, part], documents, tokenizer)
         return encoded(documents, tokenizer)
 
-    def mixed(self, part: Split, batch: int = 32, *, lap: int = 0) -> Iterator[ContextBatch]:
+    def mixed(
+        self, part: Split, batch: int = 32, *, lap: int = 0, short: Callable[[int], object] | None = None
+    ) -> Iterator[ContextBatch]:
         """``contexts`` drawn at random from a pool of ``pool`` tokens; where that is 0, as they come.
 
         Args:
             part: the part.
             batch: contexts a batch.
             lap: number of the pass over the text, each of which has an order of its own.
+            short: called with the tokens of the part before the first is handed on, where they do not fill the pool.
 
         Raises:
             SaekitError: the part does not fill one context.
@@ -249,7 +252,7 @@ class ActivationSource:
         pool = max(1, self.pool // self.context_length)
         text = self.text.shuffled((lap << 31) + self.data_seed) if self.text.shuffled else self.text
         contexts = replace(self, text=text).contexts(part, batch)
-        return mixed(contexts, pool, f"{self.data_seed} {lap} {part}", size=batch)
+        return mixed(contexts, pool, f"{self.data_seed} {lap} {part}", size=batch, short=short)
 
     def batches(
         self,

@@ -72,23 +72,34 @@ def cache_rows(
 
 
 def live_rows(
-    source: ActivationSource, gradients: bool = False, *, first: int = 0, bad: BadTokens | None = None
+    source: ActivationSource,
+    gradients: bool = False,
+    *,
+    first: int = 0,
+    bad: BadTokens | None = None,
+    wanted: int | None = None,
 ) -> Iterator[Float[Tensor, "m w"]]:
     """Rows, as in ``cache_rows``, of the training text as the model makes them, one piece a batch of contexts.
 
-    Text that runs out begins again, with a warning. The first ``first`` batches are passed over, without the model.
+    Text that runs out begins again, with a warning: before the first row where the pool holds all of the text and
+    ``wanted`` rows are more, else when it happens. The first ``first`` batches are passed over, without the model.
 
     Raises:
         SaekitError: the text does not fill one context, or an activation is not finite.
     """
-    contexts = islice(_endless(source, gradients), first, None)
+    contexts = islice(_endless(source, gradients, wanted), first, None)
     at_once = source.at_once(gradients)
     found = harvest(source.model, source.hook, contexts, gradients=gradients, bad=bad, first=first, at_once=at_once)
     return map(_row, found)
 
 
 def live_rows_of_hooks(
-    source: ActivationSource, hooks: Sequence[str], *, first: int = 0, bad: BadTokens | None = None
+    source: ActivationSource,
+    hooks: Sequence[str],
+    *,
+    first: int = 0,
+    bad: BadTokens | None = None,
+    wanted: int | None = None,
 ) -> Iterator[Float[Tensor, "m w"]]:
     """Rows of the training text as in ``live_rows``, the activations at several hook points side by side.
 
@@ -97,19 +108,29 @@ def live_rows_of_hooks(
     Raises:
         SaekitError: as ``live_rows``.
     """
-    contexts = islice(_endless(source), first, None)
+    contexts = islice(_endless(source, wanted=wanted), first, None)
     for found in harvest_hooks(source.model, hooks, contexts, bad=bad, first=first, at_once=source.at_once()):
         yield torch.cat([_row(batch) for batch in found.batches.values()], dim=1)
 
 
-def _endless(source: ActivationSource, gradients: bool = False) -> Iterator[ContextBatch]:
+def _endless(source: ActivationSource, gradients: bool = False, wanted: int | None = None) -> Iterator[ContextBatch]:
     """The training text over and over."""
+    told = False
+
+    def tell(tokens: int) -> None:
+        nonlocal told
+        if not told and wanted is not None and 0 < tokens < wanted:
+            told = True
+            passes = f"{wanted:,} are {wanted / tokens:.1f} passes over it"
+            warnings.warn(f"the text holds {tokens:,} training tokens; {passes}", SaekitWarning, stacklevel=2)
+
     for lap in count():
         total = 0
-        for contexts in source.mixed("train", piece_size(gradients), lap=lap):
+        for contexts in source.mixed("train", piece_size(gradients), lap=lap, short=tell):
             yield contexts
             total += int(contexts.kept.sum())
-        warnings.warn(f"the text ran out after {total:,} tokens and begins again", SaekitWarning, stacklevel=2)
+        if not told:
+            warnings.warn(f"the text ran out after {total:,} tokens and begins again", SaekitWarning, stacklevel=2)
 
 
 class StreamState(NamedTuple):

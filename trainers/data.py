@@ -160,12 +160,13 @@ def shared_data(
         for each, was in zip(configs, before, strict=True)
     ]
     bad = BadTokens(first.skip_bad_tokens, limits={hook: r for each in data for hook, r in each.bad.limits.items()})
+    wanted = max(each.steps * each.optimizer.batch_size for each in configs)
     if len(hooks) == 1:
-        rows = partial(_rows_of_one, at[first.hook], gradients, bad)
+        rows = partial(_rows_of_one, at[first.hook], gradients, bad, wanted)
         return _sharing_calibration([replace(each, rows=rows, bad=bad) for each in data], configs)
     found = widths(hooks, source).values()
     columns = {hook: slice(stop - w, stop) for hook, w, stop in zip(hooks, found, accumulate(found), strict=True)}
-    rows = partial(_rows_of_hooks, source, hooks, bad)
+    rows = partial(_rows_of_hooks, source, hooks, bad, wanted)
     data = [
         replace(each, rows=rows, bad=bad, columns=columns[at[config.hook].hook])
         for each, config in zip(data, configs, strict=True)
@@ -173,12 +174,16 @@ def shared_data(
     return _sharing_calibration(data, configs)
 
 
-def _rows_of_one(source: ActivationSource, gradients: bool, bad: BadTokens, first: int) -> Iterator[Tensor]:
-    return live_rows(source, gradients, first=first, bad=bad)
+def _rows_of_one(
+    source: ActivationSource, gradients: bool, bad: BadTokens, wanted: int, first: int
+) -> Iterator[Tensor]:
+    return live_rows(source, gradients, first=first, bad=bad, wanted=wanted)
 
 
-def _rows_of_hooks(source: ActivationSource, hooks: list[str], bad: BadTokens, first: int) -> Iterator[Tensor]:
-    return live_rows_of_hooks(source, hooks, first=first, bad=bad)
+def _rows_of_hooks(
+    source: ActivationSource, hooks: list[str], bad: BadTokens, wanted: int, first: int
+) -> Iterator[Tensor]:
+    return live_rows_of_hooks(source, hooks, first=first, bad=bad, wanted=wanted)
 
 
 def _sharing_calibration(data: list[TrainingData], configs: Sequence[TrainConfig]) -> list[TrainingData]:
@@ -235,7 +240,7 @@ def _live(
 
     return TrainingData(
         provenance,
-        partial(_rows_of_one, source, gradients, bad),
+        partial(_rows_of_one, source, gradients, bad, config.steps * config.optimizer.batch_size),
         min(config.buffer, config.tokens),
         gradients,
         calibration,

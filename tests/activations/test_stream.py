@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saekit import SaekitError
 from saekit.activations import ActivationCache, ActivationSource, ShuffledStream
 from saekit.activations.stream import cache_rows, live_rows
+from saekit.errors import SaekitError, SaekitWarning
 
 
 @pytest.fixture
@@ -91,6 +92,18 @@ def test_text_that_runs_out_begins_again_with_a_warning(source, tmp_path):
     with pytest.warns(UserWarning, match=f"ran out after {once:,} tokens"):
         again = next(pieces)
     assert torch.equal(again, first)
+    mixed = ActivationSource.open(dataset=str(text), context_length=64, loaded=source.model, pool=2 * once)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # more than one pass is told where there is more than one, and once
+        assert len(next(live_rows(mixed, wanted=once)))
+        with pytest.raises(SaekitWarning, match=f"text holds {once:,} training tokens; .* are 2.5 passes over it"):
+            next(live_rows(mixed, wanted=round(2.5 * once)))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        count, pieces = 0, live_rows(mixed, wanted=3 * once)
+        while count <= 2 * once:
+            count += len(next(pieces))
+    assert len(told) == 1
 
 
 def test_an_error_in_the_thread_reaches_the_consumer():
