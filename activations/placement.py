@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from saekit.errors import SaekitError
-from saekit.kernels.devices import has_fast_bfloat16
+from saekit.kernels.devices import has_fast_bfloat16, is_card
 from saekit.machine import pick_device
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def dtype_of(model: TransformerBridge) -> torch.dtype:
 
 def cards_of(model: TransformerBridge) -> list[torch.device]:
     """The CUDA devices on which weights of a model lie."""
-    return list(dict.fromkeys(each.device for each in model.parameters() if each.device.type == "cuda"))
+    return list(dict.fromkeys(each.device for each in model.parameters() if is_card(each.device)))
 
 
 def quantization_of(model: TransformerBridge) -> str:

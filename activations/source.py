@@ -224,6 +224,7 @@ class ActivationSource:
             raise SaekitError(
                 f"the {part} part of '{self.text.name}' is empty or shorter than one context of "
                 f"{self.context_length} tokens"
+                + (f"; the column '{self.group_column}' has too few values to divide it" if self.group_column else "")
             )
 
     def _tokenised(self, part: Split, tokenizer: Any) -> Iterator[Ids]:

@@ -105,7 +105,7 @@ def judge(
         return (passage.contexts for passage in told(reference.batches))
 
     accumulators = _seen(sae, told(reference), reference.hook, own)
-    groups = {name: counted for name, accumulator in accumulators.items() if (counted := accumulator.result())}
+    groups = _results(accumulators)
     about = {"hook": reference.hook, "contexts": len(contexts.tokens), "context_length": contexts.tokens.shape[1]}
     if why := reference.no_downstream:
         return Report(groups, {**about, "no_downstream": f"no next-token figures: {why}"})
@@ -153,7 +153,12 @@ def evaluate_activations(
         SaekitError: there are none, or they have another width than the dictionary.
     """
     found = _seen(sae, batches, "these activations", routed(settings or {}))
-    return Report({name: accumulator.result() for name, accumulator in found.items()})
+    return Report(_results(found))
+
+
+def _results(accumulators: Mapping[str, Accumulator]) -> dict[str, dict[str, Any]]:
+    """The groups of those that have figures by themselves."""
+    return {name: found for name, accumulator in accumulators.items() if (found := accumulator.result())}
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from itertools import islice
 from statistics import median
 
@@ -52,10 +53,10 @@ def estimate(configs: Sequence[TrainConfig], *, trust_remote_code: bool = False)
     passes = 0
     for alike in by_origin(map(with_initial_width, configs)):
         device = pick_device(alike[0].device)
-        source = opened(alike[0], device, trust_remote_code)
-        for group, memory in in_groups(alike, source, device):
+        open_source = cache(partial(opened, alike[0], device, trust_remote_code))
+        for group, memory in in_groups(alike, open_source(), device):
             some = [alike[m] for m in group]
-            with begun(some, [True] * len(some), source, device) as (trainers, lanes):
+            with begun(some, [True] * len(some), open_source, device) as (trainers, lanes):
                 row_seconds = _time_rows(lanes[0])
                 for _, trainer in sorted(trainers.items()):
                     stream = next(lane.stream for lane in lanes if trainer in lane.trainers)

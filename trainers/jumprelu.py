@@ -37,8 +37,7 @@ class JumpReLU(Variant):
 
     def begin(self, sae: SparseAutoencoder) -> None:
         """Make the thresholds, those of the dictionary that the run starts from; below 0 they have not begun."""
-        assert sae.threshold is not None
-        first = sae.threshold.detach().clone()
+        first = (sae.b_enc * 0 if sae.threshold is None else sae.threshold).detach().clone()
         self.threshold = (first if bool((first > 0).any()) else first - 1).requires_grad_()
 
     def parameters(self) -> dict[str, Tensor]:

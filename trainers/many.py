@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -237,16 +237,14 @@ def _together(
 ) -> tuple[dict[int, Run], dict[int, SaekitError]]:
     """Train runs of one origin: those that were, and why the others were not; ``write`` is called before any begins."""
     device = pick_device(configs[0].device)
-    source = opened(configs[0], device, trust_remote_code)
-    groups = in_groups(configs, source, device)
-    if len(configs) > 1 and not quiet:
-        _tell(groups)
+    open_source = cache(partial(opened, configs[0], device, trust_remote_code))
+    groups = [[0]] if len(configs) == 1 else _told(in_groups(configs, open_source(), device), quiet)
     runs: dict[int, Run] = {}
     errors: dict[int, SaekitError] = {}
-    for group, _ in groups:
+    for group in groups:
         with ExitStack() as stack:
             some = [configs[m] for m in group]
-            trainers, lanes = stack.enter_context(begun(some, [new[m] for m in group], source, device))
+            trainers, lanes = stack.enter_context(begun(some, [new[m] for m in group], open_source, device))
             home = configs[0].out if len(configs) == 1 else configs[0].out.parent
             check_space(home, sum(t.checkpoint_bytes for t in trainers.values()), "the run with its checkpoints")
             write()
@@ -277,24 +275,30 @@ def in_groups(
     return groups_that_fit(configs, d_in, device)
 
 
-def _tell(groups: Sequence[tuple[list[int], Memory]]) -> None:
+def _told(groups: Sequence[tuple[list[int], Memory]], quiet: bool) -> list[list[int]]:
+    """The groups, and a line for the user of what they take."""
     runs, most = sum(len(group) for group, _ in groups), max(memory.total for _, memory in groups)
     how = "at once" if len(groups) == 1 else f"in {len(groups)} groups, each with a pass of its own over the data"
-    print(f"{runs} runs {how}: {in_bytes(most)} beside the model", file=sys.stderr)
+    if not quiet:
+        print(f"{runs} runs {how}: {in_bytes(most)} beside the model", file=sys.stderr)
+    return [group for group, _ in groups]
 
 
 @contextmanager
 def begun(
     configs: list[TrainConfig],
     new: Sequence[bool],
-    source: ActivationSource | ActivationCache,
+    source: Callable[[], ActivationSource | ActivationCache],
     device: torch.device,
 ) -> Iterator[tuple[dict[int, Trainer], list[Lane]]]:
-    """The trainers of runs of one origin by number, and in lanes; their streams run while it is entered."""
+    """The trainers of runs of one origin by number, and in lanes; their streams run while it is entered.
+
+    The source is opened when checkpoints have been read: a damaged one is told before a model is loaded.
+    """
     orders = _orders(configs, new, device)
     states = {m: state for order in orders for m, state in zip(order.members, order.states, strict=True)}
     before = [state and state["provenance"] for _, state in sorted(states.items())]
-    data = shared_data(configs, source, before)
+    data = shared_data(configs, source(), before)
     workspace, trainers, lanes = Workspace(), {}, []
     with _streams(configs, data, orders) as streams:
         for order, stream, own in streams:

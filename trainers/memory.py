@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from saekit.activations.mixing import BYTES
+from saekit.kernels.devices import is_card
 from saekit.trainers.config import TrainConfig
 from saekit.trainers.variants import VARIANTS
 
@@ -60,7 +61,7 @@ class Memory:
 
     def fits(self, device: torch.device) -> bool:
         """Whether four fifths of what is free on the device, and in main memory, are enough."""
-        if device.type == "cuda":
+        if is_card(device):
             return self.training <= _SHARE * free_bytes(device) and self.rows <= _SHARE * free_bytes(_MAIN)
         return self.total <= _SHARE * free_bytes(_MAIN)
 
@@ -82,7 +83,7 @@ def groups_that_fit(
 
 def free_bytes(device: torch.device) -> int:
     """Bytes that are free on a CUDA device, or in main memory as far as a job's share of the machine goes."""
-    if device.type == "cuda":
+    if is_card(device):
         return torch.cuda.mem_get_info(device)[0]
     import psutil  # type: ignore[import-untyped]
 

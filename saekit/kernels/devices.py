@@ -19,6 +19,11 @@ def has_fast_bfloat16(device: str) -> bool:
     return any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
+def is_card(device: torch.device) -> bool:
+    """Whether a device has memory of its own that torch tells of: CUDA."""
+    return device.type == "cuda"
+
+
 def exact_dtype(device: torch.device) -> torch.dtype:
     """What counts and long sums are kept in; MPS has no float64, and for its counts float32 is exact enough."""
     return torch.float32 if device.type == "mps" else torch.float64

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -98,7 +99,7 @@ def quantiser(monkeypatch):
 
     monkeypatch.setattr("saekit.activations.placement.find_spec", lambda name: object())
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained)
-    monkeypatch.setattr(transformers, "BitsAndBytesConfig", lambda **given: transformers.PretrainedConfig(given=given))
+    monkeypatch.setattr(transformers, "BitsAndBytesConfig", lambda **given: SimpleNamespace(**given))
     return asked
 
 

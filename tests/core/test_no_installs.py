@@ -104,6 +104,7 @@ def test_outside_of_the_guard_and_for_other_programs_nothing_changes():
 
 def test_datasets_are_opened_and_read_under_the_guard():
     from saekit.activations import text
+    from saekit.activations.columns import Columns
 
     def opener(datasets):
         subprocess.run(COMMAND)
@@ -116,4 +117,4 @@ def test_datasets_are_opened_and_read_under_the_guard():
         subprocess.run(COMMAND)
 
     with pytest.raises(SaekitError, match="refused: no-such-program pip install x"):
-        list(text._column("some/dataset", rows(), "text")())
+        list(Columns().documents("some/dataset", rows())())

@@ -25,7 +25,7 @@ def rows(tmp_path, source):
     texts = ["".join(lines[start : start + 6]) for start in range(0, len(lines), 6)]
     tokenizer = text_tokenizer(source.model)
     found = [
-        {"text": text, "ids": tokenizer(text, add_special_tokens=False)["input_ids"], "file": i % 40}
+        {"text": text, "ids": tokenizer(text, add_special_tokens=False)["input_ids"], "file": i % 150}
         for i, text in enumerate(texts)
     ]
     path = tmp_path / "rows.jsonl.gz"
