@@ -42,9 +42,13 @@ class Columns:
 
     @property
     def key(self) -> tuple[str, ...]:
-        """What the documents and their division depend on."""
-        named = [(what, name) for what, name in (("tokens", self.tokens), ("group", self.group)) if name is not None]
-        return (self.text, *(word for pair in named for word in pair))
+        """What the documents and their division depend on, and the vocabulary by which ids were checked."""
+        told = [
+            ("tokens", self.tokens),
+            ("group", self.group),
+            ("vocabulary", self.vocabulary),
+        ]  # ids are checked by it
+        return (self.text, *(str(word) for pair in told if pair[1] is not None for word in pair))
 
     def refuse(self, dataset: str) -> None:
         """Raise SaekitError where a column is named of a text that has none."""

@@ -49,8 +49,11 @@ def recorded_start(layers: Sequence[nn.Module]) -> Iterator[list[Float[Tensor, "
 
 @contextmanager
 def resumed(layers: Sequence[nn.Module], start: Float[Tensor, "b t d"] | None) -> Iterator[None]:
-    """While it is entered, passes do not run these layers and have ``start`` after them; with None they run all."""
-    replaced = [] if start is None else [layer for layer in layers if "forward" not in vars(layer)]
+    """While it is entered, passes do not run these layers and have ``start`` after them; with None they run all.
+
+    So they do where somebody, as accelerate does, has replaced what one of the layers runs.
+    """
+    replaced = [] if start is None or any("forward" in vars(layer) for layer in layers) else layers
     try:
         for layer in replaced:
             vars(layer)["forward"] = lambda *args, **kwargs: start

@@ -41,8 +41,7 @@ if TYPE_CHECKING:
 
 DEFAULT_CONTEXT = 256
 _OF_THE_MODEL = {"model_dtype", "model_quantization", "model_device", "model_device_map"}
-
-
+# contexts in a pass that ends at a hook, by it, whether gradients are taken, and the length of contexts
 _fitting: WeakKeyDictionary[nn.Module, dict[tuple[str, bool, int], int]] = WeakKeyDictionary()
 
 

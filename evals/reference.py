@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 HELD = 2**32  # bytes of activations and predictions that are held from one dictionary to the next
+QUICK = 8  # contexts in a pass: on a CPU more are slower, since what they make leaves its cache
 PASSES = 2  # over the contexts, for the figures of the model alone
 
 
@@ -29,22 +30,23 @@ class Reference:
 
     Attributes:
         model, hook, contexts: what it is of.
+        batch: contexts in a batch of evaluations that go over them in their own way.
         batches: the contexts as passages; iterating over the reference holds what they find.
         no_downstream: why the model predicts no next tokens, None where it does.
     """
 
     def __init__(
-        self, model: TransformerBridge, hook: str, contexts: ContextBatch, *, batch: int = 8, held: int = HELD
+        self, model: TransformerBridge, hook: str, contexts: ContextBatch, *, batch: int = 16, held: int = HELD
     ) -> None:
-        """Take contexts, at most ``batch`` at once; nothing is computed yet.
+        """Take contexts, in passes of at most ``batch``; nothing is computed yet.
 
         Raises:
             SaekitError: the model has no such hook.
         """
-        self.model, self.hook, self.contexts = model, hook, contexts
+        self.model, self.hook, self.contexts, self.batch = model, hook, contexts, batch
         self.no_downstream = not_causal(model)
-        self.batches = list(passages(model, hook, contexts.split(batch), causal=self.no_downstream is None))
-        self._room = held
+        self.batches = list(passages(model, hook, contexts.split(min(batch, QUICK)), causal=self.no_downstream is None))
+        self._limit = self._room = held
         self._held: set[Passage] = set()
         self._costs: Costs | None = None
 
@@ -66,11 +68,11 @@ class Reference:
                 passage.forget()
 
     def forget(self) -> None:
-        """Hold no activations any more; figures stay."""
+        """Let go of the activations until it is used again; figures stay."""
         for passage in self._held:
             passage.forget()
         self._held.clear()
-        self._room = 0
+        self._room = self._limit
 
     @property
     def holds(self) -> bool:

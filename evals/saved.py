@@ -270,9 +270,10 @@ class Evaluator:
 
     def _reference(self, sae: SparseAutoencoder, source: ActivationSource) -> Reference:
         key = (*self._key(sae, source), source.hook, source.model)
+        for other, reference in self._references.items():  # activations of one hook point at a time
+            if other != key:
+                reference.forget()
         if key not in self._references:
-            for other in self._references.values():  # activations of one hook point at a time
-                other.forget()
             contexts = scored_contexts(self._draw(sae, source).contexts, source.skip_first)
             self._references[key] = Reference(source.model, source.hook, contexts)
         return self._references[key]

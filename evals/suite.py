@@ -38,7 +38,7 @@ def evaluate(
     kept: Bool[Tensor, "c t"] | None = None,
     skip_first: int | None = None,
     attention_mask: Bool[Tensor, "c t"] | None = None,
-    batch: int = 8,
+    batch: int = 16,
     on_batch: Callable[[int], object] | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Report:
@@ -102,7 +102,10 @@ def judge(
                 on_batch(len(passage.contexts.tokens))
 
     def parts() -> Iterator[ContextBatch]:
-        return (passage.contexts for passage in told(reference.batches))
+        for part in contexts.split(reference.batch):
+            yield part
+            if on_batch is not None:
+                on_batch(len(part.tokens))
 
     accumulators = _seen(sae, told(reference), reference.hook, own)
     groups = _results(accumulators)

@@ -126,6 +126,21 @@ class TrainConfig:
         """The highest learning rate, given or by the number of steps."""
         return self.optimizer.peak_lr
 
+    @property
+    def order(self) -> tuple[int, ...]:
+        """What decides which rows a batch has: runs of one origin for which it is the same take the same batches."""
+        return (self.run.seed, self.optimizer.batch_size, self.data.buffer, self.optimizer.tokens)
+
+    def width_at(self, d_in: int) -> int:
+        """Features of a dictionary of activations of this width.
+
+        Raises:
+            SaekitError: more features a token are asked for than there are.
+        """
+        width = self.dictionary.width or round(self.dictionary.expansion * d_in)
+        self.check_width(width)
+        return width
+
     def check_width(self, width: int) -> None:
         """Raise SaekitError where more features a token are asked for than there are."""
         for key in self.fields:

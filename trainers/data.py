@@ -296,8 +296,7 @@ def resolved(config: TrainConfig, provenance: dict[str, Any], d_in: int) -> Trai
     facts = {setting: provenance[fact] for setting, fact in _FACTS.items() if provenance.get(fact) is not None}
     if config.source.model_dtype == AUTO:
         facts.setdefault("model_dtype", "float32")  # activations that tell no model
-    width = config.width or round(config.expansion * d_in)
-    config.check_width(width)
+    width = config.width_at(d_in)
     dead_after = config.dead_after or max(config.batch_size, min(10_000_000, config.tokens // 10))
     derived: dict[str, Any] = {"width": width, "dead_after": dead_after, "lr": config.peak_lr}
     if "k_aux" in config.fields:

@@ -269,10 +269,7 @@ def in_groups(
         SaekitError: a run asks for more features a token than its width has.
     """
     found = widths(list(dict.fromkeys(config.hook for config in configs)), source)
-    d_in = [found[config.hook] for config in configs]
-    for config, d in zip(configs, d_in, strict=True):
-        config.check_width(config.width or round(config.expansion * d))
-    return groups_that_fit(configs, d_in, device)
+    return groups_that_fit(configs, [found[config.hook] for config in configs], device)
 
 
 def _told(groups: Sequence[tuple[list[int], Memory]], quiet: bool) -> list[list[int]]:
@@ -318,7 +315,7 @@ def _orders(configs: list[TrainConfig], new: Sequence[bool], device: torch.devic
     """
     alike: dict[tuple[int, ...], list[int]] = {}
     for number, config in enumerate(configs):
-        alike.setdefault((config.seed, config.batch_size, config.buffer, config.tokens), []).append(number)
+        alike.setdefault(config.order, []).append(number)
     orders = []
     for members in alike.values():
         saved = {m: set() if new[m] else set(checkpoints(configs[m].out / CHECKPOINTS)) for m in members}

@@ -38,9 +38,8 @@ class Memory:
         """What these runs need, each with its d_in."""
         streams: dict[tuple[int, ...], dict[str | None, int]] = {}
         for config, d in zip(configs, d_in, strict=True):
-            order = (config.seed, config.batch_size, config.buffer, config.tokens)
             doubled = VARIANTS[config.variant].needs_gradients(config)
-            streams.setdefault(order, {})[config.hook] = 2 * d if doubled else d
+            streams.setdefault(config.order, {})[config.hook] = 2 * d if doubled else d
         rows = sum(
             4 * _FILLS * max(min(buffer, tokens), size) * sum(hooks.values())
             for (_, size, buffer, tokens), hooks in streams.items()
@@ -49,7 +48,7 @@ class Memory:
             (BYTES * (config.source.pooled(config.tokens).pool or 0) for config in configs if config.cache is None),
             default=0,
         )
-        widths = [config.width or round(config.expansion * d) for config, d in zip(configs, d_in, strict=True)]
+        widths = [config.width_at(d) for config, d in zip(configs, d_in, strict=True)]
         state = sum(_STATE * (2 * d * width + d + width) for d, width in zip(d_in, widths, strict=True))
         work = max(4 * _WORK * config.batch_size * width for config, width in zip(configs, widths, strict=True))
         return cls(state + work, rows + pool)

@@ -114,7 +114,8 @@ def train(
         evaluator = open_evaluator(
             device=first.device, tokens=eval_tokens, trust_remote_code=trust_remote_code, **where
         )
-    unevaluated = [run.path for run in runs if evaluator and "sparsity" not in groups_in(run.path / "eval.json")]
+    by_hook = sorted(runs, key=lambda run: str(run.config.hook))  # whose activations are held for one hook at a time
+    unevaluated = [run.path for run in by_hook if evaluator and "sparsity" not in groups_in(run.path / "eval.json")]
     if evaluator is not None and unevaluated:
         for path, report in evaluated(evaluator, unevaluated, quiet).items():
             report.join(Path(path) / "eval.json")
@@ -126,7 +127,7 @@ def train(
             f"its thresholds follow each token's norm, which SAELens cannot read; for the nearest plain ones:\n"
             f"  saekit convert {one} FOLDER --to saelens --lossy"
         )
-    for run in runs:  # last: whatever goes wrong here, the run is whole, and --resume draws the report again
+    for run in by_hook:  # last: whatever goes wrong here, the run is whole, and --resume draws the report again
         if run.path in unevaluated or not (run.path / REPORT).exists():
             report_on_run(run.path, evaluator, features_shown, quiet)
 

@@ -13,6 +13,7 @@ from saekit.activations import open_text
 from saekit.activations.columns import Columns, part_of
 from saekit.activations.settings import SourceSettings
 from saekit.activations.text import SPLITS
+from saekit.activations.token_store import stored
 from saekit.errors import SaekitError
 
 _IDS = st.lists(st.integers(0, 99), max_size=8)
@@ -93,3 +94,19 @@ def test_shuffled_groups_are_divided_alike(tmp_path):
         assert sorted(other.documents(part)) == sorted(found[part])
     authors = [{int(text.split()[1]) % 40 for text in texts} for texts in found.values()]
     assert sum(map(len, authors)) == 40, "no author is on two sides"
+
+
+def test_ids_that_are_kept_are_those_of_a_vocabulary(source, tmp_path, monkeypatch):
+    """A smaller vocabulary reads none that were kept for a larger one."""
+    monkeypatch.setenv("SAEKIT_TOKENS", str(tmp_path / "tokens"))
+    tokenizer = source.model.tokenizer
+    path = tmp_path / "ids.jsonl"
+    path.write_text("".join(json.dumps({"ids": [1, 2, 90 + i]}) + "\n" for i in range(10)))
+
+    def ids(vocabulary):
+        documents = open_text(str(path), tokens_column="ids").bounded(vocabulary).documents
+        return [each.tolist() for part in SPLITS for each in stored([*documents.key, part], documents(part), tokenizer)]
+
+    assert sorted(ids(100)) == sorted(ids(100)) == [[1, 2, 90 + i] for i in range(10)]
+    with pytest.raises(SaekitError, match="the token id 95 in row 5, which is none of 0 to 94"):
+        ids(95)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny import write_tiny
 
 from saekit.activations import ContextBatch
 from saekit.activations.model import load_model
 from saekit.activations.resuming import layers_before, resumed
 from saekit.evals.passage import Passage, passages
 from saekit.evals.reference import Reference
-from tests.tiny import write_tiny
 
 HOOKS = {  # how many of three layers are over when it is reached
     "blocks.0.hook_resid_pre": 0,
@@ -110,5 +110,23 @@ def test_memory_is_held_up_to_the_limit(source, contexts):
     for _ in range(2):
         held = [passage._x is not None for passage in list(reference)]
         assert held == [True, True, False]
+        assert reference.holds
     reference.forget()
-    assert not any(passage._x is not None for passage in list(reference))
+    assert not reference.holds
+    assert not any(passage._x is not None for passage in reference.batches)
+    assert [passage._x is not None for passage in list(reference)] == held, "and again when it is used again"
+
+
+def test_a_layer_that_somebody_has_replaced_runs_and_so_do_all(source, contexts):
+    """As accelerate does, after it was seen that passes can start at the hook."""
+    few = contexts.rows(0, 2)
+    [passage] = passages(source.model, source.hook, [few])
+    expected = Passage(passage.end, source.hook, [], few).edited(torch.zeros_like)
+    passage.rows  # noqa: B018
+    layer = layers_before(source.model, source.hook)[-1]
+    own, ran = layer.forward, []
+    vars(layer)["forward"] = lambda *arguments, **options: ran.append(1) or own(*arguments, **options)
+    torch.testing.assert_close(passage.edited(torch.zeros_like), expected)
+    assert ran
+    assert "forward" in vars(layer)
+    del vars(layer)["forward"]

@@ -8,6 +8,7 @@ import typing
 from pathlib import Path
 
 import pytest
+from repairs import assert_repaired
 
 from saekit.activations import ActivationCache
 from saekit.activations.boot import text_tokenizer
@@ -40,11 +41,7 @@ def test_they_are_kept_with_caches_and_dictionaries(rows, saekit_main, tmp_path)
     assert done.returncode == 0, done.stderr
     cache = ActivationCache.open(tmp_path / "c")
     assert (cache.provenance["tokens_column"], cache.provenance["group_column"]) == ("ids", "file")
-    shard = tmp_path / "c" / cache.shards[0]["file"]
-    before = shard.read_bytes()
-    shard.unlink()
-    assert saekit_main("cache", "repair", tmp_path / "c", "--quiet").returncode == 0
-    assert shard.read_bytes() == before
+    assert_repaired(saekit_main, tmp_path / "c")
 
     run = tmp_path / "run"
     done = saekit_main("train", *columns, *_RUN, "--out", run)

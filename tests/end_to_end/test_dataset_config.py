@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from repairs import assert_repaired
 
 from saekit.activations import ActivationCache
 
@@ -41,11 +42,7 @@ def test_it_is_kept_with_caches_and_dictionaries(halves, saekit_main, tmp_path):
     assert done.returncode == 0, done.stderr
     cache = ActivationCache.open(tmp_path / "c")
     assert cache.provenance["dataset_config"] == "second"
-    shard = tmp_path / "c" / cache.shards[0]["file"]
-    before = shard.read_bytes()
-    shard.unlink()
-    assert saekit_main("cache", "repair", tmp_path / "c", "--quiet").returncode == 0
-    assert shard.read_bytes() == before
+    assert_repaired(saekit_main, tmp_path / "c")
 
     run = tmp_path / "run"
     base = ["--tokens", 2560, "--batch-size", 256, "--width", 64, "--k", 4, "--calibration-tokens", 300]

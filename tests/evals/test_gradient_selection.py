@@ -80,3 +80,15 @@ def test_only_topk_dictionaries_can_be_selected_so(source, few):
         gradient_selection(
             other, source.model, HOOK, lambda: [few], 1.0, costs(source.model, HOOK, [few], {"clean": None})
         )
+
+
+def test_the_influence_is_scaled_over_sixteen_contexts(source, contexts, sae):
+    """Of whatever size the passes are by which the other figures are found."""
+    some = contexts.rows(0, 18)
+    clean = costs(source.model, HOOK, some.split(16), {"clean": None})
+    expected = gradient_selection(sae, source.model, HOOK, lambda: some.split(16), 2.0, clean)
+    sae.with_metadata(saekit={"beta": 2.0})
+    found = evaluate(sae, source.model, some)["gradient_selection"]
+    sae.with_metadata(saekit={})
+    for name in ("fvu_sampled", "ce_reconstructed_true_labels_leaking"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-9)

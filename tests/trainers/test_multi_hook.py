@@ -6,6 +6,7 @@ import itertools
 import json
 import shutil
 import signal
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ import yaml
 import saekit
 from saekit import SaekitError
 from saekit.activations import ActivationSource
+from saekit.activations.attention import try_quick_attention
 from saekit.interrupt import Interrupted
-from saekit.trainers import many, train, train_hooks
+from saekit.trainers import data, many, train, train_hooks
 from saekit.trainers.checkpoint import checkpoints
 from saekit.trainers.optimizer import DictionaryAdam
 from saekit.trainers.trainer import Trainer
@@ -87,6 +89,8 @@ def test_a_hook_inside_attention_changes_only_the_rounding_of_others(whole, conf
 
 def test_the_model_goes_over_the_text_once(source, text, config, monkeypatch):
     seen = []
+    try_quick_attention(source.model)  # which is once for a model
+    monkeypatch.setattr(data, "_known_widths", WeakKeyDictionary())
     watch = source.model.original_model.register_forward_pre_hook(
         lambda module, arguments, options: seen.append(options.get("input_ids", arguments[0] if arguments else None)),
         with_kwargs=True,
@@ -100,8 +104,9 @@ def test_the_model_goes_over_the_text_once(source, text, config, monkeypatch):
         rows += int(contexts.kept.sum())
         if rows >= 256 * STEPS:
             break
-    passes = [tokens for tokens in seen if len(tokens) > 1]  # one context of the calibration text tells the widths
-    assert all(torch.equal(found, tokens) for found, tokens in zip(passes, wanted, strict=True))
+    assert len(seen) == len(wanted) + 1, "and one context of the calibration text, that tells the widths"
+    assert len(seen[0]) == 1
+    assert all(torch.equal(found, tokens) for found, tokens in zip(seen[1:], wanted, strict=True))
 
 
 def test_stopped_runs_go_on_as_if_they_had_not_been_stopped(source, whole, config, tmp_path, monkeypatch):

@@ -53,6 +53,12 @@ def test_statistics_do_not_depend_on_the_batches(rows, data):
             assert float(statistics.smallest_kept[j]) == pytest.approx(kept / weight, rel=1e-5)
         else:
             assert statistics.smallest_kept[j].isnan()
+    least = math.nan
+    for part in torch.split(pre, sizes):
+        if (part > 0).any():
+            now = float(part[part > 0].min())
+            least = now if math.isnan(least) else 0.9 * least + 0.1 * now
+    assert float(statistics.threshold) == pytest.approx(least, rel=1e-5, nan_ok=True)
     assert statistics.dead(3).tolist() == [int(s) > 3 for s in statistics.since_fired]
 
 
