@@ -1,20 +1,20 @@
-"""Documents in the rows of a dataset: texts or token ids, and what divides them into parts."""
+"""Documents in the rows of a dataset: texts, token ids or conversations, and what divides them into parts."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from saekit.activations.chat import Conversation, TrainOn, conversation
 from saekit.activations.python_source import CALIBRATION_SHARE, HELDOUT_SHARE, Split
-from saekit.activations.tokens import Ids
+from saekit.activations.tokens import Document, Ids
 from saekit.errors import SaekitError, did_you_mean, first_line
 from saekit.no_installs import no_installs
-
-Document = str | Ids  # a text, or the ids [m] of its tokens
 
 
 class Divided(NamedTuple):
@@ -31,12 +31,16 @@ class Columns:
     Attributes:
         text: that of the text.
         tokens: that of lists of token ids, which are read in place of the text where it is named.
+        messages: that of conversations, which are read in place of the text where it is named.
+        train_on: whose messages count.
         group: that whose value divides the documents; their content does if not given.
         vocabulary: ids are less than this, where it is known.
     """
 
     text: str = "text"
     tokens: str | None = None
+    messages: str | None = None
+    train_on: TrainOn = "all"
     group: str | None = None
     vocabulary: int | None = None
 
@@ -48,13 +52,14 @@ class Columns:
             ("group", self.group),
             ("vocabulary", self.vocabulary),
         ]  # ids are checked by it
+        told += [("messages", self.messages), ("train_on", self.train_on)] if self.messages is not None else []
         return (self.text, *(str(word) for pair in told if pair[1] is not None for word in pair))
 
     def refuse(self, dataset: str) -> None:
         """Raise SaekitError where a column is named of a text that has none."""
-        for flag, name in (("tokens-column", self.tokens), ("group-column", self.group)):
-            if name is not None:
-                raise SaekitError(f"'{dataset}' has no columns; leave --{flag} {name} away")
+        for column in ("tokens", "messages", "group"):
+            if (name := getattr(self, column)) is not None:
+                raise SaekitError(f"'{dataset}' has no columns; leave --{column}-column {name} away")
 
     def documents(self, dataset: str, rows: Iterable[Any]) -> Callable[[], Iterator[Divided]]:
         """The documents of rows; those that are empty or null are left out.
@@ -67,7 +72,7 @@ class Columns:
             try:
                 for number, row in enumerate(_guarded(rows)):
                     where = f"of '{dataset}' holds {{}} in row {number}"
-                    document = self._tokens(dataset, row, where) if self.tokens else self._text(dataset, row, where)
+                    document = self._document(dataset, row, where)
                     group = None if self.group is None else _group(dataset, row, self.group, where)
                     if len(document):
                         yield Divided(part_of(document if group is None else group), document)
@@ -79,6 +84,16 @@ class Columns:
                 ) from error
 
         return read
+
+    def _document(self, dataset: str, row: Any, where: str) -> Document:
+        if self.tokens is not None:
+            return self._tokens(dataset, row, where)
+        if self.messages is None:
+            return self._text(dataset, row, where)
+        try:
+            return conversation(_cell(dataset, row, self.messages), self.train_on)
+        except ValueError as error:
+            raise SaekitError(f"the column '{self.messages}' {where.format(error)}") from None
 
     def _text(self, dataset: str, row: Any, where: str) -> str:
         text = _cell(dataset, row, self.text)
@@ -105,7 +120,9 @@ class Columns:
 
 def _cell(dataset: str, row: Any, column: str) -> Any:
     if column not in row:
-        raise SaekitError(f"the dataset '{dataset}' has no column '{column}'{did_you_mean(column, row)}")
+        chat = next((name for name in ("messages", "conversations") if name in row and column == "text"), None)
+        hint = did_you_mean(column, row) if chat is None else f"; for its conversations: --messages-column {chat}"
+        raise SaekitError(f"the dataset '{dataset}' has no column '{column}'{hint}")
     return row[column]
 
 
@@ -120,6 +137,8 @@ def _group(dataset: str, row: Any, column: str, where: str) -> str:
 
 def content(document: Document) -> bytes:
     """What a document is told from others by."""
+    if isinstance(document, Conversation):
+        return json.dumps(document.messages).encode()
     return document.encode("utf-8", "replace") if isinstance(document, str) else document.astype("<i8").tobytes()
 
 

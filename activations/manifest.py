@@ -55,6 +55,9 @@ class Provenance(TypedDict, total=False):
     dataset_config: str | None
     column: str
     tokens_column: str | None
+    messages_column: str | None
+    train_on: str
+    chat_template: str
     group_column: str | None
     part: str
     tokenizer: str
@@ -128,8 +131,8 @@ class Manifest(BaseModel):
 def as_known(provenance: Mapping[str, Any]) -> dict[str, Any]:
     """Provenance with the facts that older ones do not tell, or told otherwise: BOS is a first position."""
     same = {"mask": MASK} if provenance.get("prepend_bos") and "skip_first" not in provenance else {}
-    named = dict.fromkeys(("dataset_config", "tokens_column", "group_column"))
-    before = {**named, "model_quantization": "none", "skip_first": 1, "pool": 0, "data_seed": 0}
+    named = dict.fromkeys(("dataset_config", "tokens_column", "messages_column", "group_column"))
+    before = {**named, "train_on": "all", "model_quantization": "none", "skip_first": 1, "pool": 0, "data_seed": 0}
     return {**before, **provenance, **same}
 
 

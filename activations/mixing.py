@@ -1,4 +1,4 @@
-"""Contexts drawn at random from a pool of them, which is held as token ids, before the model sees any."""
+"""Documents of several texts by weights, and contexts drawn at random from a pool, before the model sees any."""
 
 from __future__ import annotations
 
@@ -8,9 +8,43 @@ from itertools import chain
 
 import torch
 
-from saekit.activations.tokens import ContextBatch
+from saekit.activations.tokens import ContextBatch, Ids
 
 BYTES = 9  # that the pool takes for each token: its id, the number of its document, whether it is kept
+
+
+def by_weight(
+    texts: Sequence[tuple[float, Callable[[], Iterator[Ids]]]],
+    *,
+    again: bool,
+    tell: Callable[[int, int], object] = lambda number, tokens: None,
+) -> Iterator[Ids]:
+    """Documents of several texts, so that of all tokens at any place each has its part, as near as documents allow.
+
+    The next document is of the text that has the fewest tokens for its part, the first of those where several have.
+
+    Args:
+        texts: the part of each of all tokens, and what makes its documents [m], the same ones each time.
+        again: whether a text that ends begins again until each has ended once; else the first that ends ends all.
+        tell: called where a text begins again for the first time, with its number and its tokens.
+    """
+    parts, makers = [part for part, _ in texts], [make for _, make in texts]
+    arriving = [make() for make in makers]
+    taken, ended, empty = [0] * len(texts), [False] * len(texts), [True] * len(texts)
+    while True:
+        least = min(range(len(texts)), key=lambda number: taken[number] / parts[number])
+        document = next(arriving[least], None)
+        if document is None:
+            first, ended[least] = not ended[least], True
+            if all(ended) or not again or empty[least]:
+                return
+            if first:
+                tell(least, taken[least])
+            arriving[least], empty[least] = makers[least](), True
+            continue
+        empty[least] = False
+        taken[least] += len(document)
+        yield document
 
 
 def mixed(

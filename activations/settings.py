@@ -9,6 +9,7 @@ from pydantic import field_validator, model_validator
 from typing_extensions import Self
 
 from saekit.errors import did_you_mean
+from saekit.mixture import BETWEEN, described
 from saekit.settings import MANY, Settings, setting
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -28,9 +29,20 @@ class SourceSettings(Settings):
     hook: str | None = setting(
         None, own=True, description="TransformerLens hook point; the residual after half of the blocks if not given"
     )
-    dataset: str = setting("python", description="'python', a local text/JSONL/CSV/Parquet file, or a name on the hub")
+    dataset: str = setting(
+        "python",
+        joined=BETWEEN,
+        description="'python', a local text/JSONL/CSV/Parquet file, or a name on the hub; given several times as "
+        "NAME=WEIGHT, a mix by tokens",
+    )
     column: str = setting("text", description="column of the dataset that holds the text")
     tokens_column: str | None = setting(None, description="column that holds lists of token ids, read in place of text")
+    messages_column: str | None = setting(
+        None, description="column that holds conversations, read in place of text by the tokenizer's chat template"
+    )
+    train_on: Literal["all", "assistant", "user"] = setting(
+        "all", description="whose messages count; all for everything that the chat template writes"
+    )
     group_column: str | None = setting(
         None, description="column whose value divides the documents: all of one value are trained on, or held out"
     )
@@ -64,6 +76,11 @@ class SourceSettings(Settings):
         None, decides=False, description="auto lays the model's layers over all cards"
     )
 
+    @field_validator("dataset", mode="before")
+    @classmethod
+    def _mix(cls, value: Any) -> Any:
+        return described(value) if isinstance(value, Mapping) else value  # as YAML has it: {wiki: 0.7, code: 0.3}
+
     @field_validator("model_device")
     @classmethod
     def _known_device(cls, value: str | None) -> str | None:
@@ -77,8 +94,13 @@ class SourceSettings(Settings):
 
     @model_validator(mode="after")
     def _one_column(self) -> Self:
-        if self.tokens_column is not None and self.column not in (None, "text"):
-            raise ValueError(f"read either the text of --column {self.column} or --tokens-column {self.tokens_column}")
+        own = self.column if self.column not in (None, "text") else None
+        named = {"column": own, "tokens-column": self.tokens_column, "messages-column": self.messages_column}
+        flags = [f"--{flag} {name}" for flag, name in named.items() if name is not None]
+        if len(flags) > 1:
+            raise ValueError(f"documents are read from one column, {' or '.join(flags)}")
+        if self.train_on not in (None, "all") and self.messages_column is None:
+            raise ValueError(f"--train-on {self.train_on} needs --messages-column, the column of the conversations")
         return self
 
 

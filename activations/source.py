@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -12,10 +14,11 @@ from torch import nn
 
 from saekit.activations.batch import ActivationBatch
 from saekit.activations.boot import text_tokenizer
+from saekit.activations.chat import TrainOn, check_template, template_fingerprint
 from saekit.activations.finite import SAMPLE, BadTokens, norm_limit
 from saekit.activations.gradients import LOSS
 from saekit.activations.harvesting import a_pass, harvest
-from saekit.activations.mixing import mixed
+from saekit.activations.mixing import by_weight, mixed
 from saekit.activations.model import (
     EMBEDDED,
     check_hook,
@@ -32,7 +35,7 @@ from saekit.activations.settings import SourceSettings
 from saekit.activations.text import PYTHON, Documents, TextSource, open_text
 from saekit.activations.token_store import stored
 from saekit.activations.tokens import MASK, ContextBatch, Ids, encoded, pack, tokenizer_fingerprint
-from saekit.errors import SaekitError
+from saekit.errors import SaekitError, SaekitWarning
 from saekit.processing import applied_to
 from saekit.special_tokens import special_tokens
 
@@ -64,16 +67,11 @@ class ActivationSource:
     text: TextSource
     context_length: int
     prepend_bos: bool
-    column: str = "text"
-    split: str = "train"
-    dataset_config: str | None = None
     skip_first: int = 1
     rules: TextRules = OWN_RULES
     pool: int = 0
     data_seed: int = 0
     harvest_batch: int | None = None
-    tokens_column: str | None = None
-    group_column: str | None = None
 
     @classmethod
     def of(
@@ -102,6 +100,8 @@ class ActivationSource:
         *,
         column: str = "text",
         tokens_column: str | None = None,
+        messages_column: str | None = None,
+        train_on: TrainOn = "all",
         group_column: str | None = None,
         split: str = "train",
         dataset_config: str | None = None,
@@ -128,7 +128,8 @@ class ActivationSource:
             model: ``"embedded"``, a local Hugging Face folder or GGUF file, or a name on the hub.
             hook: TransformerLens hook point; the residual stream after half of the blocks if not given.
             dataset: what ``open_text`` takes.
-            column, tokens_column, group_column, split, dataset_config, streaming: as in ``open_text``.
+            column, tokens_column, messages_column, train_on, group_column: as in ``open_text``.
+            split, dataset_config, streaming: as in ``open_text``.
             context_length: tokens a context; 256, or the model's most where that is less, if not given.
             skip_first: positions at the start of each context that are not used.
             prepend_bos: whether contexts begin with BOS, where the tokenizer has one; what TransformerLens knows of the
@@ -149,6 +150,8 @@ class ActivationSource:
             dataset,
             column=column,
             tokens_column=tokens_column,
+            messages_column=messages_column,
+            train_on=train_on,
             group_column=group_column,
             split=split,
             dataset_config=dataset_config,
@@ -174,9 +177,10 @@ class ActivationSource:
             raise SaekitError(f"a context of {length} tokens is longer than the {longest} that '{model}' takes")
         wanted = bool(getattr(bridge.cfg, "default_prepend_bos", True)) if prepend_bos is None else prepend_bos
         bos = wanted and special_tokens(bridge).bos is not None
-        text = text.bounded(int(bridge.cfg.d_vocab)) if text.bounded else text
-        asked = (column, split, dataset_config, skip_first, rules, pool, data_seed, harvest_batch)
-        return cls(model, bridge, hook, text, length, bos, *asked, tokens_column, group_column)
+        text = text.within(int(bridge.cfg.d_vocab))
+        if messages_column is not None:
+            check_template(text_tokenizer(bridge), model)
+        return cls(model, bridge, hook, text, length, bos, skip_first, rules, pool, data_seed, harvest_batch)
 
     def at(self, hook: str) -> ActivationSource:
         """The same model and text at another hook point.
@@ -205,9 +209,10 @@ class ActivationSource:
         """Contexts of one part of the text, in its own order.
 
         Raises:
-            SaekitError: the part does not fill one context.
+            SaekitError: the part does not fill one context, or no token of it counts.
         """
-        empty, tokenizer = True, text_tokenizer(self.model)
+        empty, counted, tokenizer = True, False, text_tokenizer(self.model)
+        group, role = self.text.facts.get("group_column"), self.text.facts.get("train_on", "all")
         for contexts in pack(
             self._tokenised(part, tokenizer),
             tokenizer,
@@ -217,20 +222,39 @@ class ActivationSource:
             special=self.rules.special(special_tokens(self.model), tokenizer),
             skip_first=self.skip_first,
         ):
-            empty = False
-            yield self.rules.narrowed(contexts, tokenizer)
+            contexts = self.rules.narrowed(contexts, tokenizer)
+            empty, counted = False, counted or bool(contexts.kept.any())
+            yield contexts
         if empty:
             raise SaekitError(
                 f"the {part} part of '{self.text.name}' is empty or shorter than one context of "
                 f"{self.context_length} tokens"
-                + (f"; the column '{self.group_column}' has too few values to divide it" if self.group_column else "")
+                + (f"; the column '{group}' has too few values to divide it" if group else "")
             )
+        if not counted:
+            whose = "" if role == "all" else f": there is no message of '{role}'"
+            raise SaekitError(f"no token of the {part} part of '{self.text.name}' counts{whose}")
 
     def _tokenised(self, part: Split, tokenizer: Any) -> Iterator[Ids]:
-        """The token ids of each document, kept on the disk where the text can be told from others."""
-        documents = self.text.documents(part)
-        if isinstance(self.text.documents, Documents):
-            return stored([*self.text.documents.key, part], documents, tokenizer)
+        """The token ids of each document; those of a mix by the weights of its texts."""
+        if not self.text.shares:
+            return self._ids(self.text, part, tokenizer)
+        shares = self.text.shares
+
+        def tell(number: int, tokens: int) -> None:
+            name, share = shares[number].text.name, shares[number].part
+            told = f"'{name}', {share:.0%} of the mix, ran out after {tokens:,} training tokens and begins again"
+            warnings.warn(told, SaekitWarning, stacklevel=2)
+
+        texts = [(share.part, partial(self._ids, share.text, part, tokenizer)) for share in shares]
+        return by_weight(texts, again=part == "train", tell=tell)
+
+    def _ids(self, text: TextSource, part: Split, tokenizer: Any) -> Iterator[Ids]:
+        """The token ids of each document of a text, kept on the disk where it can be told from others."""
+        documents = text.documents(part)
+        if isinstance(text.documents, Documents):
+            template = [template_fingerprint(tokenizer)] if self.text.facts.get("messages_column") else []
+            return stored([*text.documents.key, part, *template], documents, tokenizer)
         return encoded(documents, tokenizer)
 
     def mixed(
@@ -250,8 +274,7 @@ class ActivationSource:
         if not self.pool:
             return self.contexts(part, batch)
         pool = max(1, self.pool // self.context_length)
-        text = self.text.shuffled((lap << 31) + self.data_seed) if self.text.shuffled else self.text
-        contexts = replace(self, text=text).contexts(part, batch)
+        contexts = replace(self, text=self.text.reordered((lap << 31) + self.data_seed)).contexts(part, batch)
         return mixed(contexts, pool, f"{self.data_seed} {lap} {part}", size=batch, short=short)
 
     def batches(
@@ -284,6 +307,7 @@ class ActivationSource:
 
     def provenance(self, part: Split, *, gradients: bool = False) -> dict[str, Any]:
         """The facts by which data of this source is known again."""
+        tokenizer = text_tokenizer(self.model)
         return {
             "model": self.name,
             "revision": model_revision(self.model, self.name),
@@ -292,13 +316,10 @@ class ActivationSource:
             "hook": self.hook,
             "dataset": self.text.name,
             "dataset_fingerprint": self.text.fingerprint,
-            "dataset_split": self.split,
-            "dataset_config": self.dataset_config,
-            "column": self.column,
-            "tokens_column": self.tokens_column,
-            "group_column": self.group_column,
+            **self.text.facts,
             "part": part,
-            "tokenizer": tokenizer_fingerprint(text_tokenizer(self.model)),
+            "tokenizer": tokenizer_fingerprint(tokenizer),
+            **({"chat_template": template_fingerprint(tokenizer)} if self.text.facts.get("messages_column") else {}),
             "context_length": self.context_length,
             "prepend_bos": self.prepend_bos,
             "skip_first": self.skip_first,

@@ -10,17 +10,21 @@ from __future__ import annotations
 import glob
 import hashlib
 import logging
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 from saekit.activations import python_source
-from saekit.activations.columns import Columns, Divided, Document, part_of
+from saekit.activations.chat import TrainOn
+from saekit.activations.columns import Columns, Divided, part_of
 from saekit.activations.python_source import Split
 from saekit.activations.text_files import blocks, digest_of, is_plain_text, kind_of, one_kind, rows_of
+from saekit.activations.tokens import Document
 from saekit.errors import SaekitError, did_you_mean, first_line
 from saekit.files import expanded
+from saekit.mixture import Weighted, mixture_of
 from saekit.no_installs import no_installs
 from saekit.reading import check_inside, is_plain, read_json
 
@@ -54,9 +58,11 @@ class TextSource:
     Attributes:
         name: what the user wrote.
         fingerprint: changes when the text does.
+        facts: which columns and which part of a dataset are read, as provenances tell it.
         documents: from a part of the text to an iterator over its documents, in a fixed order.
         shuffled: from a seed to the same text in another order, for datasets whose files come one after the other.
         bounded: from the size of a vocabulary to the same text, which refuses other ids; only where it has token ids.
+        shares: the texts of a mix, each with its part of all tokens; none where it is one text.
     """
 
     name: str
@@ -64,6 +70,28 @@ class TextSource:
     documents: Callable[[Split], Iterator[Document]]
     shuffled: Callable[[int], TextSource] | None = None
     bounded: Callable[[int], TextSource] | None = None
+    shares: tuple[Share, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def reordered(self, seed: int) -> TextSource:
+        """The same text in an order that the seed decides, where it can be had in another."""
+        return replace(self.shuffled(seed), facts=self.facts) if self.shuffled else self
+
+    def within(self, vocabulary: int) -> TextSource:
+        """The same text, which refuses token ids beyond a vocabulary of this size."""
+        return replace(self.bounded(vocabulary), facts=self.facts) if self.bounded else self
+
+
+class Share(NamedTuple):
+    """A text of a mix.
+
+    Attributes:
+        text: it.
+        part: of all tokens, 0 to 1.
+    """
+
+    text: TextSource
+    part: float
 
 
 def open_text(
@@ -71,6 +99,8 @@ def open_text(
     *,
     column: str = "text",
     tokens_column: str | None = None,
+    messages_column: str | None = None,
+    train_on: TrainOn = "all",
     group_column: str | None = None,
     split: str = "train",
     dataset_config: str | None = None,
@@ -80,9 +110,12 @@ def open_text(
 
     Args:
         dataset: ``"python"``, a local file or glob pattern (``text_files.KINDS``), a folder that ``datasets`` saved or
-            reads, or a name on the hub.
+            reads, a name on the hub, or a mix of these with weights by tokens, as in ``"a=0.7 + b.jsonl=0.3"``.
         column: the column that holds the text (not for plain text).
         tokens_column: the column that holds lists of token ids, which are read in place of text.
+        messages_column: the column that holds conversations, which are read in place of text by the chat template of
+            the model's tokenizer.
+        train_on: whose messages count; ``"all"`` for everything that the template writes.
         group_column: the column by whose value documents are divided, all of one value into one part.
         split: the split of a dataset of the hub or of a folder.
         dataset_config: which configuration of a dataset of the hub or of a folder, where it has several.
@@ -92,18 +125,76 @@ def open_text(
         SaekitError: nothing of that name is found, it is empty, it has no such column, or it has no such configuration
             or several of which none is named (those that it has are named).
     """
-    place, columns = expanded(dataset), Columns(column, tokens_column, group_column)
+    columns = Columns(column, tokens_column, messages_column, train_on, group_column)
+    facts = {"dataset_split": split, "dataset_config": dataset_config, "column": column, "tokens_column": tokens_column}
+    facts |= {"messages_column": messages_column, "train_on": train_on, "group_column": group_column}
+    weighted = mixture_of(dataset)
+    if weighted:
+        found = _mix(dataset, weighted, columns, split, dataset_config, streaming)
+    else:
+        found = _one(dataset, columns, split, dataset_config, streaming)
+    return replace(found, facts=facts)
+
+
+def _one(dataset: str, columns: Columns, split: str, config: str | None, streaming: bool) -> TextSource:
+    """A text that is no mix."""
+    place = expanded(dataset)
     files = [] if dataset == PYTHON or place.is_dir() else _files(place)
     if dataset == PYTHON or files or _is_saved(place):
-        if dataset_config is not None:
-            raise SaekitError(f"'{dataset}' has no configurations; leave --dataset-config {dataset_config} away")
+        if config is not None:
+            raise SaekitError(f"'{dataset}' has no configurations; leave --dataset-config {config} away")
         if dataset == PYTHON:
             columns.refuse(PYTHON)
             return _python()
         return _local(dataset, files, columns) if files else _saved(dataset, place, columns, split)
     if not place.is_dir() and (kind_of(place) or place.is_absolute() or dataset.startswith(".")):
         raise SaekitError(f"no text file matches '{dataset}'")
-    return _hub(dataset, columns, split, dataset_config, streaming)
+    return _hub(dataset, columns, split, config, streaming)
+
+
+def _mix(
+    dataset: str, weighted: list[Weighted], columns: Columns, split: str, config: str | None, streaming: bool
+) -> TextSource:
+    """Several texts, each with its part of all tokens; columns and configuration are of those that can have them."""
+    if not any(_has_columns(name) for name, _ in weighted):
+        columns.refuse(dataset)
+
+    def opened(name: str) -> TextSource:
+        own = columns if _has_columns(name) else Columns()
+        return _one(name, own, split, config if _has_configurations(name) else None, streaming)
+
+    shares = tuple(Share(opened(name), part) for name, part in weighted)
+    told = "".join(f"{share.text.fingerprint} {share.part!r}\n" for share in shares)
+    return _mixed(dataset, hashlib.blake2b(told.encode(), digest_size=16).hexdigest(), shares)
+
+
+def _has_columns(dataset: str) -> bool:
+    kind = kind_of(expanded(dataset))
+    return dataset != PYTHON and not (kind is not None and is_plain_text(kind))
+
+
+def _has_configurations(dataset: str) -> bool:
+    place = expanded(dataset)
+    return dataset != PYTHON and kind_of(place) is None and not _is_saved(place)
+
+
+def _mixed(dataset: str, fingerprint: str, shares: tuple[Share, ...]) -> TextSource:
+    """A mix; what can be done with one of its texts is done with each that allows it."""
+
+    def each(change: Callable[[TextSource], TextSource]) -> TextSource:
+        return _mixed(dataset, fingerprint, tuple(Share(change(text), part) for text, part in shares))
+
+    def documents(part: Split) -> Iterator[Document]:
+        return chain.from_iterable(share.text.documents(part) for share in shares)
+
+    return TextSource(
+        dataset,
+        fingerprint,
+        documents,
+        shuffled=lambda seed: each(lambda text: text.reordered(seed)),
+        bounded=lambda vocabulary: each(lambda text: text.within(vocabulary)),
+        shares=shares,
+    )
 
 
 def _files(place: Path) -> list[str]:

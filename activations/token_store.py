@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from saekit.activations.tokens import DOCUMENTS, Ids, encoded, tokenizer_fingerprint
+from saekit.activations.tokens import DOCUMENTS, Document, Ids, encoded, tokenizer_fingerprint
 from saekit.errors import SaekitError, SaekitWarning, first_line
 from saekit.files import expanded, replace_file
 
@@ -44,12 +44,12 @@ def token_folder() -> Path | None:
         return None
 
 
-def stored(key: Sequence[object], documents: Iterable[str | Ids], tokenizer: Any) -> Iterator[Ids]:
+def stored(key: Sequence[object], documents: Iterable[Document], tokenizer: Any) -> Iterator[Ids]:
     """``tokens.encoded``, read from the disk as far as it was done before; the rest is kept there.
 
     Args:
         key: what the ids depend on beside the tokenizer.
-        documents: the texts, not read where the ids of all that is asked for are there.
+        documents: not read where the ids of all that is asked for are there.
         tokenizer: a Hugging Face tokenizer.
 
     Raises:

@@ -13,12 +13,14 @@ from jaxtyping import Bool, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from saekit.activations.chat import Conversation, counted_of, rendered
 from saekit.errors import SaekitError
 from saekit.special_tokens import SpecialTokens, special_tokens
 
 MASK = "text positions; the first of each context, BOS and document separators left out"
 DOCUMENTS = 64  # that are tokenised together
-Ids = NDArray[np.int64]
+Ids = NDArray[np.int64]  # of tokens; −1 − id for one that does not count
+Document = str | Ids | Conversation  # a text, the ids [m] of its tokens, or messages
 PADDING = -1  # in the place of a document's number
 
 
@@ -52,15 +54,31 @@ class ContextBatch(NamedTuple):
         return (self.rows(start, start + size) for start in range(0, len(self.tokens), size))
 
 
-def encoded(documents: Iterable[str | Ids], tokenizer: Any) -> Iterator[Ids]:
-    """The token ids [m] of each document, without special tokens; documents of token ids, all or none, as they are."""
+def encoded(documents: Iterable[Document], tokenizer: Any) -> Iterator[Ids]:
+    """The token ids [m] of each document, without special tokens; −1 − id where the tokens of some roles alone count.
+
+    Documents of token ids, all or none, are handed on as they are.
+
+    Raises:
+        SaekitError: a conversation cannot be rendered (``chat.rendered``), or the tokenizer does not tell which part of
+            a text each token is.
+    """
     arriving = iter(documents)
     while batch := list(islice(arriving, DOCUMENTS)):
-        if not isinstance(batch[0], str):
+        if isinstance(batch[0], np.ndarray):
             yield from batch  # type: ignore[misc]
             continue
-        found = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        yield from (np.asarray(ids, dtype=np.int64) for ids in found)
+        texts = [rendered(each, tokenizer) if isinstance(each, Conversation) else (each, None) for each in batch]
+        marked = any(counted is not None for _, counted in texts)
+        if marked and not getattr(tokenizer, "is_fast", False):
+            raise SaekitError("the model's tokenizer is a slow one, which does not tell whose each token is")
+        asked = {"add_special_tokens": False, "return_attention_mask": False, "return_offsets_mapping": marked}
+        found = tokenizer([text for text, _ in texts], verbose=False, **asked)
+        for number, (_, counted) in enumerate(texts):
+            ids = np.asarray(found["input_ids"][number], dtype=np.int64)
+            if counted is not None:
+                ids = np.where(counted_of(found["offset_mapping"][number], counted), ids, -1 - ids)
+            yield ids
 
 
 def pack(
@@ -80,7 +98,7 @@ def pack(
     context.
 
     Args:
-        documents: their token ids.
+        documents: their token ids, −1 − id for those that do not count.
         tokenizer: a Hugging Face tokenizer, whose special tokens they get.
         context_length: t, tokens a context, BOS among them.
         prepend_bos: whether each context begins with BOS (ignored by a tokenizer that has none).
@@ -104,13 +122,9 @@ def pack(
     waiting = 0
     made = False
     for number, document in enumerate(documents):
-        # a separator belongs to no text: its document number is stored as −1 − number
-        with_end = document if separator is None else np.append(document, separator)
-        owner = np.full(len(with_end), number, dtype=np.int64)
-        if separator is not None:
-            owner[-1] = -1 - number
+        with_end = document if separator is None else np.append(document, -1 - separator)  # it belongs to no text
         ids.append(with_end)
-        owners.append(owner)
+        owners.append(np.full(len(with_end), number, dtype=np.int64))
         waiting += len(with_end)
         if waiting >= need:
             stream, owner = np.concatenate(ids), np.concatenate(owners)
@@ -129,12 +143,11 @@ def pack(
 def _contexts(stream: np.ndarray, owner: np.ndarray, room: int, bos: int | None, skip_first: int) -> ContextBatch:
     tokens = torch.from_numpy(stream.reshape(-1, room))
     owners = torch.from_numpy(owner.reshape(-1, room))
-    if bos is not None:
-        tokens = torch.nn.functional.pad(tokens, (1, 0), value=bos)
-        # BOS goes with the document that follows it
-        first = owners[:, :1]
-        owners = torch.cat([torch.where(first < 0, first, -1 - first), owners], dim=1)
-    return ContextBatch(tokens, torch.where(owners < 0, -1 - owners, owners), without_first(owners >= 0, skip_first))
+    if bos is not None:  # it goes with the document that follows it
+        tokens = torch.nn.functional.pad(tokens, (1, 0), value=-1 - bos)
+        owners = torch.cat([owners[:, :1], owners], dim=1)
+    counts = tokens >= 0
+    return ContextBatch(torch.where(counts, tokens, -1 - tokens), owners, without_first(counts, skip_first))
 
 
 def without_first(kept: Bool[Tensor, "b t"], positions: int) -> Bool[Tensor, "b t"]:

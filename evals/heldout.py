@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
 from saekit.activations import ActivationSource, ContextBatch
 from saekit.activations.boot import text_tokenizer
-from saekit.activations.columns import Document, content
+from saekit.activations.chat import Conversation
+from saekit.activations.columns import content
 from saekit.activations.harvesting import without_large
 from saekit.activations.python_source import Split
+from saekit.activations.tokens import Document
+from saekit.errors import SaekitError
 
 STRIDE = 8  # one context in so many of the text that is drawn
 _CHARACTERS = 4  # of a token, about
@@ -55,16 +61,24 @@ class Drawn(NamedTuple):
         contexts: them; documents are numbered in the order in which they occur.
         documents: how many documents they were drawn from.
         whole: whether those are all held-out documents; else the text was read in part, being long.
+        shares: kept tokens of each text of a mix, in words; empty where the text is none.
     """
 
     contexts: ContextBatch
     documents: int
     whole: bool
+    shares: str = ""
+
+    @property
+    def tokens(self) -> int:
+        """Kept tokens."""
+        return int(self.contexts.kept.sum())
 
     def about(self) -> dict[str, str]:
         """How they were drawn, for a report."""
         among = f"{'all' if self.whole else 'the first'} {self.documents:,} held-out documents"
-        return {"drawn": f"by a hash, one context in {STRIDE} of text drawn from {among}"}
+        drawn = {"drawn": f"by a hash, one context in {STRIDE} of text drawn from {among}"}
+        return {**drawn, "shares": self.shares} if self.shares else drawn
 
 
 def heldout_contexts(
@@ -89,8 +103,10 @@ def draw(
 
     Documents, the longest in parts of about 16 contexts, are put in the order of a hash of their text and packed as
     for training; of the contexts that this makes, every eighth is taken, then every eighth after those, until there are
-    enough. So each context is as likely as any other, and few come from one place. More tokens are the same contexts
-    and others (nearly, where the text is longer than what is read of it: 256 characters a token, at least 32 million).
+    enough. Of a mix each text is drawn from so, for its part of the tokens; where one has fewer held out, there are
+    fewer in all. So each context is as likely as any other, and few come from one place. More tokens are the same
+    contexts and others (nearly, where the text is longer than what is read of it: 256 characters a token, at least 32
+    million).
 
     Args:
         source: the text.
@@ -101,6 +117,8 @@ def draw(
     Raises:
         SaekitError: there is no held-out text.
     """
+    if source.text.shares:
+        return _draw_mix(source, tokens, narrow, limit=limit)
     excerpts, documents, whole = _lowest(source.text.documents("heldout"), source.context_length, tokens)
     numbers = torch.tensor([excerpt.document for excerpt in excerpts])
     cut = torch.tensor([excerpt.cut for excerpt in excerpts])
@@ -120,6 +138,41 @@ def draw(
             break
     found = ContextBatch(*(torch.cat(column) for column in zip(*parts, strict=True)))
     return Drawn(found._replace(documents=_in_order(numbers[found.documents])), documents, whole)
+
+
+def _draw_mix(
+    source: ActivationSource,
+    tokens: int,
+    narrow: Callable[[ContextBatch], ContextBatch] | None,
+    *,
+    limit: float | None,
+) -> Drawn:
+    """Contexts of the texts of a mix, each its part of the tokens, in turns."""
+    shares = source.text.shares
+
+    def drawn(tokens: float) -> list[Drawn]:
+        asked = [(replace(source, text=text), max(1, math.ceil(part * tokens))) for text, part in shares]
+        return [draw(one, wanted, narrow, limit=limit) for one, wanted in asked]
+
+    found = drawn(tokens)
+    held = min(each.tokens / part for each, (_, part) in zip(found, shares, strict=True))
+    found = drawn(held) if held < tokens else found
+    lengths = [each.contexts.tokens.shape[1] for each in found]
+    if len(set(lengths)) > 1:
+        short = shares[lengths.index(min(lengths))].text.name
+        raise SaekitError(f"the heldout part of '{short}' does not fill one context of {source.context_length} tokens")
+    before, parts = 0, []
+    for each in found:
+        parts.append(each.contexts._replace(documents=each.contexts.documents + before))
+        before = int(parts[-1].documents.max()) + 1
+    turns = torch.cat([(torch.arange(len(part.tokens)) + 0.5) / len(part.tokens) for part in parts]).argsort(
+        stable=True
+    )
+    contexts = ContextBatch(*(torch.cat(column)[turns] for column in zip(*parts, strict=True)))
+    names = [Path(text.name).name if Path(text.name).is_absolute() else text.name for text, _ in shares]
+    told = ", ".join(f"{each.tokens:,} tokens of '{name}'" for each, name in zip(found, names, strict=True))
+    contexts = contexts._replace(documents=_in_order(contexts.documents))
+    return Drawn(contexts, sum(each.documents for each in found), all(each.whole for each in found), told)
 
 
 def _lowest(texts: Iterable[Document], context_length: int, tokens: int) -> tuple[list[Excerpt], int, bool]:
@@ -150,11 +203,18 @@ def _first(excerpts: list[Excerpt], characters: int) -> list[Excerpt]:
 
 
 def _size(document: Document) -> int:
-    return len(document) if isinstance(document, str) else _CHARACTERS * len(document)
+    return _CHARACTERS * len(document) if isinstance(document, np.ndarray) else len(document)
 
 
 def excerpts_of(text: Document, document: int, size: int) -> Iterator[Excerpt]:
-    """A document in about equal parts of about ``size`` characters, a text cut after a line or else before a space."""
+    """A document in about equal parts of about ``size`` characters, a text cut after a line or else before a space.
+
+    A conversation is one part: a template begins and ends it.
+    """
+    if isinstance(text, Conversation):
+        rank = hashlib.blake2b(content(text), digest_size=8, person=b"drawn").digest()
+        yield Excerpt(rank, document, text, False)
+        return
     parts = max(1, round(_size(text) / size))
     start = 0
     for part in range(1, parts + 1):

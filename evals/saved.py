@@ -213,7 +213,7 @@ class Evaluator:
             hook,
             asked.dataset or facts.get("dataset_path") or "python",
             column=asked.column or provenance.get("column") or "text",
-            tokens_column=asked.tokens_column or (None if asked.column else own_text.get("tokens_column")),
+            **_documents(asked, own_text),
             group_column=asked.group_column or own_text.get("group_column"),
             split=asked.split or provenance.get("dataset_split") or "train",
             dataset_config=asked.dataset_config or own_text.get("dataset_config"),
@@ -229,7 +229,7 @@ class Evaluator:
             trust_remote_code=self.trust_remote_code,
         )
         self._models[key] = source.model
-        if (group := provenance.get("group_column")) != source.group_column and not asked.group_column:
+        if (group := provenance.get("group_column")) != source.text.facts["group_column"] and not asked.group_column:
             told = f"'{path}' was trained on text that its column '{group}' divides; '{source.text.name}' is divided by"
             warnings.warn(f"{told} its documents (--group-column {group})", SaekitWarning, stacklevel=3)
         if asked.prepend_bos and not source.prepend_bos:
@@ -250,8 +250,7 @@ class Evaluator:
         """What tells held-out contexts apart."""
         limit = self.norm_limit(sae, source)
         large = () if limit is None else (source.hook, limit)
-        columns = (source.column, source.tokens_column, source.group_column)
-        text = (source.text.fingerprint, source.split, *columns, source.rules)
+        text = (source.text.fingerprint, *source.text.facts.values(), source.rules)
         return (source.name, *text, source.context_length, source.skip_first, source.prepend_bos, *large)
 
     def _draw(self, sae: SparseAutoencoder, source: ActivationSource) -> Drawn:
@@ -294,6 +293,17 @@ class Evaluator:
         return asked if limit is None else {**asked, "norm_limit": limit}
 
 
+def _documents(asked: Any, own: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns that documents are read from in place of text, as asked for or else as the training had them."""
+    named = asked.column or asked.tokens_column or asked.messages_column
+    own = {} if named else own
+    return {
+        "tokens_column": asked.tokens_column or own.get("tokens_column"),
+        "messages_column": asked.messages_column or own.get("messages_column"),
+        "train_on": asked.train_on or own.get("train_on") or "all",
+    }
+
+
 def _plain(text: str) -> str:
     if not is_plain(text):
         raise ValueError("it has characters that no name has")
@@ -312,6 +322,8 @@ class _Provenance(TypedDict, total=False):
     hook: _Text
     column: _Text
     tokens_column: _Text
+    messages_column: _Text
+    train_on: Literal["all", "assistant", "user"] | None
     group_column: _Text
     dataset_split: _Text
     dataset_config: _Text

@@ -14,6 +14,7 @@ from saekit.evals.report import figures, groups_in, lookup, notes, over_document
 from saekit.formats.registry import FORMATS, files_of
 from saekit.hub import HubPath
 from saekit.loading import load
+from saekit.mixture import described, weighted_in
 from saekit.reading import read_json
 from saekit.sae import SparseAutoencoder
 
@@ -82,15 +83,20 @@ class _Told:
         from huggingface_hub import ModelCardData
 
         public = {fact: name for fact, name in self.texts.items() if name and _on_the_hub(name)}
-        datasets = [public["dataset"]] if "dataset" in public else None
+        datasets = [name for name in self._datasets() if _on_the_hub(name)] or None
         facts = ModelCardData(library_name="saekit", tags=tags, base_model=public.get("model"), datasets=datasets)
         return f"---\n{facts.to_yaml()}\n---\n"
+
+    def _datasets(self) -> list[str]:
+        """The dataset it was trained on, or those of the mix."""
+        name = self.texts["dataset"]
+        return [text for text, _ in weighted_in(name or "")] or ([name] if name else [])
 
     def facts(self) -> str:
         """What the dictionary is and where it comes from."""
         cfg, own = self.cfg, self.own
         rule = _RULES[cfg.affinity_scale if cfg.affinity_scale != "none" else cfg.architecture].format(k=cfg.k)
-        text = _described(self.texts["dataset"])
+        text = _mix_described(self.texts["dataset"])
         rows = {
             "model": _described(self.texts["model"]),
             "hook point": _code(self.texts["hook"]) if self.texts["hook"] else None,
@@ -99,6 +105,8 @@ class _Told:
             "active are": rule,
             "trained on": " of ".join(filter(None, [f"{self.tokens:,} tokens" if self.tokens else None, text])),
             "token ids": self._column("tokens_column"),
+            "conversations": self._column("messages_column"),
+            "messages trained on": self._role(),
             "text divided by": self._column("group_column"),
             "context": f"{self.context:,} tokens" if self.context else None,
             "trained by": self._training(),
@@ -113,6 +121,20 @@ class _Told:
         provenance = self.own.get("provenance")
         name = _text(provenance.get(fact)) if isinstance(provenance, dict) else None
         return f"the column {_code(name)}" if name else None
+
+    def _role(self) -> str | None:
+        """Whose messages count in conversations."""
+        provenance = self.own.get("provenance")
+        role = (
+            provenance.get("train_on") if isinstance(provenance, dict) and provenance.get("messages_column") else None
+        )
+        return (
+            None
+            if role is None
+            else "all, and what the template writes"
+            if role == "all"
+            else f"those of {_code(_text(role))}"
+        )
 
     def _initial(self) -> str | None:
         """The dictionary that the training started from."""
@@ -162,7 +184,7 @@ def _figures(sae: SparseAutoencoder, files: dict[str, Path]) -> str:
         rows = [[title, value, meaning] for title, value, _, meaning in rows]
     lines = [f"|{'|'.join(row)}|" if row[0] == "---" else f"| {' | '.join(row)} |" for row in rows]
     lines += [line for note in over_documents(groups) for line in ("", f"{note[0].upper()}{note[1:]}.")]
-    origin = _described(_text(about.get("dataset")) or _text(about.get("cache")))
+    origin = _mix_described(_text(about.get("dataset")) or _text(about.get("cache")))
     held_out = "held-out " if about.get("part") == "heldout" else ""
     told = f"On {tokens:,} {held_out}tokens{f' of {origin}' if origin else ''}, by the rule above:"
     why = [f"\n{_code(_text(note))}" for note in notes(about)]
@@ -224,6 +246,12 @@ def _described(name: str | None) -> str | None:
     return _code(_own_name(name)) + ("" if _on_the_hub(name) else kind)
 
 
+def _mix_described(name: str | None) -> str | None:
+    """A text, or those of a mix and their weights."""
+    texts = weighted_in(name or "")
+    return " and ".join(f"{_described(text)} ({part:.0%})" for text, part in texts) if texts else _described(name)
+
+
 def _own_name(name: str) -> str:
     """A name of the hub as it is, and the last part of a path."""
     return name if _on_the_hub(name) else re.split(r"[/\\]", name.rstrip("/\\"))[-1]
@@ -255,4 +283,8 @@ def _without_places(value: Any) -> Any:
         return {key: _without_places(each) for key, each in value.items()}
     if isinstance(value, list):
         return [_without_places(each) for each in value]
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+    if not isinstance(value, str):
+        return value
+    if texts := weighted_in(value):
+        return described({Path(name).name if Path(name).is_absolute() else name: part for name, part in texts})
+    return Path(value).name if Path(value).is_absolute() else value

@@ -52,6 +52,7 @@ def setting(
     own: bool = False,
     decides: bool = True,
     within_width: bool = False,
+    joined: str | None = None,
     **bounds: Any,
 ) -> Any:
     """One field of a ``Settings`` class.
@@ -64,10 +65,11 @@ def setting(
         own: whether runs that share a stream may differ in it.
         decides: whether the result of a run depends on it.
         within_width: whether it counts features, so that it is at most the width of the dictionary.
+        joined: what stands between its values where its flag is given several times.
         bounds: what pydantic's ``Field`` takes: ``gt``, ``le``, ``default_factory``, ...
     """
     facts: Any = {"values": values, "resumable": resumable, "own": own, "decides": decides}
-    facts |= {"within_width": within_width}
+    facts |= {"within_width": within_width, "joined": joined}
     given = {} if "default_factory" in bounds else {"default": default}
     return Field(**given, description=description, json_schema_extra=facts, **bounds)
 

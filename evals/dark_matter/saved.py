@@ -161,9 +161,11 @@ def _after(source: ActivationSource, hooks: set[str]) -> set[str]:
 
 def _check_same(first: str, one: ActivationSource, path: str, other: ActivationSource) -> None:
     """Raise SaekitError unless both dictionaries are of one hook point, model and text."""
-    same = ("name", "hook", "context_length", "skip_first", "prepend_bos", "column", "split", "dataset_config", "rules")
-    for what in (*same, "tokens_column", "group_column", "processing"):
-        a, b = (applied_to(s.model) if what == "processing" else getattr(s, what) for s in (one, other))
+    same = ("name", "hook", "context_length", "skip_first", "prepend_bos", "rules")
+    for what in (*same, *one.text.facts, "processing"):
+        a, b = (
+            applied_to(s.model) if what == "processing" else {**vars(s), **s.text.facts}[what] for s in (one, other)
+        )
         if a != b:
             kind = {"name": "model"}.get(what, what)
             raise SaekitError(f"'{first}' has {kind} '{a}', '{path}' has '{b}'; errors are compared at one hook point")

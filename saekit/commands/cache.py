@@ -11,7 +11,7 @@ from typing import Any
 import typer
 
 from saekit.activations.settings import HarvestPlan
-from saekit.commands.flags import flags, with_flags
+from saekit.commands.flags import flags, joined, with_flags
 from saekit.errors import SaekitError
 
 cache_app = typer.Typer()
@@ -43,7 +43,7 @@ def cache(
     from saekit.interrupt import Interrupted
     from saekit.machine import pick_device
 
-    given = {name: value for name, value in asked.items() if value is not None}
+    given = {name: value for name, value in joined(asked, HarvestPlan).items() if value is not None}
     plan = HarvestPlan(**given)
     try:
         with _bar(f"harvesting {out.name}", quiet) as (progress, tell):

@@ -11,7 +11,7 @@ import typer
 
 from saekit.activations.settings import SourceSettings
 from saekit.commands.evaluating import bars, evaluated, open_evaluator, show
-from saekit.commands.flags import among, flag, with_flags
+from saekit.commands.flags import among, flag, joined, with_flags
 from saekit.commands.report import SHOWN, report_on_several
 from saekit.errors import SaekitError, did_you_mean
 from saekit.evals.dark_matter.settings import DarkMatterSettings
@@ -61,6 +61,7 @@ def evaluate(
     """
     if suite not in ("standard", "dark_matter"):
         raise SaekitError(f"unknown suite '{suite}'{did_you_mean(suite, ('standard', 'dark_matter'))}")
+    flags = joined(flags, SourceSettings)
     given = {key: value for key, value in flags.items() if value is not None and value is not False and value != []}
     source = {key: flags[key] for key in SourceSettings.model_fields if flags[key] is not None}
     apart = DarkMatterSettings.model_fields.keys() & given.keys()

@@ -10,7 +10,7 @@ import typer
 from pydantic.fields import FieldInfo
 
 from saekit.errors import SaekitError
-from saekit.settings import Settings, choices
+from saekit.settings import Settings, choices, fact
 
 _KINDS: dict[Any, Any] = {int: int, float: float, int | None: int, float | None: float, bool: bool, bool | None: bool}
 
@@ -67,7 +67,7 @@ def flag(
     stated = field.default_factory is None and field.default is not None and field.default is not False
     default = f" [default: {field.default}]" if stated else ""
     owners = f"{', '.join(of)}: " if of else ""
-    known = choices(field)
+    known, between = choices(field), fact(field, "joined")
     names = [f"--{old.replace('_', '-')}", f"--{name.replace('_', '-')}"] if old else []
     option = typer.Option(
         *names,
@@ -79,7 +79,7 @@ def flag(
     plain = str if several and takes_several(name, field) else _KINDS.get(field.annotation, str)
     if plain is str and field.annotation in _KINDS:
         option.metavar = _KINDS[field.annotation].__name__.upper() + ",..."
-    kind: Any = Annotated[(list[str] if again is not None else plain) | None, option]
+    kind: Any = Annotated[(list[str] if between or again is not None else plain) | None, option]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
 
 
@@ -103,6 +103,15 @@ def values_of(name: str, given: str | list[str] | None, field: FieldInfo | None 
         wanted = "whole numbers" if kind is int else "numbers"
         raise SaekitError(f"--{name.replace('_', '-')} takes {wanted}, not '{given}'") from None
     return values if len(values) > 1 else values[0] if values else None
+
+
+def joined(given: Mapping[str, Any], kind: type[Settings]) -> dict[str, Any]:
+    """What was given for settings, those whose flag may be given several times for one value put together."""
+    between = {name: fact(field, "joined") for name, field in kind.model_fields.items()}
+    return {
+        name: (between[name].join(value) or None) if between.get(name) and isinstance(value, list) else value
+        for name, value in given.items()
+    }
 
 
 def named_flag(name: str, what: str, registry: Iterable[str], default: str, panel: str) -> inspect.Parameter:

@@ -12,7 +12,7 @@ import typer
 
 from saekit.activations.settings import SourceSettings
 from saekit.commands.evaluating import evaluated, open_evaluator
-from saekit.commands.flags import flag, flags, named_flag, panel_of, takes_several, values_of, with_flags
+from saekit.commands.flags import flag, flags, joined, named_flag, panel_of, takes_several, values_of, with_flags
 from saekit.commands.report import SHOWN, report_on_run
 from saekit.errors import SaekitError
 from saekit.trainers.auxiliary_losses import AUXILIARY
@@ -70,6 +70,7 @@ def train(
 
     fields = {key: field for kind in PARTS.values() for key, field in kind.model_fields.items()}
     fields |= {key: field for key, (field, _) in variants_with().items()}
+    flags = joined(flags, SourceSettings)
     single = {key for key, field in fields.items() if not takes_several(key, field)}
     flags = {key: value if key in single else values_of(key, value, fields.get(key)) for key, value in flags.items()}
     flags["log"] = flags["log"] or None

@@ -79,7 +79,7 @@ def test_columns_of_what_has_none_are_refused(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x", "author": "y"}) + "\n")
     with pytest.raises(SaekitError, match="no column 'auther'; did you mean 'author'"):
         open_text(str(tmp_path / "a.jsonl"), group_column="auther")
-    with pytest.raises(SaekitError, match="either the text of --column body or --tokens-column ids"):
+    with pytest.raises(SaekitError, match="from one column, --column body or --tokens-column ids"):
         SourceSettings(column="body", tokens_column="ids")
 
 
