@@ -8,8 +8,8 @@ from typing import Any, Literal
 from pydantic import field_validator, model_validator
 from typing_extensions import Self
 
+from saekit.activations.mixture import BETWEEN, described
 from saekit.errors import did_you_mean
-from saekit.mixture import BETWEEN, described
 from saekit.settings import MANY, Settings, setting
 
 DEVICES = ("auto", "cpu", "cuda", "mps")

@@ -19,12 +19,12 @@ from typing import Any, NamedTuple, get_args
 from saekit.activations import python_source
 from saekit.activations.chat import TrainOn
 from saekit.activations.columns import Columns, Divided, part_of
+from saekit.activations.mixture import Weighted, mixture_of
 from saekit.activations.python_source import Split
 from saekit.activations.text_files import blocks, digest_of, is_plain_text, kind_of, one_kind, rows_of
 from saekit.activations.tokens import Document
 from saekit.errors import SaekitError, did_you_mean, first_line
 from saekit.files import expanded
-from saekit.mixture import Weighted, mixture_of
 from saekit.no_installs import no_installs
 from saekit.reading import check_inside, is_plain, read_json
 

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from saekit.activations.mixture import described, weighted_in
 from saekit.errors import SaekitError
 from saekit.evals.registry import evaluations
 from saekit.evals.report import figures, groups_in, lookup, notes, over_documents
 from saekit.formats.registry import FORMATS, files_of
 from saekit.hub import HubPath
 from saekit.loading import load
-from saekit.mixture import described, weighted_in
 from saekit.reading import read_json
 from saekit.sae import SparseAutoencoder
 

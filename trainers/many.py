@@ -38,6 +38,7 @@ from saekit.trainers.run_folder import (
     finished_run,
     prepared_folder,
     resumed_folder,
+    write_changes,
 )
 from saekit.trainers.trainer import Trainer, stream_state
 
@@ -93,7 +94,8 @@ def train_many(
 
     Args:
         configs: what to train, each in a folder of its own.
-        resume: go on from the newest checkpoints; finished runs are loaded, those that have no folder yet begin.
+        resume: go on from the newest checkpoints; finished runs are loaded, or go on where the configs have more
+            tokens, and those that have no folder yet begin.
         overwrite: replace runs that the folders hold.
         quiet: show no progress bars.
         trust_remote_code: as for ``train``.
@@ -122,11 +124,13 @@ def train_many(
     if resume and not any(there) and (home is None or not (home / PLAN).is_file()):
         raise SaekitError(f"there is no run to resume in '{configs[0].out}': {CONFIG} is missing")
     found: dict[int, Run] = {}
+    resumed: list[TrainConfig] = []
     groups: dict[tuple[Any, ...], dict[int, TrainConfig]] = {}
     with ExitStack() as stack:
         for number, config in enumerate(configs):
             if there[number]:
                 config = stack.enter_context(resumed_folder(config))
+                resumed.append(config)
                 if (run := finished_run(config)) is not None:
                     found[number] = run
                     continue
@@ -135,6 +139,8 @@ def train_many(
                 config = with_initial_width(config)
             check_installed(config.log)
             groups.setdefault(origin(config), {})[number] = config
+        for config in resumed:
+            write_changes(config, lambda line: None if quiet else print(line, file=sys.stderr))
         plan = dict(zip((folder.name for folder in folders), configs, strict=True))
         write = partial(write_plan, home, plan, resume=resume) if home is not None else lambda: None
         failed: dict[int, SaekitError] = {}

@@ -29,7 +29,7 @@ from saekit.trainers.dictionary import Units, affinity_scale, empty_dictionary, 
 from saekit.trainers.divergence import Divergence
 from saekit.trainers.initial import start_from
 from saekit.trainers.optimizer import DictionaryAdam, learning_rate
-from saekit.trainers.run_folder import CHECKPOINTS, CONFIG, DICTIONARY, STATISTICS, Run
+from saekit.trainers.run_folder import CHECKPOINTS, CONFIG, DICTIONARY, STATISTICS, Run, begin_replacing
 from saekit.trainers.statistics import Statistics
 from saekit.trainers.terms import Step, Term
 from saekit.trainers.variant import Batch
@@ -98,6 +98,8 @@ class Trainer:
             raise SaekitError(f"the data has another {field} than when the run in '{self.config.out}' was started")
         settings = _lasting(self.config)
         before = {"pool": 0, **{OLD_NAMES.get(name, name): value for name, value in state["config"].items()}}
+        if before["tokens"] < settings["tokens"] and int(state["step"]) == before["tokens"] // self.config.batch_size:
+            before["tokens"] = settings["tokens"]  # it was finished, and goes on with more
         changed = [name for name, value in before.items() if name in settings and settings[name] != value]
         if changed:
             raise SaekitError(
@@ -203,6 +205,7 @@ class Trainer:
         unscale(sae, self.units)
         sae.with_metadata(**self._facts())
         figures = self._figures()
+        begin_replacing(self.config.out)
         replace_file(self.config.out / STATISTICS, lambda path: save_file(figures, path))
         sae.save(self.config.out / DICTIONARY, overwrite=True)
         return Run(sae, self.config.out, self.config)

@@ -47,7 +47,7 @@ def train_flags() -> list[inspect.Parameter]:
 def train(
     *,
     config: Path | None = typer.Option(None, help="YAML file of settings; flags win over it"),
-    resume: bool = typer.Option(False, help="go on with the run in --out"),
+    resume: bool = typer.Option(False, help="go on with the run in --out; with more --tokens, with a finished one"),
     overwrite: bool = typer.Option(False, help="replace the run in --out"),
     dry_run: bool = typer.Option(False, help="train nothing; say which runs there would be, their memory and time"),
     eval_tokens: int = typer.Option(131_072, min=0, help="held-out tokens to evaluate on at the end; 0 for none"),
@@ -96,7 +96,8 @@ def train(
 
         print(*told(estimate(configs, trust_remote_code=trust_remote_code)), sep="\n")
         return
-    finished = {path.parents[1] for place in ("sae", "*/sae") for path in home.glob(f"{place}/cfg.json") if resume}
+    there = [path for place in ("sae", "*/sae") for path in home.glob(f"{place}/cfg.json") if resume]
+    written = {path: path.stat().st_mtime_ns for path in there}
     for file in (*home.glob("eval.json"), *home.glob("*/eval.json")) if resume else ():
         groups_in(file)  # better refused now than when all is done
     manner = {"resume": resume, "overwrite": overwrite, "quiet": quiet, "trust_remote_code": trust_remote_code}
@@ -106,7 +107,7 @@ def train(
         print(f"\nsaekit: stopped; go on with: saekit train --out {home} --resume", file=sys.stderr)
         sys.exit(stop.code)
     for run in runs:
-        if run.path in finished:
+        if (cfg := run.path / "sae" / "cfg.json") in written and cfg.stat().st_mtime_ns == written[cfg]:
             print(f"the run in {run.path} was finished already")
     evaluator = None
     if eval_tokens:

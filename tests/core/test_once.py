@@ -43,7 +43,7 @@ def test_every_option_of_every_command_that_takes_one_value_is_refused_twice(sae
             given = [option.opts[0]] if option.is_flag else [option.opts[0], "1"]
             done = saekit_main(*words.split(), *given, *given)
             assert f"{option.opts[0]} is given 2 times" in done.stderr, (words, option.opts, done.stderr)
-    assert sorted(again) == ["--earlier", "--hook", "--log"]
+    assert sorted(again) == ["--dataset", "--dataset", "--dataset", "--earlier", "--hook", "--log"]
 
 
 @pytest.mark.parametrize(
