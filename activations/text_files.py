@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import sys
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from importlib import import_module
@@ -33,7 +34,7 @@ def one_kind(dataset: str, files: Sequence[str]) -> str:
     """The kind that all files are of.
 
     Raises:
-        SaekitError: they are of none or several, or one cannot be decompressed here.
+        SaekitError: they are of none or several, or one cannot be decompressed here, or is a .zst file that is cut.
     """
     kind = kind_of(files[0])
     if kind is None or any(kind_of(file) != kind for file in files):
@@ -41,7 +42,28 @@ def one_kind(dataset: str, files: Sequence[str]) -> str:
     packed = next((file for file in files if file.lower().endswith(".zst")), None)
     if packed is not None and find_spec("zstandard") is None:
         raise SaekitError(f"'{packed}' needs the package zstandard, which is not there: pip install zstandard")
+    for file in files:
+        if file.lower().endswith(".zst"):
+            _check_whole(Path(file))
     return kind
+
+
+def _check_whole(path: Path) -> None:
+    """Raise SaekitError where a .zst file is cut short or damaged: readers take the part that is there for all."""
+    zstandard = import_module("zstandard")
+    frame, begun = zstandard.ZstdDecompressor().decompressobj(), False
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                while block:
+                    frame.decompress(block)
+                    begun, block = not frame.eof, frame.unused_data
+                    if frame.eof:
+                        frame = zstandard.ZstdDecompressor().decompressobj()
+    except (OSError, zstandard.ZstdError) as error:
+        raise SaekitError(f"cannot read '{path}': {first_line(error)}") from None
+    if begun:
+        raise SaekitError(f"cannot read '{path}': it ends before its end-of-stream marker: it is cut short")
 
 
 def is_plain_text(kind: str) -> bool:
@@ -104,10 +126,16 @@ def blocks(path: Path) -> Iterator[str]:
                     lines, size = [], 0
     except UnicodeDecodeError as error:
         raise SaekitError(f"'{path}' is not UTF-8 text: byte {error.start}") from None
-    except (EOFError, OSError, zlib.error) as error:
+    except _damages() as error:
         raise SaekitError(f"cannot read '{path}': {first_line(error)}") from None
     if "".join(lines).strip():
         yield "".join(lines)
+
+
+def _damages() -> tuple[type[Exception], ...]:
+    """What the libraries raise where a compressed file is damaged."""
+    zstandard = sys.modules.get("zstandard")
+    return (EOFError, OSError, zlib.error, *([] if zstandard is None else [zstandard.ZstdError]))
 
 
 def _lines(path: Path) -> Iterator[str]:

@@ -7,6 +7,7 @@ import gzip
 import json
 
 import pytest
+import zstandard
 
 from saekit.activations import open_text
 from saekit.activations.text import SPLITS
@@ -26,9 +27,11 @@ def _lines(path, opener):
         file.writelines(json.dumps({"text": text}) + "\n" for text in TEXTS)
 
 
-@pytest.mark.parametrize("name", ["a.csv", "a.csv.gz", "a.tsv", "a.tsv.gz", "a.jsonl", "a.jsonl.gz", "a.JSON.GZ"])
+@pytest.mark.parametrize(
+    "name", ["a.csv", "a.csv.gz", "a.tsv", "a.tsv.gz", "a.tsv.zst", "a.jsonl", "a.jsonl.gz", "a.JSON.GZ", "a.jsonl.zst"]
+)
 def test_tables_and_compressed_files_hold_their_texts_as_they_are(tmp_path, name):
-    opener = gzip.open if name.lower().endswith(".gz") else open
+    opener = {"gz": gzip.open, "zst": zstandard.open}.get(name.lower().rsplit(".", 1)[1], open)
     if "sv" in name:
         _table(tmp_path / name, opener, "\t" if "tsv" in name else ",")
     else:
@@ -41,10 +44,12 @@ def test_compressed_plain_text_has_the_same_blocks(tmp_path):
     text = "".join(f"line number {i} of a text\n" for i in range(3000))
     (tmp_path / "a.txt").write_text(text)
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(text.encode()))
-    plain, packed = (open_text(str(tmp_path / name)) for name in ("a.txt", "a.txt.gz"))
-    assert plain.fingerprint != packed.fingerprint, "of the bytes"
-    for part in SPLITS:
-        assert list(plain.documents(part)) == list(packed.documents(part)) != []
+    (tmp_path / "a.txt.zst").write_bytes(zstandard.compress(text.encode()))
+    plain, *packed = (open_text(str(tmp_path / name)) for name in ("a.txt", "a.txt.gz", "a.txt.zst"))
+    for each in packed:
+        assert plain.fingerprint != each.fingerprint, "of the bytes"
+        for part in SPLITS:
+            assert list(plain.documents(part)) == list(each.documents(part)) != []
 
 
 def test_compressed_files_that_are_cut_short_are_named(tmp_path):
@@ -52,9 +57,20 @@ def test_compressed_files_that_are_cut_short_are_named(tmp_path):
     (tmp_path / "a.txt.gz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(SaekitError, match="cannot read '.*a.txt.gz': Compressed file ended"):
         list(open_text(str(tmp_path / "a.txt.gz")).documents("train"))
-    (tmp_path / "b.jsonl.gz").write_bytes(b"no gzip")
-    with pytest.raises(SaekitError, match="b.jsonl.gz"):
-        list(open_text(str(tmp_path / "b.jsonl.gz")).documents("train"))
+    noise = "".join(f"{i * i * 7919 % 10007}\n" for i in range(90_000)).encode()
+    whole = zstandard.compress(noise) + zstandard.compress(b"a second frame\n")
+    for cut in (len(whole) // 3, len(whole) - 3):
+        (tmp_path / "a.txt.zst").write_bytes(whole[:cut])
+        with pytest.raises(SaekitError, match="cannot read '.*a.txt.zst': .* cut short"):
+            open_text(str(tmp_path / "a.txt.zst"))
+    (tmp_path / "a.txt.zst").write_bytes(whole)
+    assert any(
+        "a second frame" in text for part in SPLITS for text in open_text(str(tmp_path / "a.txt.zst")).documents(part)
+    )
+    for name in ("b.jsonl.gz", "b.jsonl.zst", "c.txt.zst"):
+        (tmp_path / name).write_bytes(b"no such thing")
+        with pytest.raises(SaekitError, match=name):
+            list(open_text(str(tmp_path / name)).documents("train"))
 
 
 def test_zstandard_is_asked_for_where_it_is_missing(tmp_path, monkeypatch):
