@@ -24,6 +24,7 @@ _PASS = 2**28  # bytes of what a pass ends in, unless one context alone has more
 _PIECE = 2**26  # bytes of the logits that are worked on at a time
 _HOOK = "unembed.hook_in"
 _ends: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # whether the unembedding ends the model
+_linear: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # whether it is linear, in float32
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,30 @@ class Unembedding:
         ]
         return torch.cat(found)
 
+    @property
+    def linear(self) -> bool:
+        """Whether logits follow from rows by a product with a matrix, in float32."""
+        if self.whole:
+            return False
+        if self.model not in _linear:
+            _linear[self.model] = _is_linear(self)
+        return _linear[self.model]
+
+    def sloped(
+        self, rows: Float[Tensor, "b t w"], places: Int[Tensor, "m"], targets: Int[Tensor, "m"]
+    ) -> tuple[Float[Tensor, "m"], Float[Tensor, "m w"]]:
+        """``nats``, and their gradients at the rows."""
+        places, targets = places.to(rows.device), targets.to(rows.device)
+        found = []
+        for piece, wanted in zip(self.pieces(places), self.pieces(targets), strict=True):
+            with torch.enable_grad():
+                at = rows.flatten(0, 1)[piece].detach().requires_grad_()
+                nats = nn.functional.cross_entropy(self.logits(at), wanted, reduction="none")
+                (slope,) = torch.autograd.grad(nats.sum(), at)
+            found.append((nats.detach(), slope))
+        before, slopes = (torch.cat(column) for column in zip(*found, strict=True))
+        return before, slopes
+
     def compared(
         self,
         rows: Float[Tensor, "b t w"],
@@ -116,10 +141,26 @@ def next_tokens(tokens: Int[Tensor, "b t"]) -> tuple[Int[Tensor, "m"], Int[Tenso
     return places, tokens.flatten()[places + 1]
 
 
-def _capped(model: TransformerBridge, logits: Float[Tensor, "*m v"]) -> Float[Tensor, "*m v"]:
+def _cap(model: TransformerBridge) -> float | None:
     config = model.original_model.config
-    cap = getattr(getattr(config, "text_config", None) or config, "final_logit_softcapping", None)
+    cap: float | None = getattr(getattr(config, "text_config", None) or config, "final_logit_softcapping", None)
+    return cap
+
+
+def _capped(model: TransformerBridge, logits: Float[Tensor, "*m v"]) -> Float[Tensor, "*m v"]:
+    cap = _cap(model)
     return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def _is_linear(end: Unembedding) -> bool:
+    if dtype_of(end.model) != torch.float32 or _cap(end.model) is not None:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    one, other = torch.randn(2, 4, int(end.model.cfg.d_model), generator=generator).to(device_of(end.model))
+    with torch.no_grad():
+        found = end.logits(one + other) - end.logits(other)
+        expected = end.logits(one) - end.logits(torch.zeros_like(one))
+    return float((found - expected).norm()) <= 1e-4 * float(expected.norm())
 
 
 def _is_the_end(model: TransformerBridge) -> bool:

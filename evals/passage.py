@@ -55,6 +55,7 @@ class Passage:
         self._start: Tensor | None = None
         self._rows: Tensor | None = None
         self._nats: Tensor | None = None  # of the model itself, at the scored positions
+        self._slopes: Tensor | None = None  # their gradients at its rows
         self._spliced: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -118,10 +119,24 @@ class Passage:
         return self._nats
 
     def compared(self, edited: Float[Tensor, "b t w"]) -> tuple[Float[Tensor, "s"], Float[Tensor, "s"]]:
-        """What the next token at each scored position costs by edited rows, and KL(the model itself ‖ those)."""
+        """What the next token at each scored position costs by edited rows, and KL(the model itself ‖ those).
+
+        Where logits are linear in the rows r, log Σ exp and the cost differ by what is linear too, and the divergence
+        of two softmaxes is the Bregman divergence of log Σ exp: KL = cost(r′) − cost(r) − (r′ − r)·∇cost(r), and what
+        belongs to the model itself is found once, not for each dictionary.
+        """
         places, targets, _ = self.scored()
-        self._nats, nats, divergence = self.end.compared(self.rows, edited, places, targets)
-        return nats, divergence
+        if not self.end.linear:
+            self._nats, nats, divergence = self.end.compared(self.rows, edited, places, targets)
+            return nats, divergence
+        if self._slopes is None:
+            self._nats, slopes = self.end.sloped(self.rows, places, targets)
+            self._slopes = slopes
+        assert self._nats is not None
+        nats = self.end.nats(edited, places, targets)
+        moved = (edited - self.rows).flatten(0, 1)[places.to(edited.device)]
+        linear = (moved * self._slopes.to(moved.device)).sum(1, dtype=torch.float64)
+        return nats, nats.double() - self._nats.to(nats.device).double() - linear
 
     def scored(self) -> Scored:
         """The scored positions."""
@@ -135,15 +150,17 @@ class Passage:
         self._spliced = None
         if self.end.whole:  # as wide as the vocabulary
             self._rows = None
+        self._slopes = None if self._slopes is None else self._slopes.cpu()
         x, start, rows = (None if part is None else part.cpu() for part in (self._x, self._start, self._rows))
         self._x, self._start, self._rows = start if self._x is self._start else x, start, rows
         return sum(
-            part.nbytes for part in {id(part): part for part in (self._x, start, rows) if part is not None}.values()
+            part.nbytes
+            for part in {id(part): part for part in (self._x, start, rows, self._slopes) if part is not None}.values()
         )
 
     def forget(self) -> None:
         """Let go of it."""
-        self._x = self._start = self._rows = self._spliced = None
+        self._x = self._start = self._rows = self._spliced = self._slopes = None
 
     @property
     def _device(self) -> torch.device:

@@ -61,9 +61,10 @@ def plain(model, batch, change):
 
 
 def test_which_models_end_in_their_unembedding(tmp_path):
-    for kind, whole in (("Llama", False), ("Gemma2", False), ("Granite", True)):
+    for kind, whole, linear in (("Llama", False, True), ("Gemma2", False, False), ("Granite", True, False)):
         found = load_model(str(save(tmp_path / kind, kind)), device="cpu")
         assert Unembedding.of(found, HOOK).whole is whole, kind
+        assert Unembedding.of(found, HOOK).linear is linear, kind
         for hook in ("unembed.hook_in", "unembed.hook_out"):
             assert Unembedding.of(found, hook).whole, "what is changed there is seen in all logits alone"
 
@@ -82,6 +83,12 @@ def test_costs_against_plain_log_probabilities(model, contexts, cut):
     assert found.tokens == len(targets)
     documents = batch.documents[:, :-1][batch.kept[:, :-1]]
     assert found.sums.documents == len(set(documents.tolist()))
+
+
+def test_rounded_logits_are_compared_as_they_are(tmp_path):
+    """By the slope alone their rounding would stand in the divergence."""
+    found = load_model(str(save(tmp_path / "Llama", "Llama")), device="cpu", dtype="bfloat16")
+    assert not Unembedding.of(found, HOOK).linear
 
 
 def test_losses_against_plain_cross_entropy(model, contexts, cut):
