@@ -72,7 +72,7 @@ class Columns:
             try:
                 for number, row in enumerate(_guarded(rows)):
                     where = f"of '{dataset}' holds {{}} in row {number}"
-                    document = self._document(dataset, row, where)
+                    document = self._document(dataset, row, where, number)
                     group = None if self.group is None else _group(dataset, row, self.group, where)
                     if len(document):
                         yield Divided(part_of(document if group is None else group), document)
@@ -85,13 +85,14 @@ class Columns:
 
         return read
 
-    def _document(self, dataset: str, row: Any, where: str) -> Document:
+    def _document(self, dataset: str, row: Any, where: str, number: int) -> Document:
         if self.tokens is not None:
             return self._tokens(dataset, row, where)
         if self.messages is None:
             return self._text(dataset, row, where)
+        cell = _cell(dataset, row, self.messages)
         try:
-            return conversation(_cell(dataset, row, self.messages), self.train_on)
+            return conversation(cell, self.train_on, f"row {number} of '{dataset}'")
         except ValueError as error:
             raise SaekitError(f"the column '{self.messages}' {where.format(error)}") from None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -32,7 +33,7 @@ def harvest(
     *,
     gradients: bool = False,
     bad: BadTokens | None = None,
-    first: int = 0,
+    numbers: Iterable[int] | None = None,
     at_once: int = A_BATCH,
 ) -> Iterator[ActivationBatch]:
     """Yield the activations at the hook of each batch of contexts, kept positions only.
@@ -45,7 +46,7 @@ def harvest(
         contexts: batches of contexts.
         gradients: whether those of the loss are taken too.
         bad: what becomes of tokens that are not to be learned from; NaN or inf is an error if not given.
-        first: number of the first batch, for messages.
+        numbers: of the batches, for messages; from 0 if not given.
         at_once: contexts in one pass of the model (``in_passes``); each batch in a pass of its own if not given.
 
     Raises:
@@ -54,7 +55,8 @@ def harvest(
     """
     bad = bad or BadTokens()
     with a_pass(model, hook, gradients) as run:
-        for number, (batch, parts) in enumerate(in_passes(run, contexts, at_once), first):
+        passes = in_passes(run, contexts, at_once)
+        for (batch, parts), number in zip(passes, count() if numbers is None else numbers, strict=False):
             kept = batch.kept
             x, *gradient = (part[kept.to(part.device)] for part in parts)
             positions = torch.arange(kept.shape[1]).expand(kept.shape)[kept]
@@ -110,7 +112,7 @@ def harvest_hooks(
     *,
     losses: bool = False,
     bad: BadTokens | None = None,
-    first: int = 0,
+    numbers: Iterable[int] | None = None,
     at_once: int = A_BATCH,
 ) -> Iterator[Harvest]:
     """Yield the activations at several hooks, kept positions only, by one pass of the model for each batch of contexts.
@@ -125,7 +127,7 @@ def harvest_hooks(
     device = device_of(model)
     with _losses(model, hooks) if losses else truncated(model, hooks) as run:
         passes = in_passes(lambda tokens: run(tokens.to(device)), contexts, at_once)
-        for number, (batch, found) in enumerate(passes, first):
+        for (batch, found), number in zip(passes, count() if numbers is None else numbers, strict=False):
             kept = batch.kept
             positions = torch.arange(kept.shape[1]).expand(kept.shape)[kept]
             at_kept = [column[kept.to(column.device)] for column in found]

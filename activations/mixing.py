@@ -5,46 +5,60 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
+from typing import NamedTuple
 
 import torch
 
 from saekit.activations.tokens import ContextBatch, Ids
+from saekit.errors import SaekitError
 
 BYTES = 9  # that the pool takes for each token: its id, the number of its document, whether it is kept
 
 
-def by_weight(
-    texts: Sequence[tuple[float, Callable[[], Iterator[Ids]]]],
-    *,
-    again: bool,
-    tell: Callable[[int, int], object] = lambda number, tokens: None,
-) -> Iterator[Ids]:
+class Source(NamedTuple):
+    """A text of a mix.
+
+    Attributes:
+        name: it, for messages.
+        part: of all tokens.
+        documents: makes its documents [m], the same ones each time.
+    """
+
+    name: str
+    part: float
+    documents: Callable[[], Iterator[Ids]]
+
+
+def by_weight(texts: Sequence[Source], tell: Callable[[str, int], object] = lambda name, tokens: None) -> Iterator[Ids]:
     """Documents of several texts, so that of all tokens at any place each has its part, as near as documents allow.
 
-    The next document is of the text that has the fewest tokens for its part, the first of those where several have.
+    The next document is of the text that has the fewest tokens for its part, the first of those where several have;
+    tokens that do not count (−1 − id) are not of them. A text that ends begins again until each has ended once.
 
     Args:
-        texts: the part of each of all tokens, and what makes its documents [m], the same ones each time.
-        again: whether a text that ends begins again until each has ended once; else the first that ends ends all.
-        tell: called where a text begins again for the first time, with its number and its tokens.
+        texts: they.
+        tell: called where a text begins again for the first time, with its name and its tokens.
+
+    Raises:
+        SaekitError: a text has no token that counts.
     """
-    parts, makers = [part for part, _ in texts], [make for _, make in texts]
-    arriving = [make() for make in makers]
-    taken, ended, empty = [0] * len(texts), [False] * len(texts), [True] * len(texts)
+    arriving = [text.documents() for text in texts]
+    taken, before, ended = [0] * len(texts), [0] * len(texts), [False] * len(texts)
     while True:
-        least = min(range(len(texts)), key=lambda number: taken[number] / parts[number])
+        least = min(range(len(texts)), key=lambda number: taken[number] / texts[number].part)
         document = next(arriving[least], None)
-        if document is None:
-            first, ended[least] = not ended[least], True
-            if all(ended) or not again or empty[least]:
-                return
-            if first:
-                tell(least, taken[least])
-            arriving[least], empty[least] = makers[least](), True
+        if document is not None:
+            taken[least] += int((document >= 0).sum())
+            yield document
             continue
-        empty[least] = False
-        taken[least] += len(document)
-        yield document
+        if taken[least] == before[least]:
+            raise SaekitError(f"'{texts[least].name}', {texts[least].part:.0%} of the mix, has no token that counts")
+        first, ended[least], before[least] = not ended[least], True, taken[least]
+        if all(ended):
+            return
+        if first:
+            tell(texts[least].name, taken[least])
+        arriving[least] = texts[least].documents()
 
 
 def mixed(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from saekit.errors import SaekitError
 from saekit.files import expanded
 
-BETWEEN = " + "
+_BETWEEN = " + "
 
 
 class Weighted(NamedTuple):
@@ -31,22 +31,25 @@ def mixture_of(dataset: str) -> list[Weighted]:
     Raises:
         SaekitError: a weight is missing or no positive number, or a dataset is named twice.
     """
-    parts = dataset.split(BETWEEN)
-    pairs = [_weighted(part.strip()) for part in parts]
-    if not any(weight for _, weight in pairs) and (len(parts) == 1 or "*" in dataset):
-        return []  # the name of one, or a pattern
+    pairs = _pairs(dataset)
+    if not any(weight for _, weight in pairs):
+        return []
     if os.path.exists(expanded(dataset)):  # a name too long for a file is none
         return []
-    if len(parts) == 1:
-        raise SaekitError(f"'{dataset}' has a weight; a mix has two datasets or more: --dataset a=2 --dataset b=1")
-    for (_, weight), part in zip(pairs, parts, strict=True):
+    for name, weight in pairs:
         if not weight:
-            raise SaekitError(f"'{part.strip()}' in a mix of datasets has no weight above 0, as in a=0.7{BETWEEN}b=0.3")
+            raise SaekitError(_no_weight(name))
+    if len(pairs) == 1:
+        raise SaekitError(f"'{dataset}' has a weight; a mix has two datasets or more: --dataset a=2 --dataset b=1")
     names = [name for name, _ in pairs]
     if twice := next((name for number, name in enumerate(names) if name in names[:number]), None):
         raise SaekitError(f"the dataset '{twice}' is in the mix twice")
-    total = math.fsum(weight for _, weight in pairs)
-    return [Weighted(name, weight / total) for name, weight in pairs]
+    largest = max(weight for _, weight in pairs)
+    shares = [weight / largest for _, weight in pairs]
+    parts = [share / math.fsum(shares) for share in shares]
+    if small := next((name for name, part in zip(names, parts, strict=True) if part < 1e-9), None):
+        raise SaekitError(f"the weight of '{small}' is next to nothing beside the others of the mix")
+    return [Weighted(name, part) for name, part in zip(names, parts, strict=True)]
 
 
 def weighted_in(dataset: str) -> list[Weighted]:
@@ -57,9 +60,54 @@ def weighted_in(dataset: str) -> list[Weighted]:
         return []
 
 
-def described(weights: Mapping[str, float]) -> str:
-    """The name of a mix, from its datasets and their weights."""
-    return BETWEEN.join(f"{name}={weight:g}" for name, weight in weights.items())
+def mix(datasets: Sequence[str]) -> str:
+    """The name of a mix of datasets, each with its weight; of one alone, its own.
+
+    Raises:
+        SaekitError: there are several, and one has no weight.
+    """
+    if len(datasets) > 1:
+        for dataset in datasets:
+            if not _weighted(dataset).weight:
+                raise SaekitError(_no_weight(dataset))
+    return _BETWEEN.join(datasets)
+
+
+def described(weights: Iterable[tuple[Any, Any]]) -> str:
+    """The name of a mix, from its datasets and their weights.
+
+    Raises:
+        SaekitError: there is none, or a weight is no number.
+    """
+    pairs = list(weights)
+    for name, weight in pairs:
+        if isinstance(weight, bool) or not isinstance(weight, int | float | str):
+            raise SaekitError(_no_weight(str(name)))
+    if not pairs:
+        raise SaekitError("dataset: is a mix of no datasets; it is written as {NAME: WEIGHT, NAME: WEIGHT}")
+    return mix([f"{name}={weight}" for name, weight in pairs])
+
+
+def from_yaml(value: Any) -> Any:
+    """The name of a mix that is a mapping of datasets to weights; anything else as it is."""
+    return described(value.items()) if isinstance(value, Mapping) else value
+
+
+def _no_weight(name: str) -> str:
+    return f"'{name}' in a mix of datasets has no weight above 0; it is written as NAME=WEIGHT, as in a=0.7 and b=0.3"
+
+
+def _pairs(dataset: str) -> list[Weighted]:
+    """Names and weights, which are 0 where there are none; a name ends at its weight, and may hold what is between."""
+    found: list[Weighted] = []
+    waiting: list[str] = []
+    for part in dataset.split(_BETWEEN):
+        name, weight = _weighted(part)
+        waiting.append(name)
+        if weight or "=" in part:
+            found.append(Weighted(_BETWEEN.join(waiting), weight))
+            waiting = []
+    return [*found, Weighted(_BETWEEN.join(waiting), 0.0)] if waiting else found
 
 
 def _weighted(part: str) -> Weighted:
@@ -69,4 +117,4 @@ def _weighted(part: str) -> Weighted:
         number = float(weight)
     except ValueError:
         return Weighted(part, 0.0)
-    return Weighted(name, number if 0 < number < math.inf else 0.0) if name else Weighted(part, 0.0)
+    return Weighted(name.strip(), number) if name.strip() and 0 < number < math.inf else Weighted(part, 0.0)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import field_validator, model_validator
 from typing_extensions import Self
 
-from saekit.activations.mixture import BETWEEN, described
+from saekit.activations.mixture import from_yaml, mix
 from saekit.errors import did_you_mean
 from saekit.settings import MANY, Settings, setting
 
@@ -31,7 +31,7 @@ class SourceSettings(Settings):
     )
     dataset: str = setting(
         "python",
-        joined=BETWEEN,
+        joined=mix,
         description="'python', a local text/JSONL/CSV/Parquet file, or a name on the hub; given several times as "
         "NAME=WEIGHT, a mix by tokens",
     )
@@ -79,7 +79,7 @@ class SourceSettings(Settings):
     @field_validator("dataset", mode="before")
     @classmethod
     def _mix(cls, value: Any) -> Any:
-        return described(value) if isinstance(value, Mapping) else value  # as YAML has it: {wiki: 0.7, code: 0.3}
+        return from_yaml(value)  # {wiki: 0.7, code: 0.3}
 
     @field_validator("model_device")
     @classmethod

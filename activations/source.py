@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -18,7 +19,7 @@ from saekit.activations.chat import TrainOn, check_template, template_fingerprin
 from saekit.activations.finite import SAMPLE, BadTokens, norm_limit
 from saekit.activations.gradients import LOSS
 from saekit.activations.harvesting import a_pass, harvest
-from saekit.activations.mixing import by_weight, mixed
+from saekit.activations.mixing import Source, by_weight, mixed
 from saekit.activations.model import (
     EMBEDDED,
     check_hook,
@@ -32,7 +33,8 @@ from saekit.activations.placement import NO_QUANTIZATION, cards_of, dtype_of, ho
 from saekit.activations.python_source import Split
 from saekit.activations.rules import OWN_RULES, TextRules
 from saekit.activations.settings import SourceSettings
-from saekit.activations.text import PYTHON, Documents, TextSource, open_text
+from saekit.activations.spread import Harvester, Piece, in_order
+from saekit.activations.text import PYTHON, SPLITS, Documents, TextSource, open_text
 from saekit.activations.token_store import stored
 from saekit.activations.tokens import MASK, ContextBatch, Ids, encoded, pack, tokenizer_fingerprint
 from saekit.errors import SaekitError, SaekitWarning
@@ -239,15 +241,22 @@ class ActivationSource:
         """The token ids of each document; those of a mix by the weights of its texts."""
         if not self.text.shares:
             return self._ids(self.text, part, tokenizer)
-        shares = self.text.shares
 
-        def tell(number: int, tokens: int) -> None:
-            name, share = shares[number].text.name, shares[number].part
-            told = f"'{name}', {share:.0%} of the mix, ran out after {tokens:,} training tokens and begins again"
+        def tell(name: str, tokens: int) -> None:
+            told = f"'{name}' in the mix ran out after {tokens:,} tokens of its {part} part and begins again"
             warnings.warn(told, SaekitWarning, stacklevel=2)
 
-        texts = [(share.part, partial(self._ids, share.text, part, tokenizer)) for share in shares]
-        return by_weight(texts, again=part == "train", tell=tell)
+        texts = [Source(t.name, share, partial(self._ids, t, part, tokenizer)) for t, share in self.text.shares]
+        return by_weight(texts, tell)
+
+    def check_parts(self) -> None:
+        """Raise SaekitError where a part of the text, of each one of a mix, does not fill one context."""
+        for text in [share.text for share in self.text.shares] or [self.text]:
+            for part in SPLITS:
+                found = next(replace(self, text=text).contexts(part))
+                if self.text.shares and found.tokens.shape[1] < self.context_length:
+                    told = f"does not fill one context of {self.context_length} tokens, as each text of a mix must"
+                    raise SaekitError(f"the {part} part of '{text.name}' {told}")
 
     def _ids(self, text: TextSource, part: Split, tokenizer: Any) -> Iterator[Ids]:
         """The token ids of each document of a text, kept on the disk where it can be told from others."""
@@ -285,21 +294,34 @@ class ActivationSource:
         gradients: bool = False,
         bad: BadTokens | None = None,
         first: int = 0,
+        together: bool = False,
     ) -> Iterator[ActivationBatch]:
         """Activations of one part of the text, mixed, cut after exactly ``tokens`` rows where that is given.
 
-        The first ``first`` batches of contexts are passed over, without the model. Further arguments are those of
-        ``harvest``.
+        The first ``first`` batches of contexts are passed over, without the model; ``together`` shares the harvest out
+        among the processes of this run, which all ask for it (``spread``). Further arguments are those of ``harvest``.
         """
         left = tokens
-        contexts = islice(self.mixed(part, piece_size(gradients)), first, None)
-        manner: Any = {"gradients": gradients, "first": first, "at_once": self.at_once(gradients)}
-        for batch in harvest(self.model, self.hook, contexts, bad=bad, **manner):
-            if left is not None and len(batch.x) >= left:
-                yield batch.rows(0, left)
-                return
-            left = left if left is None else left - len(batch.x)
-            yield batch
+
+        def run(
+            contexts: Iterator[ContextBatch], bad: BadTokens, at_once: int, numbers: Iterable[int]
+        ) -> Iterator[Piece]:
+            manner: Any = {"gradients": gradients, "bad": bad, "numbers": numbers, "at_once": at_once}
+            found = harvest(self.model, self.hook, contexts, **manner)
+            return (tuple(column for column in batch if column is not None) for batch in found)
+
+        size = piece_size(gradients)
+        harvester = Harvester(
+            lambda first: islice(self.mixed(part, size), first, None), run, self.at_once(gradients), size
+        )
+        pieces = in_order(harvester, bad or BadTokens(), first) if together else harvester.alone(bad, first)
+        with closing(pieces):
+            for batch in (ActivationBatch(*piece) for piece in pieces):
+                if left is not None and len(batch.x) >= left:
+                    yield batch.rows(0, left)
+                    return
+                left = left if left is None else left - len(batch.x)
+                yield batch
 
     def norm_limit(self, max_norm: float) -> float:
         """The largest ‖x‖: ``max_norm`` times the median of the first 16,384 finite tokens of the training text."""

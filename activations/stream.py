@@ -10,9 +10,10 @@ import queue
 import threading
 import time
 import warnings
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from itertools import chain, count, islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -23,6 +24,7 @@ from saekit.activations.cache import ActivationCache
 from saekit.activations.finite import BadTokens
 from saekit.activations.harvesting import harvest, harvest_hooks
 from saekit.activations.source import ActivationSource, piece_size
+from saekit.activations.spread import Harvester, Piece, Run, in_order
 from saekit.activations.tee import Reader
 from saekit.activations.tokens import ContextBatch
 from saekit.errors import SaekitWarning
@@ -75,7 +77,7 @@ def live_rows(
     source: ActivationSource,
     gradients: bool = False,
     *,
-    first: int = 0,
+    first: int | None = 0,
     bad: BadTokens | None = None,
     wanted: int | None = None,
 ) -> Iterator[Float[Tensor, "m w"]]:
@@ -83,21 +85,24 @@ def live_rows(
 
     Text that runs out begins again, with a warning: before the first row where the pool holds all of the text and
     ``wanted`` rows are more, else when it happens. The first ``first`` batches are passed over, without the model.
+    Several processes share the harvest; with ``first`` None this one wants none of the rows.
 
     Raises:
         SaekitError: the text does not fill one context, or an activation is not finite.
     """
-    contexts = islice(_endless(source, gradients, wanted), first, None)
-    at_once = source.at_once(gradients)
-    found = harvest(source.model, source.hook, contexts, gradients=gradients, bad=bad, first=first, at_once=at_once)
-    return map(_row, found)
+
+    def run(contexts: Iterator[ContextBatch], bad: BadTokens, at_once: int, numbers: Iterable[int]) -> Iterator[Piece]:
+        manner: Any = {"gradients": gradients, "bad": bad, "numbers": numbers, "at_once": at_once}
+        return ((_row(batch),) for batch in harvest(source.model, source.hook, contexts, **manner))
+
+    return _live(source, run, gradients, wanted, bad, first)
 
 
 def live_rows_of_hooks(
     source: ActivationSource,
     hooks: Sequence[str],
     *,
-    first: int = 0,
+    first: int | None = 0,
     bad: BadTokens | None = None,
     wanted: int | None = None,
 ) -> Iterator[Float[Tensor, "m w"]]:
@@ -108,9 +113,26 @@ def live_rows_of_hooks(
     Raises:
         SaekitError: as ``live_rows``.
     """
-    contexts = islice(_endless(source, wanted=wanted), first, None)
-    for found in harvest_hooks(source.model, hooks, contexts, bad=bad, first=first, at_once=source.at_once()):
-        yield torch.cat([_row(batch) for batch in found.batches.values()], dim=1)
+
+    def run(contexts: Iterator[ContextBatch], bad: BadTokens, at_once: int, numbers: Iterable[int]) -> Iterator[Piece]:
+        for found in harvest_hooks(source.model, hooks, contexts, bad=bad, numbers=numbers, at_once=at_once):
+            yield (torch.cat([_row(batch) for batch in found.batches.values()], dim=1),)
+
+    return _live(source, run, False, wanted, bad, first)
+
+
+def _live(
+    source: ActivationSource, run: Run, gradients: bool, wanted: int | None, bad: BadTokens | None, first: int | None
+) -> Iterator[Float[Tensor, "m w"]]:
+    """Rows by all processes there are (``spread``)."""
+
+    def contexts(first: int) -> Iterator[ContextBatch]:
+        return islice(_endless(source, gradients, wanted), first, None)
+
+    harvester = Harvester(contexts, run, source.at_once(gradients), piece_size(gradients))
+    with closing(in_order(harvester, bad or BadTokens(), first)) as pieces:
+        for (rows,) in pieces:
+            yield rows
 
 
 def _endless(source: ActivationSource, gradients: bool = False, wanted: int | None = None) -> Iterator[ContextBatch]:

@@ -23,7 +23,7 @@ class Tee:
 
     def __init__(
         self,
-        rows: Callable[[int], Iterator[Float[Tensor, "m w"]]],
+        rows: Callable[[int | None], Iterator[Float[Tensor, "m w"]]],
         firsts: Sequence[int],
         window: int,
         bad: BadTokens,

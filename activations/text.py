@@ -131,6 +131,8 @@ def open_text(
     weighted = mixture_of(dataset)
     if weighted:
         found = _mix(dataset, weighted, columns, split, dataset_config, streaming)
+        shares = tuple(Share(replace(text, facts=facts), part) for text, part in found.shares)
+        found = _mixed(dataset, found.fingerprint, shares)
     else:
         found = _one(dataset, columns, split, dataset_config, streaming)
     return replace(found, facts=facts)
@@ -158,6 +160,8 @@ def _mix(
     """Several texts, each with its part of all tokens; columns and configuration are of those that can have them."""
     if not any(_has_columns(name) for name, _ in weighted):
         columns.refuse(dataset)
+    if config is not None and not any(_has_configurations(name) for name, _ in weighted):
+        raise SaekitError(f"'{dataset}' has no configurations; leave --dataset-config {config} away")
 
     def opened(name: str) -> TextSource:
         own = columns if _has_columns(name) else Columns()
@@ -307,6 +311,8 @@ def _opened(dataset: str, opener: Callable[[Any], Any]) -> Any:
             return opener(datasets)
     except SaekitError:
         raise
+    except StopIteration:  # of a file without rows
+        raise SaekitError(f"the dataset '{dataset}' is empty") from None
     except Exception as error:
         hint = did_you_mean(dataset, [PYTHON])
         raise SaekitError(

@@ -169,7 +169,7 @@ def _draw_mix(
         stable=True
     )
     contexts = ContextBatch(*(torch.cat(column)[turns] for column in zip(*parts, strict=True)))
-    names = [Path(text.name).name if Path(text.name).is_absolute() else text.name for text, _ in shares]
+    names = [Path(text.name).name if Path(text.name).expanduser().is_absolute() else text.name for text, _ in shares]
     told = ", ".join(f"{each.tokens:,} tokens of '{name}'" for each, name in zip(found, names, strict=True))
     contexts = contexts._replace(documents=_in_order(contexts.documents))
     return Drawn(contexts, sum(each.documents for each in found), all(each.whole for each in found), told)

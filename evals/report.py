@@ -104,6 +104,18 @@ def groups_in(path: str | Path) -> dict[str, Any]:
     return found
 
 
+def report_in(path: str | Path) -> Report:
+    """The report in a file.
+
+    Raises:
+        SaekitError: the file is missing or holds something else.
+    """
+    groups = groups_in(path)
+    if not groups:
+        raise SaekitError(f"there is no report in '{path}'")
+    return Report(groups, groups.pop("about"))
+
+
 def to_json(value: Any) -> str:
     """JSON text; figures that are not finite become null."""
     return json.dumps(_finite(value), indent=2, allow_nan=False)

@@ -286,5 +286,5 @@ def _without_places(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     if texts := weighted_in(value):
-        return described({Path(name).name if Path(name).is_absolute() else name: part for name, part in texts})
-    return Path(value).name if Path(value).is_absolute() else value
+        return described((_without_places(name), part) for name, part in texts)
+    return Path(value).name if Path(value).is_absolute() or value.startswith("~") else value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import typer
@@ -29,6 +30,7 @@ app.command()(push)
 app.add_typer(sweep_app, name="sweep")
 
 _DEBUG = "--debug"
+_FOR_MANY = ("train", "cache")  # commands whose work several processes share
 _LONGEST = 2000  # characters of the line about a mistake
 _CLOSED_PIPE = 141  # what a shell says of a program that SIGPIPE ended
 _UsageError: Any = typer.BadParameter.__base__  # click's, which typer may carry inside itself
@@ -58,7 +60,8 @@ def main() -> None:
     debug = _DEBUG in sys.argv
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
-        code = once(explain(typer.main.get_command(app))).main(arguments, prog_name="saekit", standalone_mode=False)
+        with _with_others(arguments):
+            code = once(explain(typer.main.get_command(app))).main(arguments, prog_name="saekit", standalone_mode=False)
         print(end="", flush=True)  # a closed pipe is met here rather than while Python shuts down
         sys.exit(code)
     except (KeyboardInterrupt, typer.Abort) as error:
@@ -74,6 +77,8 @@ def main() -> None:
         if debug:
             raise
         message, code = _explained(error)
+        if type(error).__name__ == "ToldError" and os.environ.get("RANK", "0") != "0":
+            sys.exit(code)  # the first process tells it
         line = ("saekit: " + " ".join(message.split()))[:_LONGEST]
         print(line.encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
         try:
@@ -81,6 +86,27 @@ def main() -> None:
         except OSError:
             _drop_output()
         sys.exit(code)
+
+
+@contextlib.contextmanager
+def _with_others(arguments: list[str]) -> Iterator[None]:
+    """Join the other processes that torchrun launched, if it did; the first of them alone speaks.
+
+    Raises:
+        SaekitError: they do not find each other, or the command is one for a single process.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
+        yield
+        return
+    from saekit.ranks import ToldError, together
+
+    if arguments[0] not in _FOR_MANY and not {"--help", "--version"} & {*arguments}:
+        many = " and ".join(_FOR_MANY)
+        raise ToldError(f"'saekit {arguments[0]}' runs on one process; torchrun is for saekit {many}")
+    with contextlib.ExitStack() as stack:
+        if stack.enter_context(together()).rank:
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        yield
 
 
 def _explained(error: Exception) -> tuple[str, int]:

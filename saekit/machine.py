@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from contextlib import suppress
 from functools import lru_cache
@@ -50,11 +51,15 @@ def _processor() -> str:
 def pick_device(name: str) -> torch.device:
     """The device of this name; ``auto`` is CUDA where there is one, else the CPU.
 
+    Of several processes on a machine that torchrun launched each has a card of its own, as far as there are so many.
+
     Raises:
         SaekitError: this machine has no such device.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ and torch.cuda.device_count() > 1:
+        name = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -7,6 +7,7 @@ once.
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -52,7 +53,7 @@ def setting(
     own: bool = False,
     decides: bool = True,
     within_width: bool = False,
-    joined: str | None = None,
+    joined: Callable[[Sequence[str]], str] | None = None,
     **bounds: Any,
 ) -> Any:
     """One field of a ``Settings`` class.
@@ -65,7 +66,7 @@ def setting(
         own: whether runs that share a stream may differ in it.
         decides: whether the result of a run depends on it.
         within_width: whether it counts features, so that it is at most the width of the dictionary.
-        joined: what stands between its values where its flag is given several times.
+        joined: makes one value of those of a flag that is given several times.
         bounds: what pydantic's ``Field`` takes: ``gt``, ``le``, ``default_factory``, ...
     """
     facts: Any = {"values": values, "resumable": resumable, "own": own, "decides": decides}

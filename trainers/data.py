@@ -40,21 +40,23 @@ class TrainingData:
     Attributes:
         provenance: facts about their origin, as in a cache's manifest.
         rows: makes the pieces [m, d] or, with gradients, [m, 2·d] of training rows, the same ones each time, from the
-            piece of a number on.
+            piece of a number on; None for who wants none of those that several processes make.
         buffer: rows to shuffle together, no more than there are.
         gradients: whether gradients stand beside the activations, in the second half of each row.
         calibration: makes batches of held-out activations.
         columns: the part of each row that is this run's, where several runs share the rows.
         bad: what becomes of tokens that are NaN, infinite or too large.
+        live: whether a model makes the rows.
     """
 
     provenance: dict[str, Any]
-    rows: Callable[[int], Iterator[Float[Tensor, "m w"]]]
+    rows: Callable[[int | None], Iterator[Float[Tensor, "m w"]]]
     buffer: int
     gradients: bool
     calibration: Callable[[], Iterator[Float[Tensor, "m d"]]]
     columns: slice = field(default_factory=lambda: slice(None))
     bad: BadTokens = field(default_factory=BadTokens)
+    live: bool = False
 
     def stream(
         self, config: TrainConfig, place: StreamState | None, rows: Iterator[Float[Tensor, "m w"]] | None = None
@@ -107,8 +109,7 @@ def opened(
     source = ActivationSource.of(
         config.source.pooled(config.tokens), device=str(device), trust_remote_code=trust_remote_code
     )
-    next(source.contexts("calibration"))  # better now than after the training
-    next(source.contexts("heldout"))
+    source.check_parts()  # better now than after the training
     return source
 
 
@@ -175,13 +176,13 @@ def shared_data(
 
 
 def _rows_of_one(
-    source: ActivationSource, gradients: bool, bad: BadTokens, wanted: int, first: int
+    source: ActivationSource, gradients: bool, bad: BadTokens, wanted: int, first: int | None
 ) -> Iterator[Tensor]:
     return live_rows(source, gradients, first=first, bad=bad, wanted=wanted)
 
 
 def _rows_of_hooks(
-    source: ActivationSource, hooks: list[str], bad: BadTokens, wanted: int, first: int
+    source: ActivationSource, hooks: list[str], bad: BadTokens, wanted: int, first: int | None
 ) -> Iterator[Tensor]:
     return live_rows_of_hooks(source, hooks, first=first, bad=bad, wanted=wanted)
 
@@ -245,6 +246,7 @@ def _live(
         gradients,
         calibration,
         bad=bad,
+        live=True,
     )
 
 
@@ -279,7 +281,7 @@ def _from_cache(
 
     return TrainingData(
         provenance,
-        lambda first: cache_rows(cache, config.seed, gradients, first=first, bad=bad),
+        lambda first: cache_rows(cache, config.seed, gradients, first=first or 0, bad=bad),
         min(config.buffer, config.tokens, cache.count("train")),
         gradients,
         calibrate,

@@ -17,8 +17,9 @@ from saekit.machine import pick_device
 from saekit.trainers.config import TrainConfig
 from saekit.trainers.data import opened
 from saekit.trainers.initial import with_initial_width
+from saekit.trainers.lanes import begun, in_groups
 from saekit.trainers.loop import Lane
-from saekit.trainers.many import begun, by_origin, in_groups
+from saekit.trainers.many import by_origin
 from saekit.trainers.trainer import Trainer
 
 _STEPS = 3
@@ -51,12 +52,13 @@ def estimate(configs: Sequence[TrainConfig], *, trust_remote_code: bool = False)
     """
     found: list[Estimate] = []
     passes = 0
-    for alike in by_origin(map(with_initial_width, configs)):
-        device = pick_device(alike[0].device)
-        open_source = cache(partial(opened, alike[0], device, trust_remote_code))
+    for alike in by_origin(dict(enumerate(map(with_initial_width, configs)))):
+        first = next(iter(alike.values()))
+        device = pick_device(first.device)
+        open_source = cache(partial(opened, first, device, trust_remote_code))
         for group, memory in in_groups(alike, open_source(), device):
-            some = [alike[m] for m in group]
-            with begun(some, [True] * len(some), open_source, device) as (trainers, lanes):
+            some = {number: alike[number] for number in group}
+            with begun(some, group, [False] * len(configs), open_source, device) as (trainers, lanes):
                 row_seconds = _time_rows(lanes[0])
                 for _, trainer in sorted(trainers.items()):
                     stream = next(lane.stream for lane in lanes if trainer in lane.trainers)

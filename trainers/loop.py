@@ -12,6 +12,7 @@ from torch import Tensor
 from saekit.activations.stream import ShuffledStream, StreamState
 from saekit.errors import SaekitError
 from saekit.interrupt import Interrupted, InterruptGuard
+from saekit.ranks import current
 from saekit.trainers.config import TrainConfig
 from saekit.trainers.progress import TrainingProgress, bars
 
@@ -103,6 +104,7 @@ def take_steps(lanes: Sequence[Lane], quiet: bool = False) -> dict[Trainer, Saek
                 if trainer.step % trainer.config.checkpoint_every == 0 or lane.ends or stopped:
                     trainer.save(lane.stream.place)
             if stopped:
+                current().stopped = True
                 _save(other for other in lanes if other is not lane)
                 raise Interrupted(stopped)
     return failed

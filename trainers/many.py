@@ -3,35 +3,27 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Container, Mapping, Sequence
+from contextlib import ExitStack
 from functools import cache, partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from saekit.activations import ActivationCache, ActivationSource, ShuffledStream
-from saekit.activations.finite import BadTokens
-from saekit.activations.stream import StreamState
-from saekit.activations.tee import Tee
 from saekit.errors import SaekitError
 from saekit.files import check_free, check_space, in_bytes, remove_unfinished
-from saekit.kernels.workspace import Workspace
 from saekit.machine import pick_device
-from saekit.trainers.checkpoint import checkpoints, load_checkpoints
+from saekit.ranks import Ranks, ToldError, agreeing, current
 from saekit.trainers.config import TrainConfig
-from saekit.trainers.data import TrainingData, opened, origin, shared_data, widths
+from saekit.trainers.data import opened, origin
 from saekit.trainers.initial import with_initial_width
+from saekit.trainers.lanes import begun, in_groups
 from saekit.trainers.loggers import check_installed
-from saekit.trainers.loop import Lane, take_steps
-from saekit.trainers.memory import Memory, groups_that_fit
+from saekit.trainers.loop import take_steps
+from saekit.trainers.memory import Memory
 from saekit.trainers.plan import PLAN, read_plan, write_plan
 from saekit.trainers.run_folder import (
-    CHECKPOINTS,
     CONFIG,
+    DICTIONARY,
     Run,
     check_manner,
     check_new,
@@ -40,9 +32,6 @@ from saekit.trainers.run_folder import (
     resumed_folder,
     write_changes,
 )
-from saekit.trainers.trainer import Trainer, stream_state
-
-SAMPLE = 16_384  # rows of the stream that decide about the units of training
 
 
 def train(
@@ -123,38 +112,60 @@ def train_many(
     there = [resume and (config.out / CONFIG).is_file() for config in configs]
     if resume and not any(there) and (home is None or not (home / PLAN).is_file()):
         raise SaekitError(f"there is no run to resume in '{configs[0].out}': {CONFIG} is missing")
-    found: dict[int, Run] = {}
-    resumed: list[TrainConfig] = []
-    groups: dict[tuple[Any, ...], dict[int, TrainConfig]] = {}
+    ranks, found, own, resumed = current(), {}, {}, []
+    quiet = quiet or not ranks.leads
+    failed: dict[int, SaekitError] = {}
     with ExitStack() as stack:
-        for number, config in enumerate(configs):
-            if there[number]:
-                config = stack.enter_context(resumed_folder(config))
-                resumed.append(config)
-                if (run := finished_run(config)) is not None:
-                    found[number] = run
-                    continue
-            else:
-                check_new(config, overwrite=overwrite)
-                config = with_initial_width(config)
-            check_installed(config.log)
-            groups.setdefault(origin(config), {})[number] = config
+        with agreeing(ranks):
+            for number in _mine(configs, resume, ranks):
+                config = configs[number]
+                if there[number]:
+                    config = stack.enter_context(resumed_folder(config))
+                    resumed.append(config)
+                    if (run := finished_run(config)) is not None:
+                        found[number] = run
+                        continue
+                else:
+                    check_new(config, overwrite=overwrite)
+                    config = with_initial_width(config)
+                check_installed(config.log)
+                own[number] = config
         for config in resumed:
             write_changes(config, lambda line: None if quiet else print(line, file=sys.stderr))
         plan = dict(zip((folder.name for folder in folders), configs, strict=True))
-        write = partial(write_plan, home, plan, resume=resume) if home is not None else lambda: None
-        failed: dict[int, SaekitError] = {}
-        for group in groups.values():
-            numbers, new = list(group), [not there[number] for number in group]
-            runs, errors = _together([*group.values()], new, overwrite, quiet, trust_remote_code, write)
-            found |= {numbers[m]: run for m, run in runs.items()}
-            failed |= {numbers[m]: error for m, error in errors.items()}
-    if failed:
-        number, error = min(failed.items())
+        write = partial(write_plan, home, plan, resume=resume) if home is not None and ranks.leads else lambda: None
+        for group in by_origin(_of_all(own, ranks)):
+            runs, errors = _together(group, own.keys(), there, overwrite, quiet, trust_remote_code, write)
+            found, failed = found | runs, failed | errors
+    every = ranks.told({str(number): str(error) for number, error in failed.items()})
+    if errors_of_all := {int(number): text for each in every for number, text in each.items()}:
+        number = min(errors_of_all)
+        error = failed.get(number) or ToldError(errors_of_all[number])
         if len(configs) == 1:
             raise error
-        raise SaekitError(f"{len(failed)} of {len(configs)} runs failed, the first in '{configs[number].out}': {error}")
-    return [found[number] for number in range(len(configs))]
+        told = f"{len(errors_of_all)} of {len(configs)} runs failed, the first in '{configs[number].out}': {error}"
+        raise (SaekitError if ranks.leads else ToldError)(told)
+    return [found.get(number) or _of_another(config) for number, config in enumerate(configs)]
+
+
+def _mine(configs: Sequence[TrainConfig], resume: bool, ranks: Ranks) -> list[int]:
+    """The numbers of the runs that this process trains; those that are still to be trained are shared out evenly."""
+    there = [resume and (config.out / DICTIONARY).exists() for config in configs]
+    return sorted(range(len(configs)), key=there.__getitem__)[ranks.rank :: ranks.world]
+
+
+def _of_all(own: Mapping[int, TrainConfig], ranks: Ranks) -> dict[int, TrainConfig]:
+    """The runs of all processes, by their numbers, as each knows its own."""
+    told = ranks.told({str(number): config.to_dict() for number, config in own.items()}) if ranks.world > 1 else []
+    others = {int(number): TrainConfig(**values) for each in told for number, values in each.items()}
+    return dict(sorted({**others, **own}.items()))
+
+
+def _of_another(config: TrainConfig) -> Run:
+    """A run that another process has trained."""
+    run = finished_run(TrainConfig.from_yaml(config.out / CONFIG, of_a_run=True).replace(out=config.out))
+    assert run is not None
+    return run
 
 
 def train_hooks(
@@ -212,70 +223,53 @@ def resumable(asked: TrainConfig) -> dict[str, TrainConfig]:
     return found
 
 
-def by_origin(configs: Iterable[TrainConfig]) -> list[list[TrainConfig]]:
+def by_origin(configs: Mapping[int, TrainConfig]) -> list[dict[int, TrainConfig]]:
     """The configs in groups that share their rows."""
-    groups: dict[tuple[Any, ...], list[TrainConfig]] = {}
-    for config in configs:
-        groups.setdefault(origin(config), []).append(config)
+    groups: dict[tuple[Any, ...], dict[int, TrainConfig]] = {}
+    for number, config in configs.items():
+        groups.setdefault(origin(config), {})[number] = config
     return [*groups.values()]
 
 
-@dataclass
-class _Order:
-    """Runs that take the same batches from the same step on."""
-
-    members: list[int]
-    states: list[dict[str, Any] | None]
-
-    def place(self, data: Sequence[TrainingData]) -> StreamState | None:
-        """Where their stream stands: rows that wait for the next fill are put together from their columns."""
-        states = {(data[m].columns.start or 0): state for m, state in zip(self.members, self.states, strict=True)}
-        return stream_state(*(state for _, state in sorted(states.items(), key=lambda item: item[0])))
-
-
 def _together(
-    configs: list[TrainConfig],
-    new: Sequence[bool],
+    configs: Mapping[int, TrainConfig],
+    own: Container[int],
+    there: Sequence[bool],
     overwrite: bool,
     quiet: bool,
     trust_remote_code: bool,
     write: Callable[[], object],
 ) -> tuple[dict[int, Run], dict[int, SaekitError]]:
-    """Train runs of one origin: those that were, and why the others were not; ``write`` is called before any begins."""
-    device = pick_device(configs[0].device)
-    open_source = cache(partial(opened, configs[0], device, trust_remote_code))
-    groups = [[0]] if len(configs) == 1 else _told(in_groups(configs, open_source(), device), quiet)
+    """Train runs of one origin: those that were, and why the others were not; ``write`` is called before any begins.
+
+    Several processes share a live harvest: each takes part in it as long as any needs rows, runs of its own or not.
+    """
+    ranks, first = current(), next(iter(configs.values()))
+    mine = {number: config for number, config in configs.items() if number in own}
+    device = pick_device(first.device)
+    open_source = cache(partial(opened, first, device, trust_remote_code))
+    groups = [[number] for number in mine] if len(mine) < 2 else _told(in_groups(mine, open_source(), device), quiet)
+    spreads = ranks.world > 1 and first.cache is None
+    passes = max(ranks.told(len(groups))) if spreads else len(groups)
     runs: dict[int, Run] = {}
     errors: dict[int, SaekitError] = {}
-    for group in groups:
+    for group in [*groups, *[[]] * (passes - len(groups))]:
         with ExitStack() as stack:
-            some = [configs[m] for m in group]
-            trainers, lanes = stack.enter_context(begun(some, [new[m] for m in group], open_source, device))
-            home = configs[0].out if len(configs) == 1 else configs[0].out.parent
-            check_space(home, sum(t.checkpoint_bytes for t in trainers.values()), "the run with its checkpoints")
-            write()
-            for m, trainer in trainers.items():  # all that can be refused has been by now
-                if new[group[m]]:
-                    stack.enter_context(prepared_folder(trainer.config, overwrite=overwrite))
-            failed = take_steps(lanes, quiet)
-            for m, trainer in sorted(trainers.items()):
+            some = configs if spreads else {number: mine[number] for number in group}
+            with begun(some, group, there, open_source, device) as (trainers, lanes):
+                home = first.out if len(configs) == 1 else first.out.parent
+                check_space(home, sum(t.checkpoint_bytes for t in trainers.values()), "the run with its checkpoints")
+                write()
+                for number, trainer in trainers.items():  # all that can be refused has been by now
+                    if not there[number]:
+                        stack.enter_context(prepared_folder(trainer.config, overwrite=overwrite))
+                failed = take_steps(lanes, quiet or not group)
+            for number, trainer in sorted(trainers.items()):
                 if trainer in failed:
-                    errors[group[m]] = failed[trainer]
+                    errors[number] = failed[trainer]
                 else:
-                    runs[group[m]] = trainer.finish()
+                    runs[number] = trainer.finish()
     return runs, errors
-
-
-def in_groups(
-    configs: list[TrainConfig], source: ActivationSource | ActivationCache, device: torch.device
-) -> list[tuple[list[int], Memory]]:
-    """The numbers of runs of one origin in groups that memory holds, each of which takes a pass of its own.
-
-    Raises:
-        SaekitError: a run asks for more features a token than its width has.
-    """
-    found = widths(list(dict.fromkeys(config.hook for config in configs)), source)
-    return groups_that_fit(configs, [found[config.hook] for config in configs], device)
 
 
 def _told(groups: Sequence[tuple[list[int], Memory]], quiet: bool) -> list[list[int]]:
@@ -285,91 +279,3 @@ def _told(groups: Sequence[tuple[list[int], Memory]], quiet: bool) -> list[list[
     if not quiet:
         print(f"{runs} runs {how}: {in_bytes(most)} beside the model", file=sys.stderr)
     return [group for group, _ in groups]
-
-
-@contextmanager
-def begun(
-    configs: list[TrainConfig],
-    new: Sequence[bool],
-    source: Callable[[], ActivationSource | ActivationCache],
-    device: torch.device,
-) -> Iterator[tuple[dict[int, Trainer], list[Lane]]]:
-    """The trainers of runs of one origin by number, and in lanes; their streams run while it is entered.
-
-    The source is opened when checkpoints have been read: a damaged one is told before a model is loaded.
-    """
-    orders = _orders(configs, new, device)
-    states = {m: state for order in orders for m, state in zip(order.members, order.states, strict=True)}
-    before = [state and state["provenance"] for _, state in sorted(states.items())]
-    data = shared_data(configs, source(), before)
-    workspace, trainers, lanes = Workspace(), {}, []
-    with _streams(configs, data, orders) as streams:
-        for order, stream, own in streams:
-            sample = stream.peek(SAMPLE) if order.states[0] is None else None
-            for m in order.members:
-                trainers[m] = Trainer(configs[m], own[m], sample, device, workspace, states.pop(m))
-            lanes.append(Lane(stream, [trainers[m] for m in order.members]))
-            order.states.clear()  # as large as the runs themselves
-        yield trainers, lanes
-
-
-def _orders(configs: list[TrainConfig], new: Sequence[bool], device: torch.device) -> list[_Order]:
-    """The runs by the order of their rows and the step from which they go on.
-
-    Runs that were killed while they saved go on from the newest step that all of them have; one that was added later
-    begins, and catches up.
-    """
-    alike: dict[tuple[int, ...], list[int]] = {}
-    for number, config in enumerate(configs):
-        alike.setdefault(config.order, []).append(number)
-    orders = []
-    for members in alike.values():
-        saved = {m: set() if new[m] else set(checkpoints(configs[m].out / CHECKPOINTS)) for m in members}
-        while saved:
-            step = min(max(steps, default=0) for steps in saved.values())
-            joined = [m for m, steps in saved.items() if step in steps or not (step or steps)]
-            folders = [configs[m].out / CHECKPOINTS for m in joined if not new[m]]
-            found = load_checkpoints(folders, device) if folders else None
-            orders.append(_Order(joined, list(found[1]) if found else [None] * len(joined)))
-            saved = {m: steps for m, steps in saved.items() if m not in joined}
-    return orders
-
-
-@contextmanager
-def _streams(
-    configs: list[TrainConfig], data: list[TrainingData], orders: list[_Order]
-) -> Iterator[list[tuple[_Order, ShuffledStream, dict[int, TrainingData]]]]:
-    """The stream of each order, and the data of its members: their columns of it, and what is left out of it."""
-    places = [order.place(data) for order in orders]
-    tee = None
-    if configs[0].cache is None and len(orders) > 1:
-        starts = [place or StreamState() for place in places]
-        data[0].bad.count = min(starts, key=lambda place: place.pieces).skipped
-        # No stream is asked for more than a look ahead and a fill before the others are, and it reads up to three fills
-        # ahead of what it is asked for; within this window none waits for one that nobody asks.
-        window = SAMPLE + 6 * max(
-            max(each.buffer, config.batch_size) for each, config in zip(data, configs, strict=True)
-        )
-        tee = Tee(data[0].rows, [place.pieces for place in starts], window, data[0].bad)
-    found = []
-    with ExitStack() as stack:
-        for number, (order, place) in enumerate(zip(orders, places, strict=True)):
-            lead = data[order.members[0]]
-            own = {m: replace(data[m], bad=lead.bad) for m in order.members}
-            rows = None
-            if tee is not None:
-                bad = BadTokens(lead.bad.skip, limits=lead.bad.limits)
-                taken = sorted({(c.start, c.stop) for m in order.members if (c := data[m].columns).stop is not None})
-                ends = dict(zip(taken, accumulate(stop - start for start, stop in taken), strict=True))
-                for m in order.members:
-                    c = data[m].columns
-                    end = ends.get((c.start, c.stop))
-                    narrow = c if end is None else slice(end - (c.stop - c.start), end)
-                    own[m] = replace(data[m], bad=bad, columns=narrow)
-                rows = tee.reader(number, bad, [slice(*each) for each in taken])
-            member = order.members[0]
-            stream = stack.enter_context(closing(own[member].stream(configs[member], place, rows)))
-            if tee is not None:
-                stack.callback(tee.close)  # first of all, so that no stream waits for another
-            found.append((order, stream, own))
-        yield found

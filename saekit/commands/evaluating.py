@@ -35,8 +35,10 @@ def bars(evaluator: Evaluator, quiet: bool) -> Iterator[None]:
     evaluator.on_contexts = None
 
 
-def evaluated(evaluator: Evaluator, paths: Sequence[str | Path], quiet: bool) -> dict[str, Report]:
-    """Evaluate dictionaries and print one table; returns the reports by the dictionary's path.
+def evaluated(
+    evaluator: Evaluator, paths: Sequence[str | Path], quiet: bool, *, tell: bool = True
+) -> dict[str, Report]:
+    """Evaluate dictionaries and print one table (with ``tell``); returns the reports by the dictionary's path.
 
     Raises:
         SaekitError: one of the paths holds no dictionary, before any is evaluated, or one cannot be.
@@ -47,7 +49,8 @@ def evaluated(evaluator: Evaluator, paths: Sequence[str | Path], quiet: bool) ->
         find(path)
     with bars(evaluator, quiet):
         reports = {str(path): evaluator(path) for path in paths}
-    show(reports)
+    if tell:
+        show(reports)
     return reports
 
 

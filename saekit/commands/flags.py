@@ -67,7 +67,7 @@ def flag(
     stated = field.default_factory is None and field.default is not None and field.default is not False
     default = f" [default: {field.default}]" if stated else ""
     owners = f"{', '.join(of)}: " if of else ""
-    known, between = choices(field), fact(field, "joined")
+    known, joins = choices(field), fact(field, "joined") is not None
     names = [f"--{old.replace('_', '-')}", f"--{name.replace('_', '-')}"] if old else []
     option = typer.Option(
         *names,
@@ -79,7 +79,7 @@ def flag(
     plain = str if several and takes_several(name, field) else _KINDS.get(field.annotation, str)
     if plain is str and field.annotation in _KINDS:
         option.metavar = _KINDS[field.annotation].__name__.upper() + ",..."
-    kind: Any = Annotated[(list[str] if between or again is not None else plain) | None, option]
+    kind: Any = Annotated[(list[str] if joins or again is not None else plain) | None, option]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
 
 
@@ -107,9 +107,9 @@ def values_of(name: str, given: str | list[str] | None, field: FieldInfo | None 
 
 def joined(given: Mapping[str, Any], kind: type[Settings]) -> dict[str, Any]:
     """What was given for settings, those whose flag may be given several times for one value put together."""
-    between = {name: fact(field, "joined") for name, field in kind.model_fields.items()}
+    makers = {name: maker for name, field in kind.model_fields.items() if (maker := fact(field, "joined"))}
     return {
-        name: (between[name].join(value) or None) if between.get(name) and isinstance(value, list) else value
+        name: (makers[name](value) if value else None) if name in makers and isinstance(value, list) else value
         for name, value in given.items()
     }
 

@@ -11,7 +11,7 @@ from typing import Any
 import typer
 
 from saekit.activations.settings import SourceSettings
-from saekit.commands.evaluating import evaluated, open_evaluator
+from saekit.commands.evaluating import evaluated, open_evaluator, show
 from saekit.commands.flags import flag, flags, joined, named_flag, panel_of, takes_several, values_of, with_flags
 from saekit.commands.report import SHOWN, report_on_run
 from saekit.errors import SaekitError
@@ -61,8 +61,9 @@ def train(
     With no model and no dataset named, the embedded ones are used. Several values with commas between them, as in
     --k 16,32 --seed 0,1, train a dictionary for each combination, in a folder of its own below --out.
     """
-    from saekit.evals.report import groups_in
+    from saekit.evals.report import groups_in, report_in
     from saekit.interrupt import Interrupted
+    from saekit.ranks import agreeing, current, restarted
     from saekit.trainers import train_many
     from saekit.trainers.many import resumable
     from saekit.trainers.plan import combined
@@ -74,6 +75,10 @@ def train(
     single = {key for key, field in fields.items() if not takes_several(key, field)}
     flags = {key: value if key in single else values_of(key, value, fields.get(key)) for key, value in flags.items()}
     flags["log"] = flags["log"] or None
+    ranks = current()
+    quiet = quiet or not ranks.leads
+    if restarted():
+        resume, overwrite = _begun(flags["out"]), False
     if None not in (flags["width"], flags["expansion"]):
         raise SaekitError("--width and --expansion both say how wide the dictionary is; give one of them")
     started = Path(flags["out"]) / "config.yaml" if resume and flags["out"] is not None else None
@@ -118,9 +123,14 @@ def train(
         )
     by_hook = sorted(runs, key=lambda run: str(run.config.hook))  # whose activations are held for one hook at a time
     unevaluated = [run.path for run in by_hook if evaluator and "sparsity" not in groups_in(run.path / "eval.json")]
-    if evaluator is not None and unevaluated:
-        for path, report in evaluated(evaluator, unevaluated, quiet).items():
-            report.join(Path(path) / "eval.json")
+    mine = by_hook[ranks.rank :: ranks.world]
+    with agreeing(ranks):
+        own = [run.path for run in mine if run.path in unevaluated]
+        if evaluator is not None and own:
+            for path, report in evaluated(evaluator, own, quiet, tell=ranks.world == 1).items():
+                report.join(Path(path) / "eval.json")
+    if unevaluated and ranks.world > 1 and ranks.leads:
+        show({str(path): report_in(path / "eval.json") for path in unevaluated})
     for run in runs:
         print(f"run: {run.path}    dictionary: {run.path / 'sae'}")
     if runs[0].sae.cfg.affinity_scale != "none":
@@ -129,9 +139,14 @@ def train(
             f"its thresholds follow each token's norm, which SAELens cannot read; for the nearest plain ones:\n"
             f"  saekit convert {one} FOLDER --to saelens --lossy"
         )
-    for run in by_hook:  # last: whatever goes wrong here, the run is whole, and --resume draws the report again
+    for run in mine:  # last: whatever goes wrong here, the run is whole, and --resume draws the report again
         if run.path in unevaluated or not (run.path / REPORT).exists():
             report_on_run(run.path, evaluator, features_shown, quiet)
+
+
+def _begun(out: object) -> bool:
+    """Whether there is a run, or a plan of several, to go on with: torchrun has started this again after a failure."""
+    return out is not None and any((Path(str(out)) / name).is_file() for name in ("config.yaml", "sweep.yaml"))
 
 
 def _hooks(values: Mapping[str, Any], trust_remote_code: bool) -> list[str]:

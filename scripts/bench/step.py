@@ -30,7 +30,7 @@ from common import SHAPES, Shape, activations, machine, save, spread, table
 from saekit.kernels import scores
 from saekit.trainers import TrainConfig, auxiliary, backward, optimizer, terms, trainer
 from saekit.trainers.data import TrainingData
-from saekit.trainers.many import SAMPLE
+from saekit.trainers.lanes import SAMPLE
 from saekit.trainers.trainer import Trainer
 
 DEAD_SHARE = 0.1

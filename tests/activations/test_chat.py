@@ -9,11 +9,19 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers.processors import ByteLevel
 from transformers import AutoTokenizer
 
 from saekit import embedded
 from saekit.activations import open_text
-from saekit.activations.chat import Conversation, Message, conversation, counted_of, rendered
+from saekit.activations.chat import (
+    Conversation,
+    Message,
+    conversation,
+    counted_of,
+    rendered,
+    template_fingerprint,
+)
 from saekit.activations.columns import Columns, content
 from saekit.activations.settings import SourceSettings
 from saekit.activations.text import SPLITS
@@ -52,7 +60,7 @@ def tokenizer_with(template, **more):
 @given(_TALK, st.sampled_from(["assistant", "user"]))
 def test_the_places_of_a_role_hold_its_messages(template, messages, role):
     found = rendered(Conversation(tuple(messages), role), tokenizer_with(template))
-    own = [message.content for message in messages if message.role == role]
+    own = [message.content for message in messages if message.role == role and message.content.strip()]
     places = [found.text[start:end] for start, end in found.counted]
     assert places == [text.strip() for text in own] if template == TRIMMED else places == own
     everything = rendered(Conversation(tuple(messages)), tokenizer_with(template))
@@ -72,19 +80,25 @@ def test_a_template_that_changes_messages_is_told_where_roles_count():
     messages = (Message("user", "Why?"), Message("assistant", "<think>so</think>because"))
     tokenizer = tokenizer_with(CUTTING)
     assert rendered(Conversation(messages), tokenizer).text == "user: Why?\nassistant: because\n"
-    with pytest.raises(SaekitError, match=r"changes a message of the conversation that begins 'user: Why\?'"):
-        rendered(Conversation(messages, "assistant"), tokenizer)
+    for role, words in (("user", "Why?"), ("assistant", "because")):
+        found = rendered(Conversation(messages, role), tokenizer)
+        assert [found.text[start:stop] for start, stop in found.counted] == [words], "a part in one piece is one"
+    shouting = tokenizer_with("{% for m in messages %}{{ m.role }}: {{ m.content | upper }}\n{% endfor %}")
+    with pytest.raises(SaekitError, match="changes a message of row 3 of 'd'"):
+        rendered(Conversation((Message("user", "WHY?"), messages[1]), "assistant", "row 3 of 'd'"), shouting)
+    with pytest.raises(SaekitError, match="writes no message of row 3 of 'd' as it is"):
+        rendered(Conversation(messages, "all", "row 3 of 'd'"), shouting)
 
 
 def test_a_conversation_that_the_template_refuses_is_told_in_one_line():
     template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(SaekitError, match="refuses the conversation that begins 'user: Hi': roles must alternate"):
-        rendered(Conversation((Message("user", "Hi"),)), tokenizer_with(template))
+    with pytest.raises(SaekitError, match="refuses row 7 of 'd': roles must alternate"):
+        rendered(Conversation((Message("user", "Hi"),), "all", "row 7 of 'd'"), tokenizer_with(template))
 
 
 def test_the_date_in_a_template_is_the_same_on_any_day():
-    found = rendered(Conversation((Message("user", "Hi"),)), tokenizer_with("{{ strftime_now('%d %b %Y') }}"))
-    assert found.text == "26 Jul 2024"
+    found = rendered(Conversation((Message("user", "Hi"),)), tokenizer_with("{{ strftime_now('%d %b %Y, %-m') }} Hi"))
+    assert found.text == "26 Jul 2024, 7 Hi"
 
 
 def test_the_bos_that_a_template_writes_is_left_to_packing():
@@ -99,8 +113,8 @@ def test_tokens_with_a_character_of_a_place_count(data):
     cuts = sorted(data.draw(st.lists(st.integers(0, 40), max_size=10)))
     places = list(zip(cuts[::2], cuts[1::2], strict=False))
     ends = sorted(data.draw(st.lists(st.integers(0, 40), max_size=12)))
-    offsets = list(zip([0, *ends], ends, strict=False))
-    brute = [any(a <= i < b for i in range(start, end) for a, b in places) for start, end in offsets]
+    offsets = list(zip([0, *ends], ends, strict=False))  # those of spaces alone may be told as empty, where they end
+    brute = [any(a <= i < b for i in range(min(start, end - 1), end) for a, b in places) for start, end in offsets]
     assert counted_of(offsets, places).tolist() == brute
 
 
@@ -144,6 +158,7 @@ def test_conversations_in_each_form_are_read(value):
         ([{"text": "Hi"}], "holds the keys text for a message"),
         ([{"role": "assistant", "content": None}], "a message of 'assistant' whose content is NoneType, not text"),
         ([{"role": "user", "content": [{"type": "image"}]}], "whose content is list, not text"),
+        ([{"role": "user", "content": [{"type": "text", "text": None}]}], "whose content is list, not text"),
     ],
 )
 def test_what_is_no_conversation_is_refused_by_its_row(value, message):
@@ -151,6 +166,26 @@ def test_what_is_no_conversation_is_refused_by_its_row(value, message):
     with pytest.raises(SaekitError, match="the column 'messages' of 'd' holds .* in row 1") as raised:
         list(Columns(messages="messages").documents("d", rows)())
     assert message.split(" in row")[0] in str(raised.value)
+
+
+def test_a_missing_column_is_named_once():
+    with pytest.raises(SaekitError, match="^the dataset 'd' has no column 'talk'; did you mean 'talks'?") as raised:
+        list(Columns(messages="talk").documents("d", [{"talks": []}])())
+    assert "holds" not in str(raised.value)
+
+
+def test_spaces_count_where_a_tokenizer_takes_them_from_offsets():
+    tokenizer = tokenizer_with(PLAIN)
+    tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=True)
+    messages = (Message("user", "Why?"), Message("assistant", "return        x"))
+    (ids,) = encoded([Conversation(messages, "assistant")], tokenizer)
+    assert tokenizer.decode(ids[ids >= 0]).strip("\n") == "return        x"
+
+
+def test_a_special_token_that_the_template_may_write_is_of_its_fingerprint():
+    one, other = tokenizer_with(PLAIN), tokenizer_with(PLAIN)
+    other.eos_token = "<|bos|>"
+    assert template_fingerprint(one) == template_fingerprint(tokenizer_with(PLAIN)) != template_fingerprint(other)
 
 
 def test_conversations_divide_themselves_whoever_counts(tmp_path):

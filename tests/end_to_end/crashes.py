@@ -25,10 +25,10 @@ from typing import Any, NamedTuple, NoReturn
 # what makes tiny data fall into many pieces that do not end together; executed in the zygote
 PRELUDE = """
 from saekit.activations import cache, stream
-from saekit.trainers import many
+from saekit.trainers import lanes
 cache.SHARD_ROWS = 200
 stream._BLOCK = 300
-many.SAMPLE = 500
+lanes.SAMPLE = 500
 """
 _MODULES = """
     saekit.activations.gradients saekit.activations.repair saekit.activations.resumable saekit.cli saekit.evals.report

@@ -81,7 +81,7 @@ def note(what, kind, number):
 
 def in_small_pieces(patch):
     """Small shards, read little by little, so that damage may show at any step of a training."""
-    patch.setattr("saekit.trainers.many.SAMPLE", 128)
+    patch.setattr("saekit.trainers.lanes.SAMPLE", 128)
     patch.setattr("saekit.activations.stream._BLOCK", 100)
     patch.setattr("saekit.activations.shards._ROWS", 64)
     patch.setattr("saekit.activations.cache.SHARD_ROWS", SHARD_ROWS)

@@ -49,7 +49,7 @@ def test_bad_tokens_are_left_out_and_counted(cache, spoilt, tmp_path, variant, c
 
 
 def test_a_bad_token_stops_the_run_and_a_flag_lets_it_go_on(spoilt, tmp_path, monkeypatch):
-    monkeypatch.setattr("saekit.trainers.many.SAMPLE", 256)
+    monkeypatch.setattr("saekit.trainers.lanes.SAMPLE", 256)
     whole = train(config(spoilt, tmp_path, out=tmp_path / "whole", skip_bad_tokens=True), quiet=True)
     cfg = config(spoilt, tmp_path)  # by its seed, the first block of rows is the one that has no bad ones
     with pytest.raises(SaekitError, match=r"NaN or inf in the activations .* row \d+ .*position .*--skip-bad-tokens"):

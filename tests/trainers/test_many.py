@@ -13,7 +13,7 @@ from saekit import SaekitError
 from saekit.activations import harvesting
 from saekit.activations.model import hooks_matching
 from saekit.files import in_bytes
-from saekit.trainers import TrainConfig, many, memory, train, train_many
+from saekit.trainers import TrainConfig, lanes, memory, train, train_many
 from saekit.trainers.checkpoint import checkpoints
 from saekit.trainers.loggers import OpenLoggers
 from saekit.trainers.memory import Memory, free_bytes, groups_that_fit
@@ -155,7 +155,7 @@ def test_one_that_fails_leaves_the_others(live, alone, tmp_path, monkeypatch):
 
 def test_one_that_fails_alone_on_its_stream_does_not_hold_the_others_back(live, tmp_path, monkeypatch):
     """Its rows are read no further, and the others go more than the window of the tee beyond its place."""
-    monkeypatch.setattr(many, "SAMPLE", 256)
+    monkeypatch.setattr(lanes, "SAMPLE", 256)
     advance, ends = Trainer.advance, []
     monkeypatch.setattr(OpenLoggers, "close", lambda self, failed: ends.append(failed))
 

@@ -16,7 +16,7 @@ from saekit.trainers.calibration import global_threshold
 from saekit.trainers.checkpoint import load_checkpoints
 from saekit.trainers.data import training_data
 from saekit.trainers.geometric_median import geometric_median
-from saekit.trainers.many import SAMPLE
+from saekit.trainers.lanes import SAMPLE
 from saekit.trainers.optimizer import DictionaryAdam, learning_rate
 from saekit.trainers.trainer import Trainer
 
