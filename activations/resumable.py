@@ -6,7 +6,7 @@ import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from saekit.activations.staging import (
 from saekit.errors import SaekitError
 from saekit.files import check_space, expanded, remove_unfinished, replace_file, writing
 from saekit.interrupt import Interrupted, InterruptGuard
+from saekit.ranks import agreeing, current
 from saekit.reading import parse_json, read_bounded
 from saekit.seal import BLANK, stamp, unbroken
 from saekit.settings import fact
@@ -106,7 +107,11 @@ def harvest_cache(
         WriteError: the disk is full; what was harvested is kept.
         Interrupted: by SIGINT or SIGTERM; what was harvested is kept.
     """
-    check_begin(path, plan.dtype, overwrite=overwrite)
+    ranks = current()
+    with agreeing(ranks):
+        check_begin(path, plan.dtype, overwrite=overwrite)
+    if not ranks.leads:
+        return _assisted(path, device, trust_remote_code)
     source = open_source(plan, device, trust_remote_code)
     provenance = source.provenance("train", gradients=plan.gradients)
     if plan.max_norm is not None:
@@ -120,7 +125,20 @@ def harvest_cache(
     _check_space(expanded(path).resolve(), beginning, plan, 0, tell)
     with begun(path, plan.dtype, overwrite=overwrite) as (target, folder):
         _append(folder, beginning.model_dump())
-        return _harvest(target, folder, beginning, plan, source, [], progress)
+        made = _harvest(target, folder, beginning, plan, source, [], progress)
+    ranks.agree()
+    return made
+
+
+def _assisted(path: str | Path, device: str | None, trust_remote_code: bool) -> ActivationCache:
+    """The cache that the first process writes, with the help of this one in its harvest."""
+    facts = current().told(None)[0]
+    if facts is not None:
+        plan = HarvestPlan(**facts["plan"])
+        source = open_source(plan, device, trust_remote_code)
+        source.assist("train", gradients=plan.gradients, bad=BadTokens(plan.skip_bad_tokens, limits=facts["limits"]))
+    current().agree()
+    return ActivationCache.open(path)
 
 
 def resume_cache(
@@ -148,6 +166,8 @@ def resume_cache(
             since, or what ``harvest_cache`` raises for.
         Interrupted: as ``harvest_cache``.
     """
+    if not current().leads:
+        return _assisted(path, device, trust_remote_code)
     target = expanded(path).resolve()
     folder = staging(target)
     if not any((folder / name).is_file() for name in (JOURNAL, MANIFEST)):
@@ -155,12 +175,14 @@ def resume_cache(
             with suppress(OSError):  # it was stopped before this folder, empty by now, was removed
                 folder.rmdir()
             tell(f"the cache '{path}' was finished already")
+            _finished_already()
             return ActivationCache.open(target)
         raise SaekitError(_NOTHING.format(path))
     with staging_lock(target):
         remove_unfinished(folder, ["shard-*", JOURNAL, MANIFEST])
         if (folder / MANIFEST).is_file():  # it was stopped while it was moved to its place
             move(target, folder, Manifest.read(folder))
+            _finished_already()
             return ActivationCache.open(target)
         beginning, lines = _read_journal(folder, path, tell)
         plan = HarvestPlan(**{**BEFORE, **beginning.plan})
@@ -180,7 +202,15 @@ def resume_cache(
         rows = sum(line.shard["rows"] for line in lines)
         tell(f"going on after {rows:,} of {plan.tokens:,} tokens")
         _check_space(target, beginning, plan, rows, tell)
-        return _harvest(target, folder, beginning, plan, source, lines, progress)
+        made = _harvest(target, folder, beginning, plan, source, lines, progress)
+    current().agree()
+    return made
+
+
+def _finished_already() -> None:
+    """Tell the other processes that there is nothing to harvest."""
+    current().told(None)
+    current().agree()
 
 
 def _harvest(
@@ -196,22 +226,24 @@ def _harvest(
     done = sum(line.shard["rows"] for line in lines)
     start, skipped = (Place(lines[-1].batch, lines[-1].row), lines[-1].skipped) if lines else (Place(0, 0), 0)
     bad = BadTokens(plan.skip_bad_tokens, skipped, limits_in(beginning.provenance))
+    asked = {"plan": plan.model_dump(mode="json"), "limits": limits_in(beginning.provenance)}
+    current().told(asked if done < plan.tokens else None)
     counts: dict[int, int] = {}  # of skipped tokens, before the newest batch of contexts and after it
     following: deque[tuple[Place, int]] = deque()
 
     def batches() -> Iterator[ActivationBatch]:
         nonlocal counts
         counts, rows = {start.batch: skipped}, done - start.row
-        for number, batch in enumerate(
-            source.batches("train", plan.tokens - rows, gradients=plan.gradients, bad=bad, first=start.batch),
-            start.batch,
-        ):
-            counts, rows = {number: counts[number], number + 1: bad.count}, rows + len(batch.x)
-            yield batch
-            writer.settle()
-            if guard.received:
-                raise Interrupted(guard.received)
-            progress(rows, plan.tokens)
+        manner: Any = {"gradients": plan.gradients, "bad": bad, "first": start.batch, "together": True}
+        with closing(source.batches("train", plan.tokens - rows, **manner)) as found:
+            for number, batch in enumerate(found, start.batch):
+                counts, rows = {number: counts[number], number + 1: bad.count}, rows + len(batch.x)
+                yield batch
+                writer.settle()
+                if guard.received:
+                    current().stopped = True
+                    raise Interrupted(guard.received)
+                progress(rows, plan.tokens)
 
     def written(shard: Shard) -> None:
         (batch, row), skipped = following.popleft()

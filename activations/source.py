@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,7 +33,7 @@ from saekit.activations.placement import NO_QUANTIZATION, cards_of, dtype_of, ho
 from saekit.activations.python_source import Split
 from saekit.activations.rules import OWN_RULES, TextRules
 from saekit.activations.settings import SourceSettings
-from saekit.activations.spread import Harvester, Piece, in_order
+from saekit.activations.spread import Harvester, Piece, assist, in_order
 from saekit.activations.text import PYTHON, SPLITS, Documents, TextSource, open_text
 from saekit.activations.token_store import stored
 from saekit.activations.tokens import MASK, ContextBatch, Ids, encoded, pack, tokenizer_fingerprint
@@ -295,25 +295,13 @@ class ActivationSource:
         bad: BadTokens | None = None,
         first: int = 0,
         together: bool = False,
-    ) -> Iterator[ActivationBatch]:
+    ) -> Generator[ActivationBatch, None, None]:
         """Activations of one part of the text, mixed, cut after exactly ``tokens`` rows where that is given.
 
         The first ``first`` batches of contexts are passed over, without the model; ``together`` shares the harvest out
         among the processes of this run, which all ask for it (``spread``). Further arguments are those of ``harvest``.
         """
-        left = tokens
-
-        def run(
-            contexts: Iterator[ContextBatch], bad: BadTokens, at_once: int, numbers: Iterable[int]
-        ) -> Iterator[Piece]:
-            manner: Any = {"gradients": gradients, "bad": bad, "numbers": numbers, "at_once": at_once}
-            found = harvest(self.model, self.hook, contexts, **manner)
-            return (tuple(column for column in batch if column is not None) for batch in found)
-
-        size = piece_size(gradients)
-        harvester = Harvester(
-            lambda first: islice(self.mixed(part, size), first, None), run, self.at_once(gradients), size
-        )
+        left, harvester = tokens, self._harvester(part, gradients)
         pieces = in_order(harvester, bad or BadTokens(), first) if together else harvester.alone(bad, first)
         with closing(pieces):
             for batch in (ActivationBatch(*piece) for piece in pieces):
@@ -323,13 +311,43 @@ class ActivationSource:
                 left = left if left is None else left - len(batch.x)
                 yield batch
 
+    def assist(self, part: Split, *, gradients: bool = False, bad: BadTokens | None = None) -> None:
+        """Take part in ``batches`` that others ask for ``together``, as long as they do, without a row of one's own.
+
+        Raises:
+            SaekitError: as ``batches``.
+            Interrupted: this process was asked to stop, once the others have.
+        """
+        assist(in_order(self._harvester(part, gradients), bad or BadTokens(), None))
+
+    def _harvester(self, part: Split, gradients: bool) -> Harvester:
+        """How batches of one part come about."""
+
+        def run(
+            contexts: Iterator[ContextBatch], bad: BadTokens, at_once: int, numbers: Iterable[int]
+        ) -> Iterator[Piece]:
+            manner: Any = {"gradients": gradients, "bad": bad, "numbers": numbers, "at_once": at_once}
+            found = harvest(self.model, self.hook, contexts, **manner)
+            return (tuple(column for column in batch if column is not None) for batch in found)
+
+        def contexts(first: int) -> Iterator[ContextBatch]:
+            return islice(self.mixed(part, piece_size(gradients)), first, None)
+
+        return Harvester(contexts, run, self.at_once(gradients), piece_size(gradients))
+
     def norm_limit(self, max_norm: float) -> float:
         """The largest ‖x‖: ``max_norm`` times the median of the first 16,384 finite tokens of the training text."""
         return norm_limit(self.batches("train", SAMPLE, bad=BadTokens(skip=True)), max_norm)
 
+    def fingerprints(self) -> dict[str, str]:
+        """What changes when the text does, or the chat template that renders it."""
+        found = {"dataset_fingerprint": self.text.fingerprint}
+        if self.text.facts.get("messages_column"):
+            found["chat_template"] = template_fingerprint(text_tokenizer(self.model))
+        return found
+
     def provenance(self, part: Split, *, gradients: bool = False) -> dict[str, Any]:
         """The facts by which data of this source is known again."""
-        tokenizer = text_tokenizer(self.model)
         return {
             "model": self.name,
             "revision": model_revision(self.model, self.name),
@@ -337,11 +355,10 @@ class ActivationSource:
             "model_quantization": quantization_of(self.model),
             "hook": self.hook,
             "dataset": self.text.name,
-            "dataset_fingerprint": self.text.fingerprint,
+            **self.fingerprints(),
             **self.text.facts,
             "part": part,
-            "tokenizer": tokenizer_fingerprint(tokenizer),
-            **({"chat_template": template_fingerprint(tokenizer)} if self.text.facts.get("messages_column") else {}),
+            "tokenizer": tokenizer_fingerprint(text_tokenizer(self.model)),
             "context_length": self.context_length,
             "prepend_bos": self.prepend_bos,
             "skip_first": self.skip_first,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from inspect import GEN_CREATED, getgeneratorstate
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -13,6 +15,7 @@ from torch import Tensor
 from saekit.activations.finite import BadTokens
 from saekit.activations.tokens import ContextBatch
 from saekit.errors import SaekitError
+from saekit.interrupt import Interrupted, InterruptGuard
 from saekit.ranks import Ranks, current
 
 Piece = tuple[Tensor, ...]  # columns [m, ...] of as many rows
@@ -48,6 +51,23 @@ def in_order(harvester: Harvester, bad: BadTokens, first: int | None) -> Generat
         yield from spread(current(), harvester, bad, first)
     elif first is not None:
         yield from harvester.alone(bad, first)
+
+
+def assist(pieces: Iterable[Any]) -> None:
+    """Take part in a harvest of which this process wants no rows (``in_order`` from None) until no other wants any.
+
+    Raises:
+        SaekitError: as ``spread``.
+        Interrupted: this process was asked to stop, once the others have.
+    """
+    with InterruptGuard() as guard:
+        try:
+            deque(pieces, maxlen=0)
+        except SaekitError:
+            if not guard.received:
+                raise
+    if guard.received:
+        raise Interrupted(guard.received)
 
 
 def spread(ranks: Ranks, harvester: Harvester, bad: BadTokens, first: int | None) -> Iterator[Piece]:
@@ -91,6 +111,13 @@ def spread(ranks: Ranks, harvester: Harvester, bad: BadTokens, first: int | None
         while _go_on(ranks, needs=False) and len(_round(ranks, found, own, unit)) == whole:
             pass
         raise
+
+
+def leave(pieces: Generator[Any, None, None], ranks: Ranks | None = None) -> None:
+    """Want no more of a harvest. One that was not begun is, where others wait for its beginning."""
+    if (ranks or current()).world > 1 and getgeneratorstate(pieces) == GEN_CREATED:
+        next(pieces, None)
+    pieces.close()
 
 
 def _share(contexts: Iterable[ContextBatch], ranks: Ranks, unit: int) -> Iterator[ContextBatch]:

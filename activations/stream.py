@@ -24,7 +24,7 @@ from saekit.activations.cache import ActivationCache
 from saekit.activations.finite import BadTokens
 from saekit.activations.harvesting import harvest, harvest_hooks
 from saekit.activations.source import ActivationSource, piece_size
-from saekit.activations.spread import Harvester, Piece, Run, in_order
+from saekit.activations.spread import Harvester, Piece, Run, in_order, leave
 from saekit.activations.tee import Reader
 from saekit.activations.tokens import ContextBatch
 from saekit.errors import SaekitWarning
@@ -234,7 +234,9 @@ class ShuffledStream:
         except BaseException as error:  # handed to the consumer, who raises it
             self._put(error)
         finally:
-            if isinstance(self._rows, (Generator, Reader)):
+            if isinstance(self._rows, Generator):
+                leave(self._rows)
+            elif isinstance(self._rows, Reader):
                 self._rows.close()  # others that read the same rows do not wait for it
 
     def _deliver(self, parts: list[Tensor], place: StreamState, pieces: int, rows: int) -> StreamState:

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saekit.activations.finite import BadTokens
+from saekit.activations.spread import leave
 
 _GONE = float("inf")  # the place of a reader that wants no more
 
@@ -59,7 +60,7 @@ class Tee:
         with self._moved:  # so no reader is having a piece made
             self._closed = True
             if isinstance(self._pieces, Generator):
-                self._pieces.close()
+                leave(self._pieces)
             self._moved.notify_all()
 
     def next_of(self, number: int) -> tuple[Float[Tensor, "m w"], int] | None:

@@ -17,6 +17,7 @@ from saekit.activations.finite import BadTokens
 from saekit.activations.placement import NO_QUANTIZATION, how_loaded
 from saekit.activations.python_source import Split
 from saekit.activations.settings import SourceSettings
+from saekit.activations.text import PYTHON
 from saekit.errors import SaekitError, SaekitWarning
 from saekit.evals.heldout import Drawn, draw
 from saekit.evals.reference import Reference
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 
 _Source: Any = partial(SourceSettings)
+_OF_THE_TEXT = {"dataset_fingerprint": "text", "chat_template": "chat template"}
 
 
 class Evaluator:
@@ -232,6 +234,12 @@ class Evaluator:
         if (group := provenance.get("group_column")) != source.text.facts["group_column"] and not asked.group_column:
             told = f"'{path}' was trained on text that its column '{group}' divides; '{source.text.name}' is divided by"
             warnings.warn(f"{told} its documents (--group-column {group})", SaekitWarning, stacklevel=3)
+        if not asked.dataset and source.text.name == provenance.get("dataset") != PYTHON:
+            here = source.fingerprints()
+            changed = [_OF_THE_TEXT[fact] for fact, now in here.items() if provenance.get(fact, now) != now]
+            if changed:
+                told = f"the {' and the '.join(changed)} changed since '{path}' was trained on '{source.text.name}'"
+                warnings.warn(f"{told}; it is judged on what is there now", SaekitWarning, stacklevel=3)
         if asked.prepend_bos and not source.prepend_bos:
             raise SaekitError(f"the tokenizer of '{model}' has no BOS to prepend")
         check_told(facts, path, hook, str(source.model.cfg.normalization_type))

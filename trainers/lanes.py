@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ import torch
 
 from saekit.activations import ActivationCache, ActivationSource, ShuffledStream
 from saekit.activations.finite import BadTokens
+from saekit.activations.spread import assist
 from saekit.activations.stream import StreamState
 from saekit.activations.tee import Tee
 from saekit.kernels.workspace import Workspace
@@ -129,7 +129,7 @@ def _streams(
     places = [order.place(data) for order in orders]
     tee, any_data = None, next(iter(data.values()))
     if not orders:
-        deque(any_data.rows(None), maxlen=0)
+        assist(any_data.rows(None))
     if any_data.live and len(orders) > 1:
         starts = [place or StreamState() for place in places]
         any_data.bad.count = min(starts, key=lambda place: place.pieces).skipped

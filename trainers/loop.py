@@ -86,7 +86,7 @@ def take_steps(lanes: Sequence[Lane], quiet: bool = False) -> dict[Trainer, Saek
         while any(not lane.ends for lane in lanes):
             number = min((i for i, lane in enumerate(lanes) if not lane.ends), key=lambda i: lanes[i].tokens)
             lane = lanes[number]
-            rows = _next(batches[number], lanes)
+            rows = _next(batches[number], lanes, guard)
             for trainer in list(lane.trainers):
                 try:
                     metrics = trainer.advance(rows)
@@ -110,12 +110,14 @@ def take_steps(lanes: Sequence[Lane], quiet: bool = False) -> dict[Trainer, Saek
     return failed
 
 
-def _next(batches: Iterator[Tensor], lanes: Sequence[Lane]) -> Tensor:
+def _next(batches: Iterator[Tensor], lanes: Sequence[Lane], guard: InterruptGuard) -> Tensor:
     """The next batch; where there is none to be had, what was learned so far is saved first."""
     try:
         return next(batches)
     except SaekitError:
         _save(lanes)
+        if guard.received:  # as another process was, which harvests no more
+            raise Interrupted(guard.received) from None
         raise
 
 

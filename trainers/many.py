@@ -98,21 +98,24 @@ def train_many(
         SaekitError: two have one folder, there is nothing to resume, or what ``train`` raises for.
         Interrupted: by SIGINT or SIGTERM, after the step was finished and every state saved.
     """
-    check_manner(resume, overwrite)
-    folders = [config.out.resolve() for config in configs]
-    twice = [folder for number, folder in enumerate(folders) if folder in folders[:number]]
-    if twice:
-        raise SaekitError(f"two of the runs would have the folder '{twice[0]}'")
-    if home is not None and (home / CONFIG).exists():
-        raise SaekitError(f"'{home}' is the folder of one run; choose another --out for several")
-    if home is not None and home.is_dir():
-        remove_unfinished(home, [PLAN])
-    if home is not None and not resume:
-        check_free(home, overwrite=overwrite, hint="choose another --out, or pass --resume or --overwrite")
-    there = [resume and (config.out / CONFIG).is_file() for config in configs]
-    if resume and not any(there) and (home is None or not (home / PLAN).is_file()):
-        raise SaekitError(f"there is no run to resume in '{configs[0].out}': {CONFIG} is missing")
-    ranks, found, own, resumed = current(), {}, {}, []
+    ranks = current()
+    _check_alike(configs, ranks)
+    with agreeing(ranks):
+        check_manner(resume, overwrite)
+        folders = [config.out.resolve() for config in configs]
+        twice = [folder for number, folder in enumerate(folders) if folder in folders[:number]]
+        if twice:
+            raise SaekitError(f"two of the runs would have the folder '{twice[0]}'")
+        if home is not None and (home / CONFIG).exists():
+            raise SaekitError(f"'{home}' is the folder of one run; choose another --out for several")
+        if home is not None and home.is_dir():
+            remove_unfinished(home, [PLAN])
+        if home is not None and not resume:
+            check_free(home, overwrite=overwrite, hint="choose another --out, or pass --resume or --overwrite")
+        there = [resume and (config.out / CONFIG).is_file() for config in configs]
+        if resume and not any(there) and (home is None or not (home / PLAN).is_file()):
+            raise SaekitError(f"there is no run to resume in '{configs[0].out}': {CONFIG} is missing")
+    found, own, resumed = {}, {}, []
     quiet = quiet or not ranks.leads
     failed: dict[int, SaekitError] = {}
     with ExitStack() as stack:
@@ -145,7 +148,18 @@ def train_many(
             raise error
         told = f"{len(errors_of_all)} of {len(configs)} runs failed, the first in '{configs[number].out}': {error}"
         raise (SaekitError if ranks.leads else ToldError)(told)
-    return [found.get(number) or _of_another(config) for number, config in enumerate(configs)]
+    return [found[number] if number in found else _of_another(each) for number, each in enumerate(configs)]
+
+
+def _check_alike(configs: Sequence[TrainConfig], ranks: Ranks) -> None:
+    """Raise ToldError where processes were asked for different runs."""
+    told = ranks.told([config.to_dict() for config in configs])
+    for rank, others in enumerate(told):
+        if len(others) != len(told[0]):
+            raise ToldError(f"process {rank} was asked for {len(others)} runs, process 0 for {len(told[0])}")
+        for first, other in zip(told[0], others, strict=True):
+            if changed := [key for key in first if first[key] != other.get(key)]:
+                raise ToldError(f"process {rank} was started with another {', '.join(changed)} than process 0")
 
 
 def _mine(configs: Sequence[TrainConfig], resume: bool, ranks: Ranks) -> list[int]:

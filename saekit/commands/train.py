@@ -79,23 +79,24 @@ def train(
     quiet = quiet or not ranks.leads
     if restarted():
         resume, overwrite = _begun(flags["out"]), False
-    if None not in (flags["width"], flags["expansion"]):
-        raise SaekitError("--width and --expansion both say how wide the dictionary is; give one of them")
-    started = Path(flags["out"]) / "config.yaml" if resume and flags["out"] is not None else None
-    if started is not None and config is None and started.is_file():
-        config = started
-    values = settings_in(config, of_a_run=config == started, **flags)
-    if "*" in str(values.get("hook")):
-        values["hook"] = _hooks(values, trust_remote_code)
-    runs_asked = combined(values)
-    if list(runs_asked) == [""]:
-        asked = TrainConfig(**runs_asked[""])
-        begun = resumable(asked) if resume and not (asked.out / "config.yaml").is_file() else {}
-        home, alone, configs = asked.out, not begun, [*begun.values()] or [asked]
-    else:
-        place = Path(values.get("out") or "runs/sweep")
-        configs = [TrainConfig(**{**each, "out": place / name}) for name, each in runs_asked.items()]
-        home, alone = configs[0].out.parent, False
+    with agreeing(ranks):
+        if None not in (flags["width"], flags["expansion"]):
+            raise SaekitError("--width and --expansion both say how wide the dictionary is; give one of them")
+        started = Path(flags["out"]) / "config.yaml" if resume and flags["out"] is not None else None
+        if started is not None and config is None and started.is_file():
+            config = started
+        values = settings_in(config, of_a_run=config == started, **flags)
+        if "*" in str(values.get("hook")):
+            values["hook"] = _hooks(values, trust_remote_code)
+        runs_asked = combined(values)
+        if list(runs_asked) == [""]:
+            asked = TrainConfig(**runs_asked[""])
+            begun = resumable(asked) if resume and not (asked.out / "config.yaml").is_file() else {}
+            home, alone, configs = asked.out, not begun, [*begun.values()] or [asked]
+        else:
+            place = Path(values.get("out") or "runs/sweep")
+            configs = [TrainConfig(**{**each, "out": place / name}) for name, each in runs_asked.items()]
+            home, alone = configs[0].out.parent, False
     if dry_run:
         from saekit.trainers.estimate import estimate, told
 

@@ -16,7 +16,7 @@ FOLDERS = {
 # from the ground up; a file imports its own layer and those below it
 LAYERS = {
     "storage": ("errors", "files", "finite", "interrupt", "lazy", "plugins", "reading", "seal", "settings", "version"),
-    "kernels": ("code", "kernels", "machine", "no_installs"),
+    "kernels": ("code", "kernels", "machine", "no_installs", "ranks"),
     "dictionary": (
         *("allocation", "display", "embedded", "formats", "hub", "loading", "positions", "processing", "sae"),
         *("sae_config", "selection", "special_tokens", "zipf"),

@@ -71,11 +71,16 @@ def test_conversations_are_trained_on_by_role(chat_model, talks, saekit_main, tm
     assert done.returncode == 0, done.stderr
     again = json.loads((tmp_path / "again.json").read_text())
     assert again["reconstruction"] == first["reconstruction"], "by the same tokens, held out as they were"
+    assert "changed since" not in done.stderr
+    judged = shutil.copytree(run, tmp_path / "judged")
     (chat_model / "chat_template.jinja").write_text("Now: " + _TEMPLATE)
     try:
         shutil.rmtree(run / "sae")
         done = saekit_main("train", "--out", run, "--resume", "--quiet")
         assert "chat_template" in done.stderr
+        done = saekit_main("eval", judged, "--tokens", 300, "--quiet")
+        assert done.returncode == 0, done.stderr
+        assert "the chat template changed since" in done.stderr
     finally:
         (chat_model / "chat_template.jinja").write_text(_TEMPLATE)
 
