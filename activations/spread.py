@@ -16,7 +16,7 @@ from saekit.activations.finite import BadTokens
 from saekit.activations.tokens import ContextBatch
 from saekit.errors import SaekitError
 from saekit.interrupt import Interrupted, InterruptGuard
-from saekit.ranks import Ranks, current
+from saekit.ranks import Ranks, ToldError, current
 
 Piece = tuple[Tensor, ...]  # columns [m, ...] of as many rows
 
@@ -151,7 +151,7 @@ def _round(ranks: Ranks, found: Iterator[Piece], own: BadTokens, unit: int) -> l
     described = [[(str(c.dtype).removeprefix("torch."), list(c.shape)) for c in piece] for piece in pieces]
     told = ranks.told({"pieces": described, "skipped": counts, "error": error}, harvest=True)
     if errors := [each["error"] for each in told if each["error"]]:
-        raise SaekitError(errors[0])
+        raise ToldError(errors[0])
     columns = [column.flatten().view(torch.uint8) for piece in pieces for column in piece if column.numel()]
     every = ranks.gather(torch.cat(columns) if columns else torch.empty(0, dtype=torch.uint8), harvest=True)
     return [
