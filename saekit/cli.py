@@ -30,7 +30,7 @@ app.command()(push)
 app.add_typer(sweep_app, name="sweep")
 
 _DEBUG = "--debug"
-_FOR_MANY = ("train", "cache")  # commands whose work several processes share
+_FOR_MANY = ("train", "cache", "eval")  # commands whose work several processes share
 _LONGEST = 2000  # characters of the line about a mistake
 _CLOSED_PIPE = 141  # what a shell says of a program that SIGPIPE ended
 _UsageError: Any = typer.BadParameter.__base__  # click's, which typer may carry inside itself
@@ -101,7 +101,7 @@ def _with_others(arguments: list[str]) -> Iterator[None]:
     from saekit.ranks import ToldError, together
 
     if arguments[0] not in _FOR_MANY and not {"--help", "--version"} & {*arguments}:
-        many = " and ".join(_FOR_MANY)
+        many = ", ".join(_FOR_MANY)
         raise ToldError(f"'saekit {arguments[0]}' runs on one process; torchrun is for saekit {many}")
     with contextlib.ExitStack() as stack:
         if stack.enter_context(together()).rank:

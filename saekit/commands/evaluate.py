@@ -10,7 +10,7 @@ from typing import Any, get_origin
 import typer
 
 from saekit.activations.settings import SourceSettings
-from saekit.commands.evaluating import bars, evaluated, open_evaluator, show
+from saekit.commands.evaluating import bars, evaluated_by_all, open_evaluator, show
 from saekit.commands.flags import among, flag, joined, with_flags
 from saekit.commands.report import SHOWN, report_on_several
 from saekit.errors import SaekitError, did_you_mean
@@ -59,22 +59,30 @@ def evaluate(
 
     The suite dark_matter takes their errors apart; its figures join those in a run's eval.json.
     """
-    if suite not in ("standard", "dark_matter"):
-        raise SaekitError(f"unknown suite '{suite}'{did_you_mean(suite, ('standard', 'dark_matter'))}")
-    flags = joined(flags, SourceSettings)
-    given = {key: value for key, value in flags.items() if value is not None and value is not False and value != []}
-    source = {key: flags[key] for key in SourceSettings.model_fields if flags[key] is not None}
-    apart = DarkMatterSettings.model_fields.keys() & given.keys()
-    if suite == "standard" and apart:
-        first = next(key for key in DarkMatterSettings.model_fields if key in apart)
-        raise SaekitError(f"--{first.replace('_', '-')} goes with --suite dark_matter")
-    if suite != "standard" and html is not None:
-        raise SaekitError("--html goes with --suite standard; it shows what dark_matter has left in a run's eval.json")
-    for path, option in ((out, "--out"), (html, "--html")):
-        if path is not None:
-            check_new_file(path, option)
-    if out is not None and html is not None and out.resolve() == html.resolve():
-        raise SaekitError(f"--out and --html are the same file, '{out}'; choose two")
+    from saekit.ranks import agreeing, current
+
+    ranks = current()
+    with agreeing(ranks):
+        if suite not in ("standard", "dark_matter"):
+            raise SaekitError(f"unknown suite '{suite}'{did_you_mean(suite, ('standard', 'dark_matter'))}")
+        flags = joined(flags, SourceSettings)
+        given = {key: value for key, value in flags.items() if value is not None and value is not False and value != []}
+        source = {key: flags[key] for key in SourceSettings.model_fields if flags[key] is not None}
+        apart = DarkMatterSettings.model_fields.keys() & given.keys()
+        if suite == "standard" and apart:
+            first = next(key for key in DarkMatterSettings.model_fields if key in apart)
+            raise SaekitError(f"--{first.replace('_', '-')} goes with --suite dark_matter")
+        if suite != "standard" and html is not None:
+            raise SaekitError(
+                "--html goes with --suite standard; it shows what dark_matter has left in a run's eval.json"
+            )
+        for path, option in ((out, "--out"), (html, "--html")):
+            if path is not None:
+                check_new_file(path, option)
+        if out is not None and html is not None and out.resolve() == html.resolve():
+            raise SaekitError(f"--out and --html are the same file, '{out}'; choose two")
+        if ranks.world > 1 and (html is not None or suite != "standard"):
+            raise SaekitError("--html and --suite dark_matter run on one process, not under torchrun")
     asked: dict[str, Any] = {**source, "cache": cache, "tokens": tokens, "device": device}
     asked["trust_remote_code"] = trust_remote_code
     if suite == "dark_matter":
@@ -83,7 +91,9 @@ def evaluate(
         return
     own = {key: value for key, value in given.items() if key not in SourceSettings.model_fields}
     evaluator = open_evaluator(**asked, settings=own)
-    reports = evaluated(evaluator, dictionaries, quiet)
+    reports = evaluated_by_all(evaluator, dictionaries, quiet, ranks)
+    if not ranks.leads:
+        return
     if out is not None and len(reports) == 1:
         next(iter(reports.values())).save(out)
     elif out is not None:

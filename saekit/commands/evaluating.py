@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from saekit.evals import Evaluator, Report
+    from saekit.ranks import Ranks
 
 
 def open_evaluator(*, device: str, **settings: Any) -> Evaluator:
@@ -50,6 +51,28 @@ def evaluated(
     with bars(evaluator, quiet):
         reports = {str(path): evaluator(path) for path in paths}
     if tell:
+        show(reports)
+    return reports
+
+
+def evaluated_by_all(evaluator: Evaluator, paths: Sequence[str], quiet: bool, ranks: Ranks) -> dict[str, Report]:
+    """``evaluated``, the dictionaries dealt out to the processes in turn; the first prints the table.
+
+    Raises:
+        SaekitError: as ``evaluated``, on all processes.
+    """
+    from saekit.evals import Report
+    from saekit.ranks import agreeing
+
+    if ranks.world == 1:
+        return evaluated(evaluator, paths, quiet)
+    own: dict[str, Report] = {}
+    with agreeing(ranks):
+        own = evaluated(evaluator, paths[ranks.rank :: ranks.world], quiet or not ranks.leads, tell=False)
+    told = ranks.told({path: report.to_dict() for path, report in own.items()})
+    groups = {path: facts for each in told for path, facts in each.items()}
+    reports = {path: Report(groups[path], groups[path].pop("about")) for path in paths}
+    if ranks.leads:
         show(reports)
     return reports
 

@@ -62,6 +62,17 @@ def test_runs_and_their_harvest_are_shared_out(alone, tmp_path):
     assert "holds something already" in lines(err)[0]
 
 
+def test_dictionaries_are_dealt_out_to_judge(alone, tmp_path):
+    paths = sorted(str(path) for path in alone.glob("k=*"))
+    for processes in (1, 2):
+        done_here = done(processes, "eval", *paths, "--tokens", 500, "--out", tmp_path / f"{processes}.json", "--quiet")
+        assert done_here[0] == 0, done_here[2]
+    assert (tmp_path / "1.json").read_bytes() == (tmp_path / "2.json").read_bytes()
+    code, _, err = done(2, "eval", *paths, "--tokens", 500, "--suite", "dark_matter")
+    assert code != 0
+    assert lines(err) == ["saekit: --html and --suite dark_matter run on one process, not under torchrun"]
+
+
 def test_a_cache_that_several_write_is_that_of_one(tmp_path):
     flags = ["cache", "--tokens", 30_000, "--context-length", 64, "--quiet", "--out"]
     for processes in (1, 2):
@@ -74,7 +85,7 @@ def test_a_cache_that_several_write_is_that_of_one(tmp_path):
 def test_a_command_for_one_process_says_so(tmp_path):
     code, _, err = done(2, "info", tmp_path)
     assert code != 0
-    assert lines(err) == ["saekit: 'saekit info' runs on one process; torchrun is for saekit train and cache"]
+    assert lines(err) == ["saekit: 'saekit info' runs on one process; torchrun is for saekit train, cache, eval"]
 
 
 @pytest.mark.slow
