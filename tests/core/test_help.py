@@ -147,7 +147,7 @@ def test_help_and_completion_import_no_torch():
 def test_the_readme_names_flags_that_there_are():
     text = (Path(__file__).parents[2] / "README.md").read_text()
     commands = re.findall(
-        r"saekit (train|cache|eval|convert|push|info)\b(.*?)(?=\n\n|\nsaekit|`|#|\n```)", text, re.DOTALL
+        r"saekit (train|cache|eval|convert|push|info)\b(.*?)(?=\n\n|\n(?:saekit|torchrun)|`|#|\n```)", text, re.DOTALL
     )
     assert len(commands) > 8
     for name, rest in commands:
