@@ -25,6 +25,7 @@ def test_the_embedded_model_is_small_and_was_trained():
     assert figures["heldout_bigram_cross_entropy"] < figures["heldout_unigram_cross_entropy"]
 
 
+@pytest.mark.slow
 def test_its_cross_entropy_on_heldout_text_is_what_it_claims(source):
     import itertools
 

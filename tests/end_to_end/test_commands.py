@@ -167,6 +167,7 @@ def test_a_model_of_another_shape(saekit_command, tmp_path):
     assert saekit.load(run).cfg.d_in == 32
 
 
+@pytest.mark.slow
 def test_an_interrupt_saves_and_resume_finishes(saekit_command, tmp_path):
     cache, run = tmp_path / "cache", tmp_path / "run"
     ActivationCache.from_tensor(cache, torch.randn(30_000, 64))

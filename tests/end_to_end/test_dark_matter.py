@@ -210,6 +210,7 @@ def interrupt(study, name):
     raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_the_study_and_its_page(tmp_path, monkeypatch):
     """The script from end to end, small; interrupted after the harvest it goes on, and other settings are refused."""
     monkeypatch.syspath_prepend(str(SCRIPTS))

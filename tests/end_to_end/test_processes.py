@@ -62,6 +62,7 @@ def test_runs_and_their_harvest_are_shared_out(alone, tmp_path):
     assert "holds something already" in lines(err)[0]
 
 
+@pytest.mark.slow
 def test_dictionaries_are_dealt_out_to_judge(alone, tmp_path):
     paths = sorted(str(path) for path in alone.glob("k=*"))
     for processes in (1, 2):
