@@ -14,7 +14,7 @@ from torch import Tensor
 
 from saekit.activations.finite import BadTokens
 from saekit.activations.tokens import ContextBatch
-from saekit.errors import SaekitError
+from saekit.errors import SaekitError, first_line
 from saekit.interrupt import Interrupted, InterruptGuard
 from saekit.ranks import Ranks, ToldError, current
 
@@ -96,20 +96,19 @@ def spread(ranks: Ranks, harvester: Harvester, bad: BadTokens, first: int | None
     mine = _share(harvester.contexts(start["first"]), ranks, unit)
     numbers = (start["first"] + (i // unit * ranks.world + ranks.rank) * unit + i % unit for i in count())
     found = harvester.run(mine, own, at_once, numbers)
-    number, skipped, whole = start["first"], int(start["skipped"]), unit * ranks.world
+    number, skipped, whole, last = start["first"], int(start["skipped"]), unit * ranks.world, False
     try:
-        while _go_on(ranks, needs=first is not None):
+        while not last and _go_on(ranks, needs=first is not None):
             pieces = _round(ranks, found, own, unit)
+            last = len(pieces) < whole  # the text has ended, which all see
             for piece, left_out in pieces:
                 skipped, number = skipped + left_out, number + 1
                 if first is not None and number > first:
                     bad.count = skipped
                     yield piece
-            if len(pieces) < whole:
-                return
     except GeneratorExit:  # this process has enough
-        while _go_on(ranks, needs=False) and len(_round(ranks, found, own, unit)) == whole:
-            pass
+        while not last and _go_on(ranks, needs=False):
+            last = len(_round(ranks, found, own, unit)) < whole
         raise
 
 
@@ -138,7 +137,7 @@ def _round(ranks: Ranks, found: Iterator[Piece], own: BadTokens, unit: int) -> l
     """The pieces of one pass of every process, each with the tokens that were left out of it."""
     pieces: list[Piece] = []
     counts: list[int] = []
-    error = None
+    error: Exception | None = None
     try:
         for _ in range(unit):
             before = own.count
@@ -146,11 +145,14 @@ def _round(ranks: Ranks, found: Iterator[Piece], own: BadTokens, unit: int) -> l
                 break
             pieces.append(tuple(column.detach().cpu().contiguous() for column in piece))
             counts.append(own.count - before)
-    except SaekitError as raised:
-        error = str(raised)
+    except Exception as raised:  # whatever it is, the others wait to be told
+        error = raised
     described = [[(str(c.dtype).removeprefix("torch."), list(c.shape)) for c in piece] for piece in pieces]
-    told = ranks.told({"pieces": described, "skipped": counts, "error": error}, harvest=True)
-    if errors := [each["error"] for each in told if each["error"]]:
+    message = None if error is None else str(error) if isinstance(error, SaekitError) else first_line(error)
+    told = ranks.told({"pieces": described, "skipped": counts, "error": message}, harvest=True)
+    if error is not None and not isinstance(error, SaekitError):
+        raise error
+    if errors := [each["error"] for each in told if each["error"] is not None]:
         raise ToldError(errors[0])
     columns = [column.flatten().view(torch.uint8) for piece in pieces for column in piece if column.numel()]
     every = ranks.gather(torch.cat(columns) if columns else torch.empty(0, dtype=torch.uint8), harvest=True)

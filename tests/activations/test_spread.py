@@ -14,7 +14,7 @@ from saekit.activations.finite import BadTokens
 from saekit.activations.spread import Harvester, leave, spread
 from saekit.activations.tokens import ContextBatch
 from saekit.errors import SaekitError
-from saekit.ranks import Ranks
+from saekit.ranks import Ranks, ToldError
 
 _PHASES = [phase for phase in Phase if phase is not Phase.shrink]  # each that fails waits for its barrier
 
@@ -114,12 +114,13 @@ def test_each_process_gets_the_rows_of_one_from_its_place_on(world, total, at_on
 @settings(max_examples=30, phases=_PHASES)
 @given(st.integers(2, 4), st.data())
 def test_who_has_enough_helps_until_all_have(world, data):
-    wanted = data.draw(st.lists(st.none() | st.integers(0, 9), min_size=world, max_size=world))
-    alone = plain(harvester(40).alone(None, 0))
+    total = data.draw(st.integers(1, 14))
+    wanted = data.draw(st.lists(st.none() | st.integers(0, total), min_size=world, max_size=world))
+    alone = plain(harvester(total).alone(None, 0))
 
     def work(ranks):
         count = wanted[ranks.rank]
-        pieces = spread(ranks, harvester(40), BadTokens(), None if count is None else 0)
+        pieces = spread(ranks, harvester(total), BadTokens(), None if count is None else 0)
         found = plain(islice(pieces, count) if count is not None else pieces)
         leave(pieces, ranks)
         return found
@@ -131,6 +132,21 @@ def test_who_has_enough_helps_until_all_have(world, data):
 def test_an_error_of_one_is_that_of_all():
     found = in_threads(3, lambda ranks: list(spread(ranks, harvester(20, fails_at=7), BadTokens(), 0)))
     assert [str(error) for error in found] == ["batch 7 is spoilt"] * 3
+
+
+def test_an_unexpected_error_leaves_nobody_waiting():
+    def work(ranks):
+        def run(batches, bad, at_once, numbers):
+            for piece in harvester(20).run(batches, bad, at_once, numbers):
+                if ranks.rank == 1:
+                    raise OSError("the disk is gone")
+                yield piece
+
+        return list(spread(ranks, harvester(20)._replace(run=run), BadTokens(), 0))
+
+    first, second, third = in_threads(3, work)
+    assert [type(error) for error in (first, second, third)] == [ToldError, OSError, ToldError]
+    assert str(first) == "the disk is gone"
 
 
 def test_where_one_is_stopped_the_others_are():
