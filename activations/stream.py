@@ -7,6 +7,7 @@ tokens of one context meet in a batch as often as chance within a fill says. The
 from __future__ import annotations
 
 import queue
+import sys
 import threading
 import time
 import warnings
@@ -213,6 +214,7 @@ class ShuffledStream:
         self._limit, self._bad, self._pinned = limit, bad or BadTokens(), pinned
         self._ready: queue.Queue[_Fill | BaseException | None] = queue.Queue(maxsize=1)
         self._stop = threading.Event()
+        self._error: BaseException | None = None
         self._batches: Iterator[tuple[Tensor, StreamState]] = self._take()
         self._thread = threading.Thread(target=self._prepare, args=[self.place], daemon=True)
         self._thread.start()
@@ -235,7 +237,10 @@ class ShuffledStream:
             self._put(error)
         finally:
             if isinstance(self._rows, Generator):
-                leave(self._rows)
+                try:
+                    leave(self._rows)
+                except BaseException as error:  # of a harvest that goes on for other processes
+                    self._error = error
             elif isinstance(self._rows, Reader):
                 self._rows.close()  # others that read the same rows do not wait for it
 
@@ -290,12 +295,20 @@ class ShuffledStream:
                     yield batch, item.after if number == len(batches) else item.before._replace(taken=number)
 
     def close(self) -> None:
-        """Stop the thread, wait until it no longer uses the model, and let go of the rows."""
+        """Stop the thread, wait until it no longer uses the model, and let go of the rows.
+
+        Raises:
+            SaekitError: this process took part in a harvest for others, and that failed; not while another error is
+                on its way.
+        """
         self._stop.set()
         if isinstance(self._rows, Reader):
             self._rows.close()  # it may wait for the others, as these may for it
         self._thread.join()
+        error, self._error = self._error, None
         self._rows = iter(())  # a harvest that has not ended takes its hooks off the model when it is let go
+        if error is not None and sys.exc_info()[0] is None:
+            raise error
 
 
 class _Fill(NamedTuple):

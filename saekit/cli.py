@@ -95,7 +95,8 @@ def _with_others(arguments: list[str]) -> Iterator[None]:
     Raises:
         SaekitError: they do not find each other, or the command is one for a single process.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
+    launched = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    if not launched or int(os.environ["WORLD_SIZE"]) == 1:
         yield
         return
     from saekit.ranks import ToldError, together

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from saekit.activations import ActivationCache, ActivationSource, ShuffledStream
 from saekit.activations.finite import BadTokens
-from saekit.activations.spread import assist
+from saekit.activations.spread import assist, leave
 from saekit.activations.stream import StreamState
 from saekit.activations.tee import Tee
 from saekit.kernels.workspace import Workspace
@@ -142,20 +143,40 @@ def _streams(
         for number, (order, place) in enumerate(zip(orders, places, strict=True)):
             lead = data[order.members[0]]
             own = {m: replace(data[m], bad=lead.bad) for m in order.members}
-            rows = None
+            rows: Iterator[Tensor] | None = None
+            taken = sorted({(c.start, c.stop) for m in order.members if (c := data[m].columns).stop is not None})
+            columns = [slice(*each) for each in taken]
             if tee is not None:
                 bad = BadTokens(lead.bad.skip, limits=lead.bad.limits)
-                taken = sorted({(c.start, c.stop) for m in order.members if (c := data[m].columns).stop is not None})
-                ends = dict(zip(taken, accumulate(stop - start for start, stop in taken), strict=True))
-                for m in order.members:
-                    c = data[m].columns
-                    end = ends.get((c.start, c.stop))
-                    narrow = c if end is None else slice(end - (c.stop - c.start), end)
-                    own[m] = replace(data[m], bad=bad, columns=narrow)
-                rows = tee.reader(number, bad, [slice(*each) for each in taken])
+                own = _narrowed({m: replace(data[m], bad=bad) for m in order.members}, taken)
+                rows = tee.reader(number, bad, columns)
+            elif taken and len(taken) < len({each.columns.start for each in data.values()}):  # others' are elsewhere
+                own = _narrowed(own, taken)
+                rows = _of_columns(lead.rows((place or StreamState()).pieces), columns)
             member = order.members[0]
             stream = stack.enter_context(closing(own[member].stream(configs[member], place, rows)))
             if tee is not None:
                 stack.callback(tee.close)  # first of all, so that no stream waits for another
             found.append((order, stream, own))
         yield found
+
+
+def _narrowed(data: Mapping[int, TrainingData], taken: Sequence[tuple[int, int]]) -> dict[int, TrainingData]:
+    """The data of runs where of each row the taken columns are left, side by side."""
+    ends = dict(zip(taken, accumulate(stop - start for start, stop in taken), strict=True))
+    found = {}
+    for number, each in data.items():
+        c = each.columns
+        end = ends.get((c.start, c.stop))
+        found[number] = each if end is None else replace(each, columns=slice(end - (c.stop - c.start), end))
+    return found
+
+
+def _of_columns(rows: Iterator[Tensor], columns: Sequence[slice]) -> Iterator[Tensor]:
+    """Some columns of rows, side by side."""
+    try:
+        for piece in rows:
+            yield torch.cat([piece[:, part] for part in columns], dim=1)
+    finally:
+        if isinstance(rows, Generator):
+            leave(rows)

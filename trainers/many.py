@@ -136,7 +136,12 @@ def train_many(
         for config in resumed:
             write_changes(config, lambda line: None if quiet else print(line, file=sys.stderr))
         plan = dict(zip((folder.name for folder in folders), configs, strict=True))
-        write = partial(write_plan, home, plan, resume=resume) if home is not None and ranks.leads else lambda: None
+        write: Callable[[], object] = lambda: None
+        if home is not None and ranks.leads:
+            write = partial(write_plan, home, plan, resume=resume)
+        if ranks.world > 1:  # before any process makes a folder
+            with agreeing(ranks):
+                write()
         for group in by_origin(_of_all(own, ranks)):
             runs, errors = _together(group, own.keys(), there, overwrite, quiet, trust_remote_code, write)
             found, failed = found | runs, failed | errors
