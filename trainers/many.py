@@ -136,9 +136,11 @@ def train_many(
         for config in resumed:
             write_changes(config, lambda line: None if quiet else print(line, file=sys.stderr))
         plan = dict(zip((folder.name for folder in folders), configs, strict=True))
-        write: Callable[[], object] = lambda: None
-        if home is not None and ranks.leads:
-            write = partial(write_plan, home, plan, resume=resume)
+
+        def write() -> None:
+            if home is not None and ranks.leads:
+                write_plan(home, plan, resume=resume)
+
         if ranks.world > 1:  # before any process makes a folder
             with agreeing(ranks):
                 write()
